@@ -14,11 +14,10 @@
 //   erf_of          every value                      2.5 ULP
 //   sine_of         |x| <= kMostSine                 2.5 ULP (of 2^-12 below)
 //   pow_of (float)  every value                      1.3 ULP (subnormal results: 1.8)
-//   Normal.below    every value                      5 ULP, and x^2 / 2 of them below -1; 0 below kMost
-//   softplus        every value                      3 ULP
-//   sigmoid         every value                      3 ULP; 0 where exp(-x) overflows
-//   load            every value of T                 exact
-//   store           every value of Accumulate<T>     0.5 ULP of T: rounds to nearest even
+//   Normal.below    every value                      5 ULP, and x^2 / 2 of them below -1; 0 below
+//   kMost softplus        every value                      3 ULP sigmoid         every value 3 ULP;
+//   0 where exp(-x) overflows load            every value of T                 exact store every
+//   value of Accumulate<T>     0.5 ULP of T: rounds to nearest even
 //
 // NaN stays NaN. tests/kernels/test_vec.py measures these errors.
 #pragma once
@@ -218,7 +217,7 @@ PYFUSED_INLINE void store(const Accumulate<T>* from, T* to, int64_t stride, int6
 
 template <class A> struct Power {
   A less_1;  // exp(r) - 1
-  A scale;   // 2^(n - lift)
+  A scale;  // 2^(n - lift)
 };
 
 // exp(r) - 1, |r| <= ln(2) / 2, to be multiplied by 2^n.
@@ -280,8 +279,8 @@ template <class A> PYFUSED_INLINE A exp_shifted(A x) {
 }
 
 // The smaller of two numbers that are not both negative; y if x is NaN. Floats are compared as
-// integers: where a float is selected, GCC computes what follows for a constant bound separately and
-// selects after each operation. AVX-512 is the first to have a minimum of integers of 64 bits.
+// integers: where a float is selected, GCC computes what follows for a constant bound separately
+// and selects after each operation. AVX-512 is the first to have a minimum of integers of 64 bits.
 template <class A> PYFUSED_INLINE A smaller(A x, A y) {
   if constexpr (!kIsFloat<A>) return x < y ? x : y;
   else return bit_cast<A>(std::min(bit_cast<int32_t>(x), bit_cast<int32_t>(y)));
@@ -408,7 +407,7 @@ template <class A> PYFUSED_INLINE A tanh_of(A x) {
 
 // 1 / (1 + exp(-x)): like torch's, it is 0 where exp(-x) is infinite.
 template <class A> PYFUSED_INLINE A sigmoid(A x) {
-  constexpr A kMost = kIsFloat<A> ? A(87.3) : A(708.3);     // exp(-x) is 0
+  constexpr A kMost = kIsFloat<A> ? A(87.3) : A(708.3);  // exp(-x) is 0
   constexpr A kInfinite = kIsFloat<A> ? A(88.9) : A(709.9);  // exp(-x) is infinite, half of it not
   const Power<A> power = power_of<1, false>(smaller(-smaller(x, kMost), kInfinite));
   const A value = 1 / (1 + 2 * (power.less_1 * power.scale + power.scale));
@@ -468,7 +467,8 @@ template <class A, bool subnormal = false> struct Normal {
   PYFUSED_INLINE explicit Normal(A x) {
     constexpr int kLift = subnormal ? -kSubnormal<A> : 24;
     constexpr A kFactor = subnormal ? kUnlift<A> : A(0x1p24);  // 2^kLift
-    constexpr A kMost = subnormal ? A(kIsFloat<A> ? 14.47 : 38.64) : A(kIsFloat<A> ? 11.95 : 37.215);
+    constexpr A kMost =
+        subnormal ? A(kIsFloat<A> ? 14.47 : 38.64) : A(kIsFloat<A> ? 11.95 : 37.215);
     const A size = std::abs(x), a = size > kMost ? kMost : size;
     const Power<A> e = power_of<kLift, false>(a * a * A(-0.5));
     // The scale comes last, because exp(-a^2 / 2) / 2^kLift may be subnormal.
