@@ -21,7 +21,6 @@ from torch.nn import Parameter
 from pyfused.layout import broadcast_with, loss_shape
 from pyfused.torch_internals import dispatch_modes, is_functorch_wrapped
 from pyfused.types import (
-    OPTIONS,
     CrossEntropyOptions,
     DivergenceOptions,
     LogProbsOptions,
@@ -271,16 +270,17 @@ def _class_weight(
     raise _error("weight", expected, weight.dtype)
 
 
-def row_options(options: Any) -> None:
-    """Checks the options of a function of rows, as far as they do not depend on tensors."""
+def row_choices(options: Any) -> None:
+    """Checks the options of a function of rows that are not numbers, and those that exclude others.
+
+    It is called for each new number, so it calls few functions.
+    """
     for name, value in zip(options._fields, options, strict=True):
-        if name in OPTIONS:
-            bounded(OPTIONS[name], value)
-        elif name == "reduction":
-            reduction(value)
+        if name == "reduction":
+            one_of(name, value, ("none", "mean", "sum"))
         elif name == "ignore_index":
             integer(name, value)
-        elif name == "memory_budget":
+        elif name == "memory_budget" and value is not None:
             memory_budget(value)
         elif name == "loss_dtype" and value is not None:
             is_floating = isinstance(value, torch.dtype) and value.is_floating_point

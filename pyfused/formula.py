@@ -182,6 +182,9 @@ class FormulaOperator(PointwiseLoss):
         return super().by_operands(self.with_masks(operands), options)
 
     def check_options(self, options: Options) -> None:
+        self.check_choices(options)  # functions take any numbers
+
+    def check_choices(self, options: Options) -> None:
         checks.reduction(options.reduction)
 
     def check(self, tensors: Tensors, options: Options) -> None:

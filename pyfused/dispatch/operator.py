@@ -168,10 +168,20 @@ class Operator(ABC):
                 is_valid = is_valid and (value > 0 or not scalar.positive)
             if not is_valid:
                 return f"{scalar.name} is {value!r}"
-        return checks.reason(self.check_options, self.options(*options))
+        try:
+            self.check_choices(self.options(*options))
+        except checks.ERRORS as error:
+            return str(error)
+        return None
 
-    def check_options(self, options: Options) -> None:  # noqa: B027
+    def check_options(self, options: Options) -> None:
         """Raises for options that neither kernels nor definitions take."""
+        for scalar, value in zip(self.numbers, options, strict=False):
+            checks.bounded(scalar, value)
+        self.check_choices(options)
+
+    def check_choices(self, options: Options) -> None:  # noqa: B027
+        """Raises for invalid options that are not numbers."""
 
     # ---- sizes -----------------------------------------------------------------------------------
 
@@ -306,11 +316,9 @@ class SpecializedOperator(Operator):
             names = [parameter.name for parameter in parameters]
             yield self.kernel_of(values), dict(zip(names, values, strict=True))
 
-    def check_options(self, options: Options) -> None:
+    def check_choices(self, options: Options) -> None:
         for parameter, value in zip(self.parameters, options, strict=False):
-            if isinstance(parameter, Scalar):
-                checks.bounded(parameter, value)
-            elif isinstance(parameter.values[0], str):
+            if isinstance(parameter, Choice) and isinstance(parameter.values[0], str):
                 checks.one_of(parameter.name, value, parameter.values, RuntimeError)
 
 

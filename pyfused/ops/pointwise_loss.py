@@ -256,8 +256,8 @@ class TensorLoss(SpecializedOperator):
             operands = operands[:-1]
         return operands, None if self._weight is None else tensors[self._weight]
 
-    def check_options(self, options: Options) -> None:
-        super().check_options(options)
+    def check_choices(self, options: Options) -> None:
+        super().check_choices(options)
         if self.reduces:
             checks.one_of("reduction", options.reduction, ("none", *self.denominators, "sum"))
 

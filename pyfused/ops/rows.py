@@ -239,8 +239,7 @@ class RowOperator(Operator):
             total = class_range(self.layer(tensors)).total
             checks.class_indices(total, tensors[self.target], options.ignore_index)
 
-    def check_options(self, options: Options) -> None:
-        checks.row_options(options)
+    check_choices = staticmethod(checks.row_choices)
 
     # ---- calls -----------------------------------------------------------------------------------
 
