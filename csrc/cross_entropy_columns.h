@@ -94,7 +94,12 @@ class CrossEntropyColumns : Columns<T, kColumns, kTileClasses> {
   template <class Body> void for_targets(int64_t c, int64_t k, const Body& body) {
     for (int64_t b = 0; ce.target && b < positions; ++b) {
       const int64_t i = rows.label[b] - c * fold;
-      if (uint64_t(i) < uint64_t(k * fold)) body(i / fold, i % fold * positions + b, b);
+      if (uint64_t(i) >= uint64_t(k * fold)) continue;
+      if (kFolds && fold > 1) {
+        body(i / fold, i % fold * positions + b, b);
+      } else {
+        body(i, b, b);
+      }
     }
   }
 
