@@ -22,8 +22,10 @@ from torch.compiler import is_dynamo_compiling
 from pyfused import checks, nn
 from pyfused.backends.protocol import Parameters
 from pyfused.dispatch import run as dispatch
-from pyfused.dispatch.explanation import Explanation
+from pyfused.dispatch.explanation import Explanation, explanation_of
 from pyfused.dispatch.operator import Operand, Options, Tensors, grad_enabled
+from pyfused.dispatch.reasons import SMALL
+from pyfused.dispatch.report import recorded
 from pyfused.dispatch.sizes import is_small
 from pyfused.formula_compiler import trace
 from pyfused.formula_compiler.capture import Capture
@@ -578,9 +580,11 @@ class Formula:
         instructions, and the bytes read and written per element.
         """
         if operands or named:
-            from pyfused.adopt.explain import explain  # a later layer
-
-            return explain(self, *operands, **named)
+            with recorded() as calls:
+                self(*operands, **named)
+            return (
+                explanation_of(*calls[-1]) if calls else Explanation(self.op.name, "torch", SMALL)
+            )
         numbers, _ = self._split(self.defaults)
         if problem := self.op.invalid_options(*numbers, "none"):
             return f"{self.__name__}: torch: {problem}"

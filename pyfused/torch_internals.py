@@ -224,12 +224,13 @@ def skip_frames(function: Any) -> None:
         frames.set_code_exec_strategy(function.__code__, frames._FrameExecStrategy(skip, skip))
 
 
-def never_traced(function: Any) -> Any:
+def never_traced(function: Function) -> Function:
     """Makes torch.compile neither trace a function nor what it calls.
 
     Like ``torch.compiler.disable``, without importing torch's compiler.
     """
-    function._torchdynamo_disable = True
+    marked: Any = function
+    marked._torchdynamo_disable = True
     skip_frames(function)
     return function
 
