@@ -44,8 +44,8 @@ def test_count(n: int, weighted: int, ignore_index: int) -> None:
         torch.rand(n, dtype=torch.float64) if weighted & 2 else None,
     ]
     with patch.object(triton, "COUNTED_BY_PROGRAMS", 0):
-        divisor = triton._divisor(CrossEntropyOptions(), True, 7)
-        got = divisor(target, n, (target, *weights, ignore_index))
+        targets = target, *weights, ignore_index
+        got = triton._divisor(CrossEntropyOptions(), target, n, targets, None, 7)
     assert (got.dtype, got.shape) == (torch.float64, ())
     assert got.item() == pytest.approx(counted(target, weights, ignore_index), rel=1e-12)
 
