@@ -243,7 +243,7 @@ class _Largest(NamedTuple):
     Attributes:
         classes: -1 where the class is unknown: without a loss, or with a NaN or an infinity.
         logits: Before a scale and a cap, in float64.
-        shift, scale, cap: Those of the logits of the loss, as in `_Value`.
+        shift, scale, cap: How the logits of the loss were changed; see `_Value`.
     """
 
     classes: Tensor

@@ -157,8 +157,6 @@ class Operator(ABC):
             self.choices = tuple([Choice(x, of_torch=x == "torch_options") for x in names])
         self.options = partial(kind.__new__, kind)  # takes half of the time of calling the class
 
-    # ---- options ---------------------------------------------------------------------------------
-
     def _invalid_options(self, *options: Any) -> str | None:
         for scalar, value in zip(self.numbers, options, strict=False):
             is_valid = scalar.optional

@@ -405,7 +405,7 @@ def test_pickles_do_not_reference_pyfused(tmp_path: Path) -> None:
 def test_modules_with_functions_are_saved(
     made_while_patched: bool, saved_while_patched: bool
 ) -> None:
-    """Also those of torch that have a default activation, which is restored."""
+    """This includes torch's layers with a default activation, which `unpatch` restores."""
 
     def during(patched: bool) -> Any:
         return pyfused.patch() if patched else contextlib.nullcontext()

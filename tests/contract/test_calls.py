@@ -1,4 +1,4 @@
-"""What a call costs in Python, and what outlives it: a few small caches."""
+"""Counts the Python functions that a call runs, and bounds the memory that it leaves behind."""
 
 from __future__ import annotations
 
