@@ -14,10 +14,12 @@
 //   erf_of          every value                      2.5 ULP
 //   sine_of         |x| <= kMostSine                 2.5 ULP (of 2^-12 below)
 //   pow_of (float)  every value                      1.3 ULP (subnormal results: 1.8)
-//   Normal.below    every value                      5 ULP, and x^2 / 2 of them below -1; 0 below
-//   kMost softplus        every value                      3 ULP sigmoid         every value 3 ULP;
-//   0 where exp(-x) overflows load            every value of T                 exact store every
-//   value of Accumulate<T>     0.5 ULP of T: rounds to nearest even
+//   Normal.below    every value                      5 ULP, and x^2 / 2 of them below -1;
+//                                                    0 from kMost on
+//   softplus        every value                      3 ULP
+//   sigmoid         every value                      3 ULP; 0 where exp(-x) overflows
+//   load            every value of T                 exact
+//   store           every value of Accumulate<T>     0.5 ULP of T: rounds to nearest even
 //
 // NaN stays NaN. tests/kernels/test_vec.py measures these errors.
 #pragma once
