@@ -36,11 +36,7 @@ from pyfused.layout import (
     row_sizes,
 )
 from pyfused.torch_internals import has_amx, has_avx512_bf16
-from pyfused.types import (
-    ClassRange,
-    EmbeddingOptions,
-    Outputs,
-)
+from pyfused.types import EmbeddingOptions, Outputs, RowBlock
 
 if TYPE_CHECKING:
     from pyfused.formula_compiler.kernel import Kernel
@@ -375,25 +371,16 @@ def embedding_loss(
 
 
 def row_state(
-    options: Options,
-    logits: Tensor,
-    target: Tensor | None,
-    weight: Tensor | None,
-    state: Tensor,
-    classes: ClassRange,
-    results: Tensor | None = None,
-    continues: bool = False,
+    block: RowBlock, state: Tensor, results: Tensor | None = None, continues: bool = False
 ) -> None:
+    logits, target, weight, options = block.logits, block.target, block.weight, block.options
     copied = _NO_OPERAND
     if results is not None:
-        copied = (
-            results.data_ptr(),
-            logits.shape[0],
-            1 if results.dim() < state.dim() else len(results),
-        )
+        count = 1 if results.dim() < state.dim() else len(results)
+        copied = results.data_ptr(), logits.shape[0], count
     native.row_state(
         DTYPES[logits.dtype],
-        (*logits.shape, classes.first, logits.stride(0)),
+        (*logits.shape, block.classes.first, logits.stride(0)),
         logits.data_ptr(),
         0 if target is None else target.data_ptr(),
         options.ignore_index,
@@ -407,15 +394,9 @@ def row_state(
 
 
 def row_gradients(
-    options: Options,
-    logits: Tensor,
-    target: Tensor | None,
-    weight: Tensor | None,
-    state: Tensor,
-    classes: ClassRange,
-    grad_results: Tensor,
-    out: Tensor | None = None,
+    block: RowBlock, state: Tensor, grad_results: Tensor, out: Tensor | None = None
 ) -> Tensor:
+    logits, target, weight, options = block.logits, block.target, block.weight, block.options
     if out is None:
         like = torch.empty_like if logits.nbytes < RECYCLED_BYTES else empty_like
         out = like(logits, memory_format=torch.contiguous_format)
@@ -423,7 +404,7 @@ def row_gradients(
     results = 1 if grad_results.dim() == 1 else grad_results.shape[0]
     native.row_gradients(
         DTYPES[logits.dtype],
-        (*logits.shape, classes.first, logits.stride(0)),
+        (*logits.shape, block.classes.first, logits.stride(0)),
         logits.data_ptr(),
         0 if target is None else target.data_ptr(),
         options.ignore_index,

@@ -48,7 +48,7 @@ from pyfused.layout import (
     loss_shape,
     row_sizes,
 )
-from pyfused.types import ClassRange, EmbeddingOptions, Outputs
+from pyfused.types import EmbeddingOptions, Outputs, RowBlock
 
 if TYPE_CHECKING:
     from pyfused.formula_compiler.kernel import Kernel
@@ -358,58 +358,41 @@ def _embedding_kernel(
 
 
 def row_state(
-    options: Options,
-    logits: Tensor,
-    target: Tensor | None,
-    weight: Tensor | None,
-    state: Tensor,
-    classes: ClassRange,
-    results: Tensor | None = None,
-    continues: bool = False,
+    block: RowBlock, state: Tensor, results: Tensor | None = None, continues: bool = False
 ) -> None:
     count = 0 if results is None else 1 if results.dim() < state.dim() else len(results)
     constants = ("FIELDS", len(state)), ("RESULTS", count), ("CONTINUES", continues)
-    tensors, strides = (target, weight, state, results), (logits.stride(0), state.stride(0))
-    _run_rows("state", constants, options, logits, tensors, strides, classes)
+    strides = block.logits.stride(0), state.stride(0)
+    _run_rows("state", constants, block, (state, results), strides)
 
 
 def row_gradients(
-    options: Options,
-    logits: Tensor,
-    target: Tensor | None,
-    weight: Tensor | None,
-    state: Tensor,
-    classes: ClassRange,
-    grad_results: Tensor,
-    out: Tensor | None = None,
+    block: RowBlock, state: Tensor, grad_results: Tensor, out: Tensor | None = None
 ) -> Tensor:
+    logits = block.logits
     out = logits.new_empty(logits.shape) if out is None else out
-    tensors = target, weight, state, grad_results, out
     steps = logits.stride(0), state.stride(0), *(0, *grad_results.stride())[-2:], out.stride(0)
     constants = (("RESULTS", 1 if grad_results.dim() == 1 else len(grad_results)),)
-    _run_rows("gradients", constants, options, logits, tensors, steps, classes)
+    _run_rows("gradients", constants, block, (state, grad_results, out), steps)
     return out
 
 
 def _run_rows(
     name: str,
     constants: tuple[tuple[str, int], ...],
-    options: Options,
-    logits: Tensor,
-    tensors: tuple[Any, ...],
+    block: RowBlock,
+    outputs: tuple[Any, ...],
     strides: tuple[int, ...],
-    classes: ClassRange,
 ) -> None:
-    target, weight, *outputs = tensors
-    n, columns = logits.shape
+    logits, options, (n, columns) = block.logits, block.options, block.logits.shape
     kernel = _row_kernel(name, logits.element_size(), columns, strides[0], constants)
     cap, temperature = options.softcap, options.temperature
     scale = None if temperature == 1 else 1 / temperature
     floats: Any = (None, None, scale) if cap is None else (cap, cap / temperature, scale)
     if logits.dtype is torch.float64:
         floats = encoded(floats)
-    targets = target, weight, None, options.ignore_index
-    sizes = n, columns, strides, *classes
+    targets = block.target, block.weight, None, options.ignore_index
+    sizes = n, columns, strides, *block.classes
     kernel(-(-n // kernel.choice.rows), logits, targets, *outputs, *sizes, floats)
 
 

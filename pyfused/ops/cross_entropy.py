@@ -15,9 +15,9 @@ from pyfused.dispatch.operator import Forward, Needs, Operand, Options, Tensors
 from pyfused.layout import accumulate_dtype, with_leading_dims
 from pyfused.ops import definitions, metrics
 from pyfused.ops.head_loop import ALL_ROWS, HeadLoop, Rows, rows_that_count
-from pyfused.ops.heads import BlockResult, HeadRows, capped, compute_blocks, row_source
+from pyfused.ops.heads import BlockResult, HeadBlocks, cap_backward, capped
+from pyfused.ops.row_sources import LogitRows, row_source
 from pyfused.ops.rows import (
-    LogitRows,
     RowLoss,
     RowOperator,
     loss_forward,
@@ -34,7 +34,6 @@ from pyfused.types import (
     SMOOTH,
     SMOOTHING_FIELDS,
     STATE_FIELDS,
-    ClassRange,
     CrossEntropyOptions,
     Gradients,
     Outputs,
@@ -60,20 +59,24 @@ class CrossEntropyLoss(RowLoss):
             return SMOOTHING_FIELDS
         return METRICS_FIELDS if options.with_metrics else STATE_FIELDS
 
+    def merges_entropy(self, options: Options) -> bool:
+        """Returns whether states over several shards need the entropy."""
+        return bool(options.with_metrics)
+
     def inputs(
         self, tensors: Tensors, options: Options, all_rows: bool
-    ) -> tuple[list[Any], RowOptions]:
-        """Returns the tensors and the options that a source of rows takes.
+    ) -> tuple[Tensor, Tensor | None, RowOptions]:
+        """Returns the target, the class weight and the options that a source of rows takes.
 
         Args:
             all_rows: Whether to include rows of weight 0.
         """
-        *layer, target, weight, token_weight, _ = tensors
+        input, *_, target, weight, token_weight, _ = tensors
         if weight is not None:
-            weight = weight.detach().to(accumulate_dtype(layer[0].dtype)).contiguous()
+            weight = weight.detach().to(accumulate_dtype(input.dtype)).contiguous()
         if token_weight is not None and not all_rows:  # the logits of rows of weight 0 may be NaN
             target = target.masked_fill(token_weight == 0, options.ignore_index)
-        return [*layer, target, weight], options.of_rows()
+        return target, weight, options.of_rows()
 
     def of_results(
         self, results: Tensor, tensors: Tensors, options: Options, classes: int
@@ -164,43 +167,41 @@ class CrossEntropyLoss(RowLoss):
         outputs: Outputs,
     ) -> BlockResult:
         target, weight, token_weight, _ = operands
-        x, state, prediction = logits, None, None
-        caps = options.softcap is not None
-        if caps:
-            x, cap_backward = capped(backend, logits, options.softcap, rounds=True)
+        state = prediction = None
+        x, saved = capped(backend, logits, options.softcap, rounds=True)
         if target.is_floating_point():
             target = target.to(logits.dtype)
         if options.with_metrics == PREDICTION and outputs.loss and backend.predicts(x):
             prediction = x.new_empty(len(x), dtype=torch.int64)
             state = prediction.unsqueeze(0)
         elif options.with_metrics and outputs.loss:
-            source = LogitRows(backend, ClassRange(0, logits.shape[1]))
-            state = metrics_state(source, x, target, options, self.fields(options))
+            state = metrics_state(x, target, options, self.fields(options))
         tensors = x, target, weight, token_weight, None
         loss, gradients = backend.cross_entropy(tensors, options, outputs, grad_output, prediction)
         gradient, grad_target = gradients
-        if caps and gradient is not None:
-            gradient = cap_backward(gradient)
+        if options.softcap is not None and gradient is not None:
+            gradient = cap_backward(backend, gradient, saved, options.softcap)
             if counts is not None:  # 0 times NaN is NaN
                 gradient.masked_fill_(~counts.unsqueeze(-1), 0)
         return loss, (gradient, grad_target), state
 
 
 def metrics_state(
-    source: LogitRows, logits: Tensor, target: Tensor, options: CrossEntropyOptions, fields: int
+    logits: Tensor, target: Tensor, options: CrossEntropyOptions, fields: int
 ) -> Tensor:
     """Returns the state of rows of capped logits.
 
     For class probabilities, LOG_P is ``sum_c target_c log p_c``.
     """
-    rows, indices = options.of_rows()._replace(softcap=None), not target.is_floating_point()
-    state, *_ = source.state((logits, target if indices else None, None), rows, fields)
+    indices, row_options = not target.is_floating_point(), options.of_rows()._replace(softcap=None)
+    inputs = target if indices else None, None, row_options, class_range((logits,))
+    state, *_ = LogitRows(logits, *inputs).state(fields)
     if indices:
         return state
     scale = options.scale / options.temperature
     plain = CrossEntropyOptions(reduction="none", scale=scale)
     tensors = logits.detach(), target.detach(), None, None, None
-    loss, _ = source.backend.cross_entropy(tensors, plain, Outputs())
+    loss, _ = backend_of(logits).cross_entropy(tensors, plain, Outputs())
     assert loss is not None
     state[LOG_P] = -loss.flatten()
     return state
@@ -222,10 +223,8 @@ class CrossEntropy(RowOperator):
         """Returns whether only the kernels of row states support a call."""
         return shard is not None or options.softcap is not None
 
-    def overwritten(self, saved: Tensors, options: Options, shard: Any) -> int | None:
-        if options.inplace and not self.needs_state(options, shard):
-            return 0
-        return super().overwritten(saved, options, shard)
+    def overwritten(self, _saved: Tensors, options: Options, shard: Any) -> int | None:
+        return 0 if options.inplace and not self.needs_state(options, shard) else None
 
     def misfit(self, tensors: Tensors, options: Options) -> str | None:
         input, target, weight, token_weight, denominator = tensors
@@ -259,12 +258,12 @@ class CrossEntropy(RowOperator):
         self, tensors: Tensors, options: Options, needs: Needs, shard: Any = None
     ) -> Forward:
         dtype, state = definitions.dtype_of_loss(options, *tensors[:3]), None
-        if shard is not None or options.softcap is not None:
-            source = row_source(self, tensors, options, needs, shard, options.with_metrics)
+        if self.needs_state(options, shard):
+            all_rows = bool(options.with_metrics)
+            source = row_source(self, tensors, options, needs, shard, all_rows=all_rows)
             return state_forward(self, source, tensors, options, needs, dtype)
         if options.with_metrics:
-            source = row_source(self, tensors, options, needs, shard, True)
-            state = metrics_state(source, tensors[0], tensors[1], options, METRICS_FIELDS)
+            state = metrics_state(tensors[0], tensors[1], options, METRICS_FIELDS)
         kernel = backend_of(tensors[0]).cross_entropy
         loss, saved, gradients = loss_forward(
             kernel, tensors, options, needs, dtype, options.inplace
@@ -272,39 +271,23 @@ class CrossEntropy(RowOperator):
         return loss if state is None else (loss, state), saved, gradients
 
     def backward(
-        self,
-        saved: Tensors,
-        options: Options,
-        needs: Needs,
-        grad_output: Tensor,
-        shard: Any = None,
+        self, saved: Tensors, options: Options, needs: Needs, grad_output: Tensor, shard: Any = None
     ) -> Gradients:
         if self.needs_state(options, shard):
-            source = row_source(self, saved, options, needs, shard, options.with_metrics)
+            source = row_source(self, saved, options, needs, shard)
             return state_backward(self, source, saved, options, needs, grad_output)
         outputs = Outputs(False, tuple(needs), options.inplace)
         return backend_of(saved[0]).cross_entropy(saved, options, outputs, grad_output)[1]
 
     def define(
-        self,
-        saved: Tensors,
-        options: Options,
-        needs: Needs,
-        grad_output: Tensor,
-        shard: Any = None,
+        self, saved: Tensors, options: Options, needs: Needs, grad_output: Tensor, shard: Any = None
     ) -> Gradients:
         if self.needs_state(options, shard) or options.gamma != 0 or needs[1]:
             return super().define(saved, options, needs, grad_output, shard)
         call: Any = *saved[:5], options
         return definitions.gradient_of_cross_entropy(grad_output, *call), None
 
-    def finished(
-        self,
-        result: Any,
-        tensors: Tensors,
-        options: Options,
-        shard: Any = None,  # noqa: ARG002
-    ) -> Any:
+    def finished(self, result: Any, tensors: Tensors, options: Options, *_: Any) -> Any:
         if not options.with_metrics:
             return result
         (loss, state), input, target = result, *tensors[:2]
@@ -363,13 +346,7 @@ class LinearCrossEntropy(RowOperator):
     def input_dtype(self, tensors: Tensors) -> torch.dtype:
         return definitions.operand_dtype(tensors[0], *tensors[3:5])
 
-    def finished(
-        self,
-        result: Any,
-        tensors: Tensors,
-        options: Options,
-        shard: Any = None,  # noqa: ARG002
-    ) -> Any:
+    def finished(self, result: Any, tensors: Tensors, options: Options, *_: Any) -> Any:
         input, target, leading = in_autocast_dtype(tensors[0]), tensors[3], tensors[0].shape[:-1]
         dtype = definitions.dtype_of_loss(options, input, *tensors[3:5])
         if not options.with_metrics:
@@ -395,51 +372,39 @@ class LinearCrossEntropy(RowOperator):
         size = sizes.of_rows if tensors[3].is_floating_point() else sizes.of_losses
         return HeadLoop(backend_of(tensors[0]), sizes.dtype, size, needs)
 
-    def by_classes(self, tensors: Tensors, options: Options, needs: Needs) -> HeadRows:
-        """Returns the source of rows in blocks of classes."""
-        sizes = self.head_sizes(tensors, options)
-        loop = HeadLoop(backend_of(tensors[0]), sizes.dtype, sizes.tile, needs)
-        return HeadRows(loop, class_range(tensors[:3]))
-
     def forward(
         self, tensors: Tensors, options: Options, needs: Needs, shard: Any = None
     ) -> Forward:
-        if shard is not None:
+        if (blocks := self.blocks(tensors, options, needs, shard)) is None:
             # With metrics, the forward pass also has rows of weight 0.
-            keeps = not options.with_metrics or tensors[-2] is None
-            source = row_source(self, tensors, options, needs, shard, options.with_metrics)
+            keeps = shard is not None and (not options.with_metrics or tensors[-2] is None)
+            all_rows, tiles = bool(options.with_metrics), shard is None
+            source = row_source(
+                self, tensors, options, needs, shard, all_rows=all_rows, tiles=tiles
+            )
             return state_forward(self, source, tensors, options, needs, keeps_logits=keeps)
-        loop = self.loop(tensors, options, needs)
-        computed = compute_blocks(self, loop, tensors, options, needs)
-        if computed is None:
-            source = self.by_classes(tensors, options, needs)
-            return state_forward(self, source, tensors, options, needs, keeps_logits=False)
-        loss, gradients, state = computed
-        gradients = gradients if self.in_forward(tensors, options, needs) else ()
-        return (
-            (loss, tensors, gradients)
-            if state is None
-            else ((loss, state), (*tensors, state), gradients)
-        )
+        needs = needs if self.in_forward(tensors, options, needs) else ()
+        loss, gradients, state = blocks.compute(needs)
+        if state is None:
+            return loss, tensors, gradients
+        return (loss, state), (*tensors, state), gradients
 
     def backward(
-        self,
-        saved: Tensors,
-        options: Options,
-        needs: Needs,
-        grad_output: Tensor,
-        shard: Any = None,
+        self, saved: Tensors, options: Options, needs: Needs, grad_output: Tensor, shard: Any = None
     ) -> Gradients:
-        tensors = saved[: len(self.all_operands)]
-        if shard is None:
-            loop = self.loop(tensors, options, needs)
-            computed = compute_blocks(self, loop, tensors, options, needs, grad_output)
-            if computed is not None:
-                return computed[1]
-            source = self.by_classes(tensors, options, needs)
-        else:
-            source = row_source(self, tensors, options, needs, shard, options.with_metrics)
+        if blocks := self.blocks(saved[: len(self.all_operands)], options, needs, shard):
+            return blocks.compute(needs, grad_output)[1]
+        source = row_source(self, saved, options, needs, shard, tiles=shard is None)
         return state_backward(self, source, saved, options, needs, grad_output)
+
+    def blocks(
+        self, tensors: Tensors, options: Options, needs: Needs, shard: Any
+    ) -> HeadBlocks | None:
+        """Returns the blocks of a call's logits with all classes, None if blocks have fewer."""
+        if shard is not None:
+            return None
+        blocks = HeadBlocks(self, self.loop(tensors, options, needs), tensors, options)
+        return blocks if blocks.size.classes is None else None
 
     def strategy_of(self, tensors: Tensors, options: Options) -> str:
         n = tensors[0].shape[:-1].numel()
@@ -490,12 +455,7 @@ class NllLoss(RowOperator):
         super().__post_init__()
         self.student = 2  # kernels return a gradient of the target, which is None
 
-    def arranged(
-        self,
-        tensors: Tensors,
-        options: Options,  # noqa: ARG002
-        shard: Any = None,  # noqa: ARG002
-    ) -> Tensors:
+    def arranged(self, tensors: Tensors, *_: Any) -> Tensors:
         input, target, weight = tensors
         return input, class_targets(input, target), weight, None, None
 

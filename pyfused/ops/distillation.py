@@ -26,14 +26,10 @@ from pyfused.dispatch.operator import Forward, Needs, Options, Tensors, requires
 from pyfused.dispatch.originals import F
 from pyfused.layout import accumulate_dtype
 from pyfused.ops import definitions
-from pyfused.ops.head_loop import (
-    HeadLoop,
-    Layer,
-    multiply,
-    prepared,
-)
-from pyfused.ops.heads import BlockResult, capped, compute_blocks
-from pyfused.ops.rows import LogitRows, RowLoss, RowOperator, loss_forward
+from pyfused.ops.head_loop import HeadLoop, Layer, multiply, prepared
+from pyfused.ops.heads import BlockResult, HeadBlocks, cap_backward, capped
+from pyfused.ops.row_sources import LogitRows
+from pyfused.ops.rows import RowLoss, RowOperator, loss_forward
 from pyfused.types import (
     ENTROPY,
     LSE,
@@ -247,11 +243,11 @@ class TopKLoss(DivergenceLoss):
         options: Options,
         outputs: Outputs,
     ) -> BlockResult:
-        source = LogitRows(backend, ClassRange(0, logits.shape[1]))
-        x, cap_backward = capped(backend, logits, options.softcap)
-        differentiates = bool(outputs.gradients)
-        loss, gradient = _topk(source, x, operands, grad_output, options, differentiates)
-        return loss, (None if gradient is None else cap_backward(gradient), None), None
+        x, saved = capped(backend, logits, options.softcap)
+        loss, gradient = _topk(x, operands, grad_output, options, bool(outputs.gradients))
+        if gradient is not None:
+            gradient = cap_backward(backend, gradient, saved, options.softcap).to(logits.dtype)
+        return loss, (gradient, None), None
 
 
 # ---- the operators -------------------------------------------------------------------------------
@@ -268,13 +264,7 @@ class Divergence(RowOperator):
         if isinstance(self.loss, TopKLoss):
             self.loss.check(tensors)
 
-    def finished(
-        self,
-        result: Any,
-        tensors: Tensors,
-        options: Options,
-        shard: Any = None,  # noqa: ARG002
-    ) -> Any:
+    def finished(self, result: Any, tensors: Tensors, options: Options, *_: Any) -> Any:
         return result.reshape(tensors[0].shape[:-1]) if options.reduction == "none" else result
 
     def loop(self, tensors: Tensors, options: Options, needs: Needs) -> HeadLoop:
@@ -288,20 +278,18 @@ class Divergence(RowOperator):
     def forward(self, tensors: Tensors, options: Options, needs: Needs, *_: Any) -> Forward:
         if not self.is_linear:
             return loss_forward(divergence_kernel, tensors, options, needs)
-        computed = compute_blocks(self, self.loop(tensors, options, needs), tensors, options, needs)
-        assert computed is not None
-        loss, gradients, _state = computed
-        return loss, tensors, gradients if self.in_forward(tensors, options, needs) else ()
+        blocks = HeadBlocks(self, self.loop(tensors, options, needs), tensors, options)
+        needs = needs if self.in_forward(tensors, options, needs) else ()
+        loss, gradients, _state = blocks.compute(needs)
+        return loss, tensors, gradients
 
     def backward(
         self, saved: Tensors, options: Options, needs: Needs, grad_output: Tensor, *_: Any
     ) -> Gradients:
         if not self.is_linear:
             return divergence_kernel(saved, options, Outputs(False, tuple(needs)), grad_output)[1]
-        loop = self.loop(saved, options, needs)
-        computed = compute_blocks(self, loop, saved, options, needs, grad_output)
-        assert computed is not None
-        return computed[1]
+        blocks = HeadBlocks(self, self.loop(saved, options, needs), saved, options)
+        return blocks.compute(needs, grad_output)[1]
 
 
 # ---- kernels -------------------------------------------------------------------------------------
@@ -318,7 +306,7 @@ def divergence_kernel(
     backend, dtype, softcap = backend_of(logits), logits.dtype, options.softcap
     if softcap is None is options.teacher_softcap and dtype is teacher_logits.dtype:
         return backend.kl_div_with_logits(tensors, options, outputs, grad_output)
-    student, cap_backward = capped(backend, logits, softcap)
+    student, saved = capped(backend, logits, softcap)
     teacher, _ = capped(backend, teacher_logits, options.teacher_softcap)
     common = torch.promote_types(student.dtype, teacher.dtype)
     outputs = outputs._replace(inplace=outputs.inplace or student is not logits)
@@ -326,14 +314,13 @@ def divergence_kernel(
     loss, gradients = backend.kl_div_with_logits(inputs, options, outputs, grad_output)
     loss, (gradient,) = None if loss is None else loss.to(accumulate_dtype(dtype)), gradients
     if gradient is not None:
-        gradient = cap_backward(gradient.to(student.dtype))
+        gradient = cap_backward(backend, gradient.to(student.dtype), saved, softcap).to(dtype)
         if softcap is not None and token_weight is not None:  # NaN times 0 is NaN
             gradient.masked_fill_((token_weight == 0).unsqueeze(-1), 0)
     return loss, (gradient,)
 
 
 def _topk(
-    source: LogitRows,
     logits: Tensor,
     operands: Sequence[Any],
     grad_output: Tensor | None,
@@ -347,12 +334,13 @@ def _topk(
     """
     indices, log_q, weight, _ = operands
     (n, classes), scale = logits.shape, 1 / options.temperature
-    of_rows = (logits, None, None), RowOptions(temperature=options.temperature)
+    row_options = RowOptions(temperature=options.temperature)
+    source = LogitRows(logits, None, None, row_options, ClassRange(0, classes))
     if logits.dtype is torch.float64:
         logits -= logits.amax(1, keepdim=True)  # reduces the rounding error of the log-sum-exp
     topk_logits = logits.gather(1, indices).double() * scale
     logits.scatter_(1, indices, -torch.inf)
-    state, *_ = source.state(*of_rows)
+    state, *_ = source.state()
     lse_rest = state[LSE]
     lse = torch.logaddexp(topk_logits.logsumexp(1), lse_rest)[:, None]
     log_p_rest = lse_rest[:, None] - lse
@@ -377,7 +365,7 @@ def _topk(
     grad_results[LSE] = gradient[:, k:].sum(1) - (total * p_rest).squeeze(1)
     for field, value in ((PIVOT, 0), (ENTROPY, 0), (SUM, 1)):  # avoids division by 0
         state[field].masked_fill_(no_rest, value)
-    source.gradients(*of_rows, state, grad_results, logits)
+    source.gradients(state, grad_results, logits)
     grad_topk = (gradient[:, :k] - total * p[:, :k]) * scale
     logits.scatter_(1, indices, grad_topk.to(logits.dtype))
     return loss, logits
