@@ -130,27 +130,27 @@ def along(tensor: Tensor, dim: int) -> tuple[Tensor, tuple[int, int, int], Strid
 
 def class_layout(
     tensor: Tensor, inplace: bool = False
-) -> tuple[bool, Strides, torch.memory_format, Strides]:
+) -> tuple[Tensor, Strides, torch.memory_format, Strides]:
     """Returns how kernels read a tensor (N, C, d1, ..., dk) and write its gradient.
 
     Returns:
-        Whether kernels read a contiguous copy, because they cannot use the strides; the strides of
-        the tensor or the copy; the memory format of the gradient, for ``torch.empty_like``; and the
-        strides of the gradient, which overwrites the tensor if ``inplace``.
+        The tensor, or a contiguous copy if kernels cannot use its strides; its strides; the memory
+        format of the gradient, for ``torch.empty_like``; and the strides of the gradient, which
+        overwrites the tensor if ``inplace``.
     """
     strides: Any = strides_of(tensor)
-    copies, memory_format = strides is None, torch.preserve_format
-    if copies:
+    if strides is None:
         tensor = tensor.contiguous()
         strides = strides_of(tensor)
     if inplace or tensor.is_contiguous():
-        return copies, strides, memory_format, strides
+        return tensor, strides, torch.preserve_format, strides
     grad = torch.empty_like(tensor, device="meta")
-    grad_strides: Any = strides_of(grad)
-    if grad_strides is None:
-        memory_format = torch.contiguous_format
-        grad_strides = strides_of(grad.contiguous())
-    return copies, strides, memory_format, grad_strides
+    grad_strides = strides_of(grad)
+    if grad_strides is not None:
+        return tensor, strides, torch.preserve_format, grad_strides
+    grad_strides = strides_of(grad.contiguous())
+    assert grad_strides is not None
+    return tensor, strides, torch.contiguous_format, grad_strides
 
 
 def dense_operand(operands: tuple[Tensor, ...]) -> tuple[Tensor, int | None]:

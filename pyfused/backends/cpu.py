@@ -174,9 +174,9 @@ def describe(input: Tensor, strategy: str) -> tuple[str, str, str, int]:  # noqa
 
 
 def supports_rows(logits: Tensor) -> bool:
-    copies, strides, _, grad_strides = class_layout(logits)
+    read, strides, _, grad_strides = class_layout(logits)
     enough = row_sizes(logits)[2] >= native.row_classes[DTYPES[logits.dtype]]
-    return enough and not copies and strides[2] == grad_strides[2] == 1
+    return enough and read is logits and strides[2] == grad_strides[2] == 1
 
 
 predicts = supports_rows
@@ -229,39 +229,27 @@ def cross_entropy(
     normalized: bool = False,
 ) -> LossResult:
     input, target, weight, token_weight, denominator = tensors
-    accumulate, dims = accumulate_dtype(input.dtype), input.dim()
+    accumulate, indices = accumulate_dtype(input.dtype), target.dtype is torch.int64
     grad_of_input, grad_of_target = outputs.gradients or (False, False)
-    elements, classes = input.numel(), input.shape[min(dims - 1, 1)]
-    rows, inner = elements // classes, 1 if dims < 3 else math.prod(input.shape[2:])
-    sizes = (1, rows, classes) if inner == 1 else (rows // inner, inner, classes)
-    if input.is_contiguous():
-        logits, grad_format = input, torch.preserve_format
-        strides = (0, classes, 1) if inner == 1 else (classes * inner, 1, inner)
-        grad_strides = strides
-    else:
-        copies, strides, grad_format, grad_strides = class_layout(input, outputs.inplace)
-        logits = input.contiguous() if copies else input
-    numbers = _NO_OPTIONS
+    logits, sizes, strides, grad_format, grad_strides = _logits_layout(input, outputs.inplace)
+    numbers, loss, grad, grad_target = _NO_OPTIONS, None, None, None
+    target_view = grad_view = grad_target_view = _NO_VIEW
     if not normalized:
         scale = options.scale / options.temperature
         numbers = max(0.0, options.label_smoothing), options.gamma, options.z_loss, scale
         denominator = options.denominator if denominator is None else denominator
-    indices, target_view = target.dtype is torch.int64, _NO_VIEW
     if indices:
         targets = target.contiguous()
     else:
-        copies, target_strides, target_format, grad_target_strides = class_layout(target)
-        targets = target.contiguous() if copies else target
+        targets, target_strides, target_format, grad_target_strides = class_layout(target)
         target_view = (targets.data_ptr(), *target_strides)
     if not weight is token_weight is None:
         weight, token_weight = contiguous_in(accumulate, weight, token_weight)
     if grad_output is not None:
         grad_output = grad_output.to(accumulate).contiguous()
-    loss = grad = grad_target = None
-    grad_view = grad_target_view = _NO_VIEW
     if outputs.loss:
-        each = options.reduction == "none"
-        loss = _new_loss(loss_shape(input, "none") if each else None, accumulate)
+        shape = loss_shape(input, "none") if options.reduction == "none" else None
+        loss = _new_loss(shape, accumulate)
     if grad_of_input:
         like = torch.empty_like if logits.nbytes < RECYCLED_BYTES else empty_like
         grad = logits.detach() if outputs.inplace else like(logits, memory_format=grad_format)
@@ -290,8 +278,24 @@ def cross_entropy(
         torch.get_num_threads(),
     )
     if out_of_range >= 0:
-        checks.raise_out_of_range(classes, target, options.ignore_index, out_of_range)
+        checks.raise_out_of_range(sizes[2], target, options.ignore_index, out_of_range)
     return loss, (grad, grad_target)
+
+
+def _logits_layout(input: Tensor, inplace: bool) -> tuple[Any, ...]:
+    """Returns logits, or a copy, the sizes of `row_sizes`, and the layout of `class_layout`.
+
+    Contiguous logits, the common case, need no call of these functions.
+    """
+    dims = input.dim()
+    classes, inner = input.shape[min(dims - 1, 1)], 1 if dims < 3 else math.prod(input.shape[2:])
+    rows = input.numel() // classes
+    sizes = (1, rows, classes) if inner == 1 else (rows // inner, inner, classes)
+    if input.is_contiguous():
+        strides = (0, classes, 1) if inner == 1 else (classes * inner, 1, inner)
+        return input, sizes, strides, torch.preserve_format, strides
+    logits, *layout = class_layout(input, inplace)
+    return logits, sizes, *layout
 
 
 nll_loss = partial(cross_entropy, normalized=True)  # the input has log-probabilities

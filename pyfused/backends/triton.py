@@ -209,14 +209,13 @@ def cross_entropy(
     of_indices, each = target.dtype is torch.int64, options.reduction == "none"
     grad_of_input, grad_of_target = outputs.gradients or (False, False)
     accumulate, itemsize = accumulate_dtype(input.dtype), input.element_size()
-    copies, strides, grad_format, grad_strides = class_layout(input, outputs.inplace)
-    logits, grad, grad_target = input.contiguous() if copies else input, None, None
+    logits, strides, grad_format, grad_strides = class_layout(input, outputs.inplace)
+    grad = grad_target = None
     target_strides = grad_target_strides = NO_STRIDES
     if of_indices:
         target = target.contiguous()
     else:
-        copies, target_strides, target_format, grad_target_strides = class_layout(target)
-        target = target.contiguous() if copies else target
+        target, target_strides, target_format, grad_target_strides = class_layout(target)
     if grad_of_input:
         grad = logits.detach()
         if not outputs.inplace:

@@ -20,6 +20,7 @@ from pyfused.ops.row_sources import LogitRows, row_source
 from pyfused.ops.rows import (
     RowLoss,
     RowOperator,
+    kept_logits,
     loss_forward,
     state_backward,
     state_forward,
@@ -135,7 +136,7 @@ class CrossEntropyLoss(RowLoss):
             total = weight.double().sum() if options.label_smoothing > 0 else classes
         return counts, target_weight, total
 
-    # ---- in blocks of rows: see `heads.compute_blocks` -------------------------------------------
+    # ---- in blocks of rows: see `heads.HeadBlocks` ----------------------------------------------
 
     def weights(self, tensors: Tensors, options: Options, all_count: bool) -> Tensor | None:
         *_, target, weight, token_weight, _ = tensors
@@ -245,7 +246,7 @@ class CrossEntropy(RowOperator):
         if target.is_floating_point():
             dtype = definitions.operand_dtype(input, target, weight)
             input, target = input.to(dtype), target.to(dtype)
-        else:
+        elif target.dtype is not torch.int64 or input.dim() == 1:
             target = class_targets(input, target)
         if not token_weight is denominator is None:
             token_weight, denominator = definitions.factors(token_weight, denominator, input.dtype)
@@ -335,6 +336,7 @@ class LinearCrossEntropy(RowOperator):
     """Cross-entropy of a linear layer's output: cross_entropy(linear(input), target)."""
 
     flattens = True
+    overwritten = kept_logits
 
     def by_torch(self, tensors: Tensors, options: Options) -> Any:
         """Returns the result; torch's function does not check the budget and `filter_eps`."""

@@ -178,7 +178,7 @@ def _with_rest(
 
 
 class DivergenceLoss(RowLoss):
-    """The divergence of a student's linear layer from a teacher's; see `heads.compute_blocks`."""
+    """The divergence of a student's linear layer from a teacher's; see `heads.HeadBlocks`."""
 
     def bytes_per_logit(self, tensors: Tensors, options: Options) -> int:
         """Returns the bytes that a block needs for each of the teacher's logits."""

@@ -177,10 +177,6 @@ class RowOperator(Operator):
             arranged = self.flattened(arranged)
         return arranged
 
-    def overwritten(self, saved: Tensors, options: Options, shard: Any) -> int | None:  # noqa: ARG002
-        index = len(self.all_operands) + 1  # of the logits that `state_forward` has kept
-        return index if len(saved) > index else None
-
     def flattened(self, tensors: list[Any]) -> list[Any]:
         """Flattens the leading dimensions of an input (..., D) and of the tensors with its rows."""
         leading = tensors[0].shape[:-1]
@@ -372,6 +368,12 @@ def state_forward(
         result = result.to(dtype or op.wide_dtype(tensors), copy=True)
     saved = *tensors, state, logits
     return (result, state) if options.with_metrics else result, saved, ()
+
+
+def kept_logits(op: RowOperator, saved: Tensors, *_: Any) -> int | None:
+    """Returns the index of the logits that `state_forward` has kept; see `Operator.overwritten`."""
+    index = len(op.all_operands) + 1
+    return index if len(saved) > index else None
 
 
 def state_backward(
