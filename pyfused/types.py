@@ -159,7 +159,7 @@ class CrossEntropyOptions(NamedTuple):
     inplace: bool = False
     torch_options: Any = None
 
-    def of_rows(self) -> RowOptions:
+    def row_options(self) -> RowOptions:
         """Returns the options of row states, whose temperature includes the scale."""
         temperature = self.temperature / self.scale
         temperature = temperature if temperature != 0 else math.nan  # of an infinite scale

@@ -535,8 +535,8 @@ def activation(formula: Kernel, input: Tensor, options: Options) -> Tensor:
     if not input.is_contiguous() and input.stride() != output.stride():
         strides = _strides(output, [input])
     pointers = input.data_ptr(), output.data_ptr()
-    of_kernel = _parameters(formula, options), torch.get_num_threads(), strides
-    getattr(native, formula.name)(DTYPES[input.dtype], input.numel(), *pointers, *of_kernel)
+    others = _parameters(formula, options), torch.get_num_threads(), strides
+    getattr(native, formula.name)(DTYPES[input.dtype], input.numel(), *pointers, *others)
     return output
 
 
@@ -549,9 +549,9 @@ def activation_backward(
     if saved.stride() != order or (step and grad_output.stride() != order):
         strides = _strides(grad_input, [grad_output, saved])
     pointers = (grad_output.data_ptr(), step), saved.data_ptr(), grad_input.data_ptr()
-    of_kernel = _parameters(formula, options), torch.get_num_threads(), strides
+    others = _parameters(formula, options), torch.get_num_threads(), strides
     kernel = getattr(native, f"{formula.name}_backward")
-    kernel(DTYPES[saved.dtype], saved.numel(), *pointers, *of_kernel)
+    kernel(DTYPES[saved.dtype], saved.numel(), *pointers, *others)
     return grad_input
 
 

@@ -206,13 +206,13 @@ def cross_entropy(
     prediction: Tensor | None = None,  # noqa: ARG001
 ) -> LossResult:
     input, target, weight, token_weight, denominator = tensors
-    of_indices, each = target.dtype is torch.int64, options.reduction == "none"
+    has_indices, each = target.dtype is torch.int64, options.reduction == "none"
     grad_of_input, grad_of_target = outputs.gradients or (False, False)
     accumulate, itemsize = accumulate_dtype(input.dtype), input.element_size()
     logits, strides, grad_format, grad_strides = class_layout(input, outputs.inplace)
     grad = grad_target = None
     target_strides = grad_target_strides = NO_STRIDES
-    if of_indices:
+    if has_indices:
         target = target.contiguous()
     else:
         target, target_strides, target_format, grad_target_strides = class_layout(target)
@@ -230,8 +230,8 @@ def cross_entropy(
     )
     outer, inner, classes = _with_one_outer(row_sizes(input), all_strides)
     smooth = options.label_smoothing != 0
-    weighted = not of_indices or (smooth and weight is not None)  # q is dense
-    flags = outer == 1, of_indices, smooth, weighted, not grad_of_input, each
+    weighted = not has_indices or (smooth and weight is not None)  # q is dense
+    flags = outer == 1, has_indices, smooth, weighted, not grad_of_input, each
     inner_of_tile = _inner_of_tile(inner, strides)
     kernel, most = _class_kernel(inner_of_tile, classes, itemsize, all_strides, *flags)
     programs = min(outer * -(-inner // kernel.choice.rows), most)
@@ -247,12 +247,12 @@ def cross_entropy(
     if input.dtype is torch.float64:
         floats = encoded(floats)
     n = outer * inner
-    indices, probabilities = (target, None) if of_indices else (None, target)
+    indices, probabilities = (target, None) if has_indices else (None, target)
     targets, gradients = (indices, weight, token_weight, options.ignore_index), (grad, grad_target)
-    by = _divisor(options, logits, n, targets, denominator, classes if of_indices else 0)
+    by = _divisor(options, logits, n, targets, denominator, classes if has_indices else 0)
     loss = _new_loss(input, options.reduction, outputs)
     inputs = (logits, probabilities), targets, by, grad_output
-    fixed = inner, classes, sum(all_strides[: 2 if of_indices else 4], ())
+    fixed = inner, classes, sum(all_strides[: 2 if has_indices else 4], ())
     _run(kernel, programs, inputs, loss, (gradients, *fixed, floats), each)
     return loss, gradients
 
@@ -264,7 +264,7 @@ def _class_kernel(
     itemsize: int,
     strides: tuple[Strides, ...],
     one_outer: bool,
-    of_indices: bool,
+    has_indices: bool,
     smooth: bool,
     weighted: bool,
     without_gradient: bool,
@@ -273,16 +273,16 @@ def _class_kernel(
     """Returns the kernel of cross-entropy, and the largest number of its programs."""
     tiles, once = (2, False) if weighted else (1, without_gradient)
     choice = _tile(inner, classes, itemsize, *strides, tensors=tiles, once=once)
-    of_input, of_gradient, *_ = strides
-    contiguous = one_outer and of_input[2] == 1 and of_gradient[2] in (0, 1)
+    input_strides, grad_strides, *_ = strides
+    contiguous = one_outer and input_strides[2] == 1 and grad_strides[2] in (0, 1)
     unaligned = choice.units[1] * itemsize < 8
-    shared_stride = choice.rows == 1 and of_gradient[1] in (of_input[1], 0)
+    shared_stride = choice.rows == 1 and grad_strides[1] in (input_strides[1], 0)
     function, most = two_pass_kernel, sys.maxsize
     if choice.whole_row and contiguous and not weighted:
         function = row_kernel
         if choice.stages > 1:  # a persistent kernel
             most = resources()[0]
-    elif of_indices and contiguous and not smooth and unaligned and shared_stride:
+    elif has_indices and contiguous and not smooth and unaligned and shared_stride:
         choice = choice._replace(vector=16 // itemsize)
     return Launch(function, choice, EACH=each), most
 
@@ -446,8 +446,8 @@ def softmax(formula: str, input: Tensor, dim: int) -> Tensor:
     output = torch.empty_like(input, memory_format=torch.contiguous_format)
     output_strides = strides if x is input else along(output, dim)[2]
     inner_of_tile, all_strides = _inner_of_tile(inner, strides), (strides, output_strides)
-    of_kernel = formula, inner_of_tile, classes, input.element_size(), *all_strides
-    kernel = _softmax_kernel(False, *of_kernel)
+    arguments = formula, inner_of_tile, classes, input.element_size(), *all_strides
+    kernel = _softmax_kernel(False, *arguments)
     kernel(outer * -(-inner // kernel.choice.rows), x, output, inner, classes, *all_strides)
     return output
 
@@ -456,8 +456,8 @@ def softmax_backward(formula: str, grad_output: Tensor, output: Tensor, dim: int
     grad_output, output = grad_output.contiguous(), output.contiguous()
     grad_input = torch.empty_like(output)
     _, (outer, inner, classes), strides = along(output, dim)
-    of_kernel = formula, _inner_of_tile(inner, strides), classes, output.element_size(), strides
-    kernel = _softmax_kernel(True, *of_kernel)
+    arguments = formula, _inner_of_tile(inner, strides), classes, output.element_size(), strides
+    kernel = _softmax_kernel(True, *arguments)
     tensors = grad_output, output, grad_input
     kernel(outer * -(-inner // kernel.choice.rows), *tensors, inner, classes, strides)
     return grad_input

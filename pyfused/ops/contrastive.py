@@ -135,7 +135,7 @@ def _rows(
 ) -> BlockSize:
     """Returns the size of blocks of rows with all columns."""
     bytes_per_logit = dtype.itemsize + 2 * accumulate_dtype(dtype).itemsize
-    return HeadSizes((n, features), dtype, backend, memory_budget, bytes_per_logit).of_rows(n)
+    return HeadSizes((n, features), dtype, backend, memory_budget, bytes_per_logit).row_blocks(n)
 
 
 def _softmax(
@@ -227,6 +227,7 @@ def _sigmoid(
 
     grad_x, grad_b, _ = loop.run(Layer(x, b, None), step)
     loss = joined(losses, reduction == "none")
-    of_bias = grad_bias.to(wide) if loop.needs[2] else None
-    gradients = (grad_x, grad_b, of_bias) if differentiates else ()
-    return None if loss is None else loss.to(wide), gradients
+    loss = None if loss is None else loss.to(wide)
+    if not differentiates:
+        return loss, ()
+    return loss, (grad_x, grad_b, grad_bias.to(wide) if loop.needs[2] else None)

@@ -77,9 +77,9 @@ class CrossEntropyLoss(RowLoss):
             weight = weight.detach().to(accumulate_dtype(input.dtype)).contiguous()
         if token_weight is not None and not all_rows:  # the logits of rows of weight 0 may be NaN
             target = target.masked_fill(token_weight == 0, options.ignore_index)
-        return target, weight, options.of_rows()
+        return target, weight, options.row_options()
 
-    def of_results(
+    def result_from(
         self, results: Tensor, tensors: Tensors, options: Options, classes: int
     ) -> Tensor:
         """Returns the loss in float64.
@@ -110,14 +110,14 @@ class CrossEntropyLoss(RowLoss):
         counts, target_weight, total = self.row_weights(tensors, options, classes)
         grad = (grad if token_weight is None else grad * token_weight).where(counts, 0)
         coefficients = definitions.row_coefficients(target_weight, options, classes)
-        of_log_p, of_smooth, of_squared_lse = coefficients
+        log_p_factor, smooth_factor, squared_lse_factor = coefficients
         gradients = state.new_zeros((4 if state.shape[0] > SMOOTH else 3, *grad.shape))
-        gradients[LOG_P] = of_log_p * grad
-        if of_squared_lse:
-            gradients[LSE] = 2 * of_squared_lse * state[LSE] * grad
-        if of_smooth:
-            gradients[LSE] -= of_smooth * total * grad
-            gradients[3] = of_smooth * grad
+        gradients[LOG_P] = log_p_factor * grad
+        if squared_lse_factor:
+            gradients[LSE] = 2 * squared_lse_factor * state[LSE] * grad
+        if smooth_factor:
+            gradients[LSE] -= smooth_factor * total * grad
+            gradients[3] = smooth_factor * grad
         return gradients, below
 
     def row_weights(
@@ -194,7 +194,10 @@ def metrics_state(
 
     For class probabilities, LOG_P is ``sum_c target_c log p_c``.
     """
-    indices, row_options = not target.is_floating_point(), options.of_rows()._replace(softcap=None)
+    indices, row_options = (
+        not target.is_floating_point(),
+        options.row_options()._replace(softcap=None),
+    )
     inputs = target if indices else None, None, row_options, class_range((logits,))
     state, *_ = LogitRows(logits, *inputs).state(fields)
     if indices:
@@ -295,7 +298,7 @@ class CrossEntropy(RowOperator):
         if not target.is_floating_point():
             target = class_targets(input, target)
         dtype = accumulate_dtype(input.dtype)
-        return loss, metrics.of_state(state, target, options.ignore_index, dtype)
+        return loss, metrics.from_state(state, target, options.ignore_index, dtype)
 
     def torch_on_shard(self, tensors: Tensors, options: Options, shard: Any) -> Tensor:
         dtype = definitions.dtype_of_loss(options, *tensors[:3])
@@ -362,7 +365,7 @@ class LinearCrossEntropy(RowOperator):
         else:
             target = target.to(torch.int64).flatten()
         wide = self.wide_dtype((input, *tensors[1:]))
-        values = metrics.of_state(state, target, options.ignore_index, wide)
+        values = metrics.from_state(state, target, options.ignore_index, wide)
         named = metrics.Metrics(*[with_leading_dims(x, leading) for x in values])
         return with_leading_dims(loss, leading).to(dtype), named
 
@@ -371,7 +374,7 @@ class LinearCrossEntropy(RowOperator):
         sizes = self.head_sizes(tensors, options)
         if options.softcap is not None:  # a copy of the logits
             sizes = replace(sizes, bytes_per_logit=3 * sizes.dtype.itemsize)
-        size = sizes.of_rows if tensors[3].is_floating_point() else sizes.of_losses
+        size = sizes.row_blocks if tensors[3].is_floating_point() else sizes.loss_blocks
         return HeadLoop(backend_of(tensors[0]), sizes.dtype, size, needs)
 
     def forward(

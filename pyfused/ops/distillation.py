@@ -270,10 +270,10 @@ class Divergence(RowOperator):
     def loop(self, tensors: Tensors, options: Options, needs: Needs) -> HeadLoop:
         """Returns the loop over blocks of rows."""
         sizes = self.head_sizes(tensors, options)
-        of_cap = 0 if options.softcap is None else 3 * accumulate_dtype(sizes.dtype).itemsize
+        cap_bytes = 0 if options.softcap is None else 3 * accumulate_dtype(sizes.dtype).itemsize
         bytes_per_logit = self.loss.bytes_per_logit(tensors, options)
-        sizes = replace(sizes, bytes_per_logit=sizes.dtype.itemsize + of_cap + bytes_per_logit)
-        return HeadLoop(backend_of(tensors[0]), sizes.dtype, sizes.of_rows, needs)
+        sizes = replace(sizes, bytes_per_logit=sizes.dtype.itemsize + cap_bytes + bytes_per_logit)
+        return HeadLoop(backend_of(tensors[0]), sizes.dtype, sizes.row_blocks, needs)
 
     def forward(self, tensors: Tensors, options: Options, needs: Needs, *_: Any) -> Forward:
         if not self.is_linear:

@@ -90,7 +90,7 @@ class LogProbsLoss:
     ) -> tuple[Tensor, None, Options]:
         return tensors[-1], None, options
 
-    def of_results(self, results: Tensor, _: Tensors, options: Options, _classes: int) -> Tensor:
+    def result_from(self, results: Tensor, _: Tensors, options: Options, _classes: int) -> Tensor:
         return results[LOG_P] if options.alone else results[: len(RESULTS)]
 
     def grad_results(

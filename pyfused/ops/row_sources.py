@@ -207,7 +207,7 @@ def row_source(
     source: Any
     if op.is_linear:
         sizes, backend = op.head_sizes(tensors, options), backend_of(tensors[0])
-        loop = HeadLoop(backend, sizes.dtype, sizes.tile if tiles else sizes.of_states, needs)
+        loop = HeadLoop(backend, sizes.dtype, sizes.tile if tiles else sizes.state_blocks, needs)
         source = HeadRows(loop, layer, *inputs)
     else:
         source = LogitRows(layer[0], *inputs)

@@ -306,7 +306,7 @@ class RowOperator(Operator):
         target, weight, row_options = loss.inputs(tensors, options, False)
         smooth = loss.fields(options) > SMOOTH
         results = sharded_results(layer, target, weight, row_options, shard, smooth)
-        result: Tensor = loss.of_results(results, tensors, options, classes)
+        result: Tensor = loss.result_from(results, tensors, options, classes)
         return result
 
 
@@ -364,7 +364,7 @@ def state_forward(
     state, result, logits = source.state(loss.fields(options), results, keeps)
     if result is None:
         # Users may change the result in place, so it does not share the state's memory.
-        result = loss.of_results(state, tensors, options, source.classes.total)
+        result = loss.result_from(state, tensors, options, source.classes.total)
         result = result.to(dtype or op.wide_dtype(tensors), copy=True)
     saved = *tensors, state, logits
     return (result, state) if options.with_metrics else result, saved, ()

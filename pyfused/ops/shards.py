@@ -69,9 +69,9 @@ def _merged(state: Tensor, group: Any, entropy: bool) -> Tensor:
         is_largest = (maxima == maxima.amax(0)) | maxima.isnan()
         state[MAXIMUM], state[INDEX] = maxima.amax(0), indices.where(is_largest, torch.inf).amin(0)
     merged = state[SUM], state[WEIGHTED], state[TARGET_LOGIT]
-    log_p, of_entropy, state[LSE] = definitions.row_results(pivot, *merged)
+    log_p, row_entropy, state[LSE] = definitions.row_results(pivot, *merged)
     state[LOG_P] = log_p.clamp(max=0)
-    state[ENTROPY] = of_entropy.clamp(min=0) if entropy else 0
+    state[ENTROPY] = row_entropy.clamp(min=0) if entropy else 0
     return state
 
 
