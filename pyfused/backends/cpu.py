@@ -374,15 +374,10 @@ def embedding_loss(
 # ---- rows of logits ------------------------------------------------------------------------------
 
 
-def row_state(
-    block: RowBlock, state: Tensor, results: Tensor | None = None, continues: bool = False
-) -> None:
+def _row_arguments(block: RowBlock) -> tuple[Any, ...]:
+    """Returns the first arguments of the kernels of row states."""
     logits, target, weight, options = block.logits, block.target, block.weight, block.options
-    copied = _NO_OPERAND
-    if results is not None:
-        count = 1 if results.dim() < state.dim() else len(results)
-        copied = results.data_ptr(), logits.shape[0], count
-    native.row_state(
+    return (
         DTYPES[logits.dtype],
         (*logits.shape, block.classes.first, logits.stride(0)),
         logits.data_ptr(),
@@ -390,6 +385,18 @@ def row_state(
         options.ignore_index,
         (1 / options.temperature, options.softcap or 0.0),
         0 if weight is None else weight.data_ptr(),
+    )
+
+
+def row_state(
+    block: RowBlock, state: Tensor, results: Tensor | None = None, continues: bool = False
+) -> None:
+    copied = _NO_OPERAND
+    if results is not None:
+        count = 1 if results.dim() < state.dim() else len(results)
+        copied = results.data_ptr(), block.logits.shape[0], count
+    native.row_state(
+        *_row_arguments(block),
         (state.data_ptr(), state.stride(0), state.shape[0]),
         copied,
         continues,
@@ -400,20 +407,13 @@ def row_state(
 def row_gradients(
     block: RowBlock, state: Tensor, grad_results: Tensor, out: Tensor | None = None
 ) -> Tensor:
-    logits, target, weight, options = block.logits, block.target, block.weight, block.options
     if out is None:
-        like = torch.empty_like if logits.nbytes < RECYCLED_BYTES else empty_like
-        out = like(logits, memory_format=torch.contiguous_format)
+        like = torch.empty_like if block.logits.nbytes < RECYCLED_BYTES else empty_like
+        out = like(block.logits, memory_format=torch.contiguous_format)
     strides = (0, *grad_results.stride())[-2:]
     results = 1 if grad_results.dim() == 1 else grad_results.shape[0]
     native.row_gradients(
-        DTYPES[logits.dtype],
-        (*logits.shape, block.classes.first, logits.stride(0)),
-        logits.data_ptr(),
-        0 if target is None else target.data_ptr(),
-        options.ignore_index,
-        (1 / options.temperature, options.softcap or 0.0),
-        0 if weight is None else weight.data_ptr(),
+        *_row_arguments(block),
         (state.data_ptr(), state.stride(0), 0),
         (grad_results.data_ptr(), *strides, results, grad_results.itemsize),
         (out.data_ptr(), out.stride(0)),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -158,16 +157,9 @@ class CrossEntropyLoss(RowLoss):
         return rows
 
     def block(
-        self,
-        backend: Backend,
-        logits: Tensor,
-        operands: Sequence[Any],
-        counts: Tensor | None,
-        grad_output: Tensor | None,
-        options: Options,
-        outputs: Outputs,
+        self, logits: Tensor, inputs: Tensors, grad_output: Any, options: Options, outputs: Outputs
     ) -> BlockResult:
-        target, weight, token_weight, _ = operands
+        (target, weight, token_weight, _), backend = inputs, backend_of(logits)
         state = prediction = None
         x, saved = capped(backend, logits, options.softcap, rounds=True)
         if target.is_floating_point():
@@ -182,8 +174,6 @@ class CrossEntropyLoss(RowLoss):
         gradient, grad_target = gradients
         if options.softcap is not None and gradient is not None:
             gradient = cap_backward(backend, gradient, saved, options.softcap)
-            if counts is not None:  # 0 times NaN is NaN
-                gradient.masked_fill_(~counts.unsqueeze(-1), 0)
         return loss, (gradient, grad_target), state
 
 

@@ -194,17 +194,10 @@ class DivergenceLoss(RowLoss):
         return *student, teacher.input, *parameters, token_weight, denominator
 
     def block(
-        self,
-        backend: Backend,
-        logits: Tensor,
-        operands: Sequence[Any],
-        counts: Tensor | None,  # noqa: ARG002
-        grad_output: Tensor | None,
-        options: Options,
-        outputs: Outputs,
+        self, logits: Tensor, inputs: Tensors, grad_output: Any, options: Options, outputs: Outputs
     ) -> BlockResult:
-        input, weight, bias, token_weight, _ = operands
-        teacher_logits = backend.empty(logits.shape, input.dtype, logits)
+        input, weight, bias, token_weight, _ = inputs
+        teacher_logits = backend_of(logits).empty(logits.shape, input.dtype, logits)
         multiply(input, weight, bias, teacher_logits)
         tensors = logits, teacher_logits, token_weight, None
         loss, (gradient,) = divergence_kernel(tensors, options, outputs, grad_output)
@@ -234,17 +227,11 @@ class TopKLoss(DivergenceLoss):
         return input, weight, bias, indices, log_probs, token_weight, denominator
 
     def block(
-        self,
-        backend: Backend,
-        logits: Tensor,
-        operands: Sequence[Any],
-        counts: Tensor | None,  # noqa: ARG002
-        grad_output: Tensor | None,
-        options: Options,
-        outputs: Outputs,
+        self, logits: Tensor, inputs: Tensors, grad_output: Any, options: Options, outputs: Outputs
     ) -> BlockResult:
+        backend = backend_of(logits)
         x, saved = capped(backend, logits, options.softcap)
-        loss, gradient = _topk(x, operands, grad_output, options, bool(outputs.gradients))
+        loss, gradient = _topk(x, inputs, grad_output, options, bool(outputs.gradients))
         if gradient is not None:
             gradient = cap_backward(backend, gradient, saved, options.softcap).to(logits.dtype)
         return loss, (gradient, None), None

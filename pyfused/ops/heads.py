@@ -29,10 +29,9 @@ class HeadBlocks:
     """Computes a loss of a layer's output in blocks of rows with all classes.
 
     Attributes:
-        op: Has a `rows.RowLoss` with a method `block`, which takes the backend; the logits; the
-            tensors of a call after the layer; whether each row counts, None if all do; the gradient
-            of the loss, None for ones; the options of a call with the reduction "none" or "sum";
-            and the outputs.
+        op: Has a `rows.RowLoss` with a method `block`, which takes the logits; the tensors of a
+            call after the layer; the gradient of the loss, None for ones; the options of a call
+            with the reduction "none" or "sum"; and the outputs.
         rows: The rows to compute.
         tensors: The tensors of these rows.
         size: The size of a block. If it does not have all classes, `compute` cannot be called.
@@ -54,11 +53,11 @@ class HeadBlocks:
             needs: Whether each of the first tensors needs a gradient; () to compute none.
             grad_output: The gradient of the result in the backward pass, None in the forward pass.
         """
-        loss, backend, rows, options = self.op.loss, self.loop.backend, self.rows, self.options
+        loss, rows, options = self.op.loss, self.rows, self.options
         is_mean, unreduced = options.reduction == "mean", options.reduction == "none"
         block_needs = (any(needs[:3]), *needs[3:]) if needs else ()
         outputs, divisor, below = Outputs(grad_output is None, block_needs, True), None, None
-        input, weight, bias, *operands = loss.prepared(self.tensors, backend)
+        input, weight, bias, *operands = loss.prepared(self.tensors, self.loop.backend)
         if unreduced and rows.indices is not None:
             grad_output = rows.take(grad_output)
         if is_mean:
@@ -79,14 +78,15 @@ class HeadBlocks:
         results = list[Any]()
 
         def step(logits: Tensor, block: slice, _: slice) -> Tensor | None:
-            part, counts, grad = [*operands], rows.counts, grad_output
+            part, grad = [*operands], grad_output
             for i in row_operands:
                 part[i] = None if part[i] is None else part[i][block]
-            counts = None if counts is None else counts[block]
             grad = grad[block] if unreduced and grad is not None else grad
-            result = loss.block(backend, logits, part, counts, grad, options, outputs)
+            result = loss.block(logits, part, grad, options, outputs)
             block_loss, (gradient, grad_target), state = result
             results.append((block_loss, grad_target, state))
+            if not (gradient is None or rows.counts is None or options.softcap is None):
+                gradient.masked_fill_(~rows.counts[block].unsqueeze(-1), 0)  # 0 times NaN is NaN
             return gradient  # type: ignore[no-any-return]
 
         layer = Layer(input, weight, bias)

@@ -79,7 +79,9 @@ def class_range(layer: Sequence[Any], shard: LocalShard | None = None) -> ClassR
     """Returns the classes of logits, or of the input, weight and bias of a layer."""
     if shard is not None:
         return shard.classes
-    return ClassRange(0, len(layer[1]) if len(layer) > 1 else checks.classes_of(layer[0]))
+    if len(layer) > 1:
+        return ClassRange(0, layer[1].shape[0])
+    return ClassRange(0, layer[0].shape[min(layer[0].dim() - 1, 1)])
 
 
 @dataclass(eq=False)
