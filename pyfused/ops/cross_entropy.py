@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from pyfused.backends import Backend, backend_of, takes_triton
+from pyfused.backends import backend_of, takes_triton
 from pyfused.dispatch.autograd import in_autocast_dtype
 from pyfused.dispatch.operator import Forward, Needs, Operand, Options, Tensors
 from pyfused.layout import accumulate_dtype, with_leading_dims
@@ -145,8 +145,9 @@ class CrossEntropyLoss(RowLoss):
             return target != options.ignore_index  # type: ignore[no-any-return]
         return definitions.target_weights(target, weight, options.ignore_index)
 
-    def rows(self, tensors: Tensors, options: Options, backend: Backend) -> Rows:
+    def rows(self, tensors: Tensors, options: Options) -> Rows:
         *_, target, _, token_weight, _ = tensors
+        backend = backend_of(target)
         counts = definitions.counted(target, options.ignore_index, token_weight)
         computed = counts
         if options.with_metrics:  # rows of weight 0 also have metrics
@@ -161,7 +162,7 @@ class CrossEntropyLoss(RowLoss):
     ) -> BlockResult:
         (target, weight, token_weight, _), backend = inputs, backend_of(logits)
         state = prediction = None
-        x, saved = capped(backend, logits, options.softcap, rounds=True)
+        x, saved = capped(logits, options.softcap, rounds=True)
         if target.is_floating_point():
             target = target.to(logits.dtype)
         if options.with_metrics == PREDICTION and outputs.loss and backend.predicts(x):
@@ -173,7 +174,7 @@ class CrossEntropyLoss(RowLoss):
         loss, gradients = backend.cross_entropy(tensors, options, outputs, grad_output, prediction)
         gradient, grad_target = gradients
         if options.softcap is not None and gradient is not None:
-            gradient = cap_backward(backend, gradient, saved, options.softcap)
+            gradient = cap_backward(gradient, saved, options.softcap)
         return loss, (gradient, grad_target), state
 
 
@@ -184,10 +185,8 @@ def metrics_state(
 
     For class probabilities, LOG_P is ``sum_c target_c log p_c``.
     """
-    indices, row_options = (
-        not target.is_floating_point(),
-        options.row_options()._replace(softcap=None),
-    )
+    indices = not target.is_floating_point()
+    row_options = options.row_options()._replace(softcap=None)
     inputs = target if indices else None, None, row_options, class_range((logits,))
     state, *_ = LogitRows(logits, *inputs).state(fields)
     if indices:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from pyfused import checks
-from pyfused.backends import Backend, backend_of
+from pyfused.backends import backend_of
 from pyfused.backends.protocol import LossResult
 from pyfused.dispatch.operator import Forward, Needs, Options, Tensors, requires_grad
 from pyfused.dispatch.originals import F
@@ -185,13 +185,13 @@ class DivergenceLoss(RowLoss):
         dtype = backend_of(tensors[3]).product_dtype(tensors[3].dtype)
         return (1 if options.teacher_softcap is None else 3) * dtype.itemsize
 
-    def prepared(self, tensors: Tensors, backend: Backend) -> Tensors:
+    def prepared(self, tensors: Tensors) -> Tensors:
         input, *student, teacher_input, weight, bias, token_weight, denominator = tensors
-        dtype = backend.product_dtype(teacher_input.dtype)
+        dtype = backend_of(input).product_dtype(teacher_input.dtype)
         teacher = Layer(teacher_input.to(dtype), weight, bias)
-        parameters = prepared(teacher, slice(None), dtype)
-        student = [_masked(input, token_weight), *student]
-        return *student, teacher.input, *parameters, token_weight, denominator
+        teacher_layer = teacher.input, *prepared(teacher, slice(None), dtype)
+        input = _masked(input, token_weight)
+        return input, *student, *teacher_layer, token_weight, denominator
 
     def block(
         self, logits: Tensor, inputs: Tensors, grad_output: Any, options: Options, outputs: Outputs
@@ -214,13 +214,13 @@ class TopKLoss(DivergenceLoss):
         checks.topk_log_probs(_masked(log_probs, token_weight, -torch.inf))
         return invalid[:, None]
 
-    def bytes_per_logit(self, tensors: Tensors, options: Options) -> int:  # noqa: ARG002
+    def bytes_per_logit(self, _tensors: Tensors, _options: Options) -> int:
         return 0
 
-    def prepared(self, tensors: Tensors, backend: Backend) -> Tensors:
+    def prepared(self, tensors: Tensors) -> Tensors:
         input, weight, bias, indices, log_probs, token_weight, denominator = tensors
         invalid = self.check(tensors)
-        if backend.ASYNCHRONOUS:  # raising would synchronise, so the loss of the row is NaN
+        if backend_of(input).ASYNCHRONOUS:  # raising would synchronise, so the row's loss is NaN
             log_probs = log_probs.masked_fill(invalid, torch.nan)
             indices = indices.masked_fill(invalid, 0)
         input = _masked(input, token_weight)
@@ -229,11 +229,10 @@ class TopKLoss(DivergenceLoss):
     def block(
         self, logits: Tensor, inputs: Tensors, grad_output: Any, options: Options, outputs: Outputs
     ) -> BlockResult:
-        backend = backend_of(logits)
-        x, saved = capped(backend, logits, options.softcap)
+        x, saved = capped(logits, options.softcap)
         loss, gradient = _topk(x, inputs, grad_output, options, bool(outputs.gradients))
         if gradient is not None:
-            gradient = cap_backward(backend, gradient, saved, options.softcap).to(logits.dtype)
+            gradient = cap_backward(gradient, saved, options.softcap).to(logits.dtype)
         return loss, (gradient, None), None
 
 
@@ -247,7 +246,7 @@ class Divergence(RowOperator):
     strategy = "row by row"
     flattens = True
 
-    def check_values(self, tensors: Tensors, options: Options) -> None:  # noqa: ARG002
+    def check_values(self, tensors: Tensors, _: Options) -> None:
         if isinstance(self.loss, TopKLoss):
             self.loss.check(tensors)
 
@@ -293,15 +292,15 @@ def divergence_kernel(
     backend, dtype, softcap = backend_of(logits), logits.dtype, options.softcap
     if softcap is None is options.teacher_softcap and dtype is teacher_logits.dtype:
         return backend.kl_div_with_logits(tensors, options, outputs, grad_output)
-    student, saved = capped(backend, logits, softcap)
-    teacher, _ = capped(backend, teacher_logits, options.teacher_softcap)
+    student, saved = capped(logits, softcap)
+    teacher, _ = capped(teacher_logits, options.teacher_softcap)
     common = torch.promote_types(student.dtype, teacher.dtype)
     outputs = outputs._replace(inplace=outputs.inplace or student is not logits)
     inputs = student.to(common), teacher.to(common), token_weight, *others
     loss, gradients = backend.kl_div_with_logits(inputs, options, outputs, grad_output)
     loss, (gradient,) = None if loss is None else loss.to(accumulate_dtype(dtype)), gradients
     if gradient is not None:
-        gradient = cap_backward(backend, gradient.to(student.dtype), saved, softcap).to(dtype)
+        gradient = cap_backward(gradient.to(student.dtype), saved, softcap).to(dtype)
         if softcap is not None and token_weight is not None:  # NaN times 0 is NaN
             gradient.masked_fill_((token_weight == 0).unsqueeze(-1), 0)
     return loss, (gradient,)

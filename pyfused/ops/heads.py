@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyfused.backends import Backend
+from pyfused.backends import backend_of
 from pyfused.dispatch.operator import Needs, Options, Tensors
 from pyfused.layout import accumulate_dtype
 from pyfused.ops.elementwise import SOFTCAP
@@ -40,7 +40,7 @@ class HeadBlocks:
     def __init__(self, op: RowOperator, loop: HeadLoop, tensors: Tensors, options: Options) -> None:
         self.op, self.loop, self.options, self.wide = op, loop, options, op.wide_dtype(tensors)
         self.has_rows = [operand.has_rows for operand in op.all_operands]
-        self.rows = op.loss.rows(tensors, options, loop.backend)
+        self.rows = op.loss.rows(tensors, options)
         if self.rows.indices is not None:
             pairs = zip(tensors, self.has_rows, strict=True)
             tensors = [self.rows.take(x) if has and x is not None else x for x, has in pairs]
@@ -57,7 +57,7 @@ class HeadBlocks:
         is_mean, unreduced = options.reduction == "mean", options.reduction == "none"
         block_needs = (any(needs[:3]), *needs[3:]) if needs else ()
         outputs, divisor, below = Outputs(grad_output is None, block_needs, True), None, None
-        input, weight, bias, *operands = loss.prepared(self.tensors, self.loop.backend)
+        input, weight, bias, *operands = loss.prepared(self.tensors)
         if unreduced and rows.indices is not None:
             grad_output = rows.take(grad_output)
         if is_mean:
@@ -125,9 +125,7 @@ def joined(parts: Sequence[Any], unreduced: bool) -> Tensor | None:
 # ---- capped logits -------------------------------------------------------------------------------
 
 
-def capped(
-    backend: Backend, logits: Tensor, softcap: float | None, rounds: bool = False
-) -> tuple[Tensor, Tensor]:
+def capped(logits: Tensor, softcap: float | None, rounds: bool = False) -> tuple[Tensor, Tensor]:
     """Returns softcap * tanh(logits / softcap), and the tensor that `cap_backward` takes.
 
     Without a softcap, both are the logits.
@@ -138,14 +136,12 @@ def capped(
     if softcap is None:
         return logits, logits
     wide = logits if rounds else logits.to(accumulate_dtype(logits.dtype))
-    return backend.activation(SOFTCAP.kernels["softcap"], wide, (softcap,)), wide
+    return backend_of(wide).activation(SOFTCAP.kernels["softcap"], wide, (softcap,)), wide
 
 
-def cap_backward(
-    backend: Backend, gradient: Tensor, saved: Tensor, softcap: float | None
-) -> Tensor:
+def cap_backward(gradient: Tensor, saved: Tensor, softcap: float | None) -> Tensor:
     """Returns the gradient of the logits, given the gradient of `capped`."""
     if softcap is None:
         return gradient
     kernel = SOFTCAP.kernels["softcap"]
-    return backend.activation_backward(kernel, gradient, saved, (softcap,))
+    return backend_of(saved).activation_backward(kernel, gradient, saved, (softcap,))

@@ -47,19 +47,14 @@ class LogitRows(RowBlock):
         self.target = None if target is None else target.contiguous()
         self.weight, self.options, self.classes = weight, options, classes
 
-    def state(
-        self,
-        fields: int = STATE_FIELDS,
-        results: int = 0,
-        keeps_logits: bool = False,  # noqa: ARG002
-    ) -> RowState:
+    def state(self, fields: int = STATE_FIELDS, results: int = 0, _: bool = False) -> RowState:
         """Computes the state of each row.
 
         Args:
             fields: The number of fields of a state.
             results: How many of the first fields are also returned in the accumulation dtype, if
                 the kernel computes the logits of all classes at once. One has the target's shape.
-            keeps_logits: Whether logits that have been computed may be returned.
+            keeps_logits: Whether logits that have been computed may be returned; see `HeadRows`.
         """
         rows, out = self.logits, None
         shape: Any = rows.shape[:1] if self.target is None else self.target.shape
@@ -72,11 +67,7 @@ class LogitRows(RowBlock):
         return state, out, None
 
     def gradients(
-        self,
-        state: Tensor,
-        grad_results: Tensor,
-        logits: Tensor | None = None,
-        filter_below: Tensor | None = None,  # noqa: ARG002
+        self, state: Tensor, grad_results: Tensor, logits: Tensor | None = None, *_: Any
     ) -> Gradients:
         """Computes the gradients of the logits, or of the input, weight and bias of a layer.
 
@@ -134,12 +125,7 @@ class HeadRows:
         range_ = ClassRange(first + classes.start, total)
         return RowBlock(logits, self.target[rows], self.weight, self.options, range_)
 
-    def state(
-        self,
-        fields: int = STATE_FIELDS,
-        results: int = 0,  # noqa: ARG002
-        keeps_logits: bool = False,
-    ) -> RowState:
+    def state(self, fields: int, _results: int, keeps_logits: bool) -> RowState:
         all_classes, backend = self.layer.weight.shape[0], self.loop.backend
         state = self.target.new_empty((fields, self.target.shape[0]), dtype=torch.float64)
         kept: Tensor | None = None

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.compiler import is_dynamo_compiling
 
 from pyfused import checks
-from pyfused.backends import Backend, backend_of
+from pyfused.backends import backend_of
 from pyfused.backends.protocol import LossResult
 from pyfused.dispatch.autograd import compute, differentiate, in_autocast_dtype, without_autocast
 from pyfused.dispatch.operator import (
@@ -55,12 +55,14 @@ class RowLoss:
     The last two tensors of a call are the factor of each row and the divisor of a mean, or None.
     """
 
-    def rows(self, tensors: Tensors, options: Options, backend: Backend) -> Rows:  # noqa: ARG002
+    def rows(self, tensors: Tensors, _: Options) -> Rows:
         """Returns the rows to compute."""
         token_weight = tensors[-2]
-        return ALL_ROWS if token_weight is None else rows_that_count(token_weight != 0, backend)
+        if token_weight is None:
+            return ALL_ROWS
+        return rows_that_count(token_weight != 0, backend_of(token_weight))
 
-    def prepared(self, tensors: Tensors, backend: Backend) -> Tensors:  # noqa: ARG002
+    def prepared(self, tensors: Tensors) -> Tensors:
         """Returns the tensors of the rows to compute in the form that blocks take."""
         return tensors
 
@@ -80,7 +82,7 @@ class RowLoss:
             weights = token_weight if weights is None else weights * token_weight
         return tensors[0].shape[0] if weights is None else weights.sum(dtype=torch.float64)
 
-    def weights(self, tensors: Tensors, options: Options, all_count: bool) -> Tensor | None:  # noqa: ARG002
+    def weights(self, _tensors: Tensors, _options: Options, _all_count: bool) -> Tensor | None:
         """Returns the weights of the rows in the default divisor, None for ones."""
         return None
 
@@ -188,13 +190,7 @@ class RowOperator(Operator):
             for operand, x in pairs
         ]
 
-    def finished(
-        self,
-        result: Any,
-        tensors: Tensors,  # noqa: ARG002
-        options: Options,  # noqa: ARG002
-        shard: LocalShard | None = None,  # noqa: ARG002
-    ) -> Any:
+    def finished(self, result: Any, *_: Any) -> Any:
         """Returns the result of a call, from the output for its arranged tensors."""
         return result
 

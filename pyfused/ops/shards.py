@@ -111,10 +111,7 @@ class ShardedRows:
         self.is_empty = 0 in sizes
 
     def state(
-        self,
-        fields: int,
-        results: int,  # noqa: ARG002
-        keeps_logits: bool,
+        self, fields: int, _results: int, keeps_logits: bool
     ) -> tuple[Tensor, None, Tensor | None]:
         """Computes the states over all classes."""
         target, logits = self.target, None
