@@ -486,12 +486,9 @@ def pointwise_loss(
     grad_output: Tensor | None = None,
     on_nan: Callable[[], Any] | None = None,  # noqa: ARG001 a NaN loss is not read
 ) -> LossResult:
-    like, _ = dense_operand(tuple(operands))
+    like = dense_operand(operands)
     padding, each = (None,) * (OPERANDS - len(operands)), reduction == "none"
-    views: list[Any] = [*operands, *padding, weight, grad_output]
-    copied, columns, strides = in_rows(like, views)
-    for i in copied:
-        views[i] = torch.empty_like(like, dtype=views[i].dtype).copy_(views[i])
+    views, columns, strides = in_rows(like, [*operands, *padding, weight, grad_output])
     program = formula if isinstance(formula, Program) else formula.programs[0]
     kernel = _elementwise_kernel(program, like.element_size(), each)
     needs = outputs.gradients or (False,) * len(operands)
@@ -506,8 +503,7 @@ def pointwise_loss(
         programs = min(max(programs, 1), MOST_PROGRAMS)  # an empty sum needs one program
     floats = *(*parameters, 0.0, 0.0, 0.0)[:NUMBERS], parts_of(parameters[NUMBERS:])
     inputs, outs = (tuple(views[:OPERANDS]), *views[OPERANDS:]), (*gradients, *padding)
-    in_row = n if columns == 0 else columns
-    _run(kernel, programs, inputs, loss, (outs, n, in_row, strides, *floats, divisor), each)
+    _run(kernel, programs, inputs, loss, (outs, n, columns, strides, *floats, divisor), each)
     return loss, gradients
 
 
@@ -544,16 +540,12 @@ def _run_activation(
     formula: Kernel, method: int, inputs: list[Tensor], output: Tensor, options: Options
 ) -> None:
     """Computes the forward or the backward method of an activation."""
-    copied, columns, strides = in_rows(output, inputs)
-    for i in copied:
-        inputs[i] = torch.empty_like(output).copy_(inputs[i])
+    views, columns, strides = in_rows(output, inputs)
     kernel = _elementwise_kernel(formula.programs[method], output.element_size(), True)
     padding, n = (None,) * OPERANDS, output.numel()
-    tensors = (*inputs, *padding[len(inputs) :]), None, None, output, padding
+    tensors = (*views, *padding[len(views) :]), None, None, output, padding
     parameters = (*options[: len(formula.parameters)], 0.0, 0.0, 0.0)[:NUMBERS]
-    in_row = n if columns == 0 else columns
-    programs = -(-n // kernel.choice.block)
-    kernel(programs, *tensors, n, in_row, strides, *parameters, (), None)
+    kernel(-(-n // kernel.choice.block), *tensors, n, columns, strides, *parameters, (), None)
 
 
 def scale_(tensor: Tensor, factor: Tensor) -> None:
