@@ -252,8 +252,7 @@ class CrossEntropy(RowOperator):
     ) -> Forward:
         dtype, state = definitions.dtype_of_loss(options, *tensors[:3]), None
         if self.needs_state(options, shard):
-            all_rows = bool(options.with_metrics)
-            source = row_source(self, tensors, options, needs, shard, all_rows=all_rows)
+            source = row_source(self, tensors, options, needs, shard, bool(options.with_metrics))
             return state_forward(self, source, tensors, options, needs, dtype)
         if options.with_metrics:
             state = metrics_state(tensors[0], tensors[1], options, METRICS_FIELDS)
@@ -328,6 +327,7 @@ class LinearCrossEntropy(RowOperator):
     """Cross-entropy of a linear layer's output: cross_entropy(linear(input), target)."""
 
     flattens = True
+    tiles = True
     overwritten = kept_logits
 
     def by_torch(self, tensors: Tensors, options: Options) -> Any:
@@ -370,12 +370,10 @@ class LinearCrossEntropy(RowOperator):
         self, tensors: Tensors, options: Options, needs: Needs, shard: Any = None
     ) -> Forward:
         if (blocks := self.blocks(tensors, options, needs, shard)) is None:
-            # With metrics, the forward pass also has rows of weight 0.
-            keeps = shard is not None and (not options.with_metrics or tensors[-2] is None)
-            all_rows, tiles = bool(options.with_metrics), shard is None
-            source = row_source(
-                self, tensors, options, needs, shard, all_rows=all_rows, tiles=tiles
-            )
+            all_rows = bool(options.with_metrics)
+            # The backward pass does not have rows of weight 0.
+            keeps = shard is not None and not (all_rows and tensors[-2] is not None)
+            source = row_source(self, tensors, options, needs, shard, all_rows)
             return state_forward(self, source, tensors, options, needs, keeps_logits=keeps)
         needs = needs if self.in_forward(tensors, options, needs) else ()
         loss, gradients, state = blocks.compute(needs)
@@ -388,7 +386,7 @@ class LinearCrossEntropy(RowOperator):
     ) -> Gradients:
         if blocks := self.blocks(saved[: len(self.all_operands)], options, needs, shard):
             return blocks.compute(needs, grad_output)[1]
-        source = row_source(self, saved, options, needs, shard, tiles=shard is None)
+        source = row_source(self, saved, options, needs, shard)
         return state_backward(self, source, saved, options, needs, grad_output)
 
     def blocks(

@@ -85,7 +85,7 @@ class HeadBlocks:
             result = loss.block(logits, part, grad, options, outputs)
             block_loss, (gradient, grad_target), state = result
             results.append((block_loss, grad_target, state))
-            if not (gradient is None or rows.counts is None or options.softcap is None):
+            if gradient is not None and rows.counts is not None and options.softcap is not None:
                 gradient.masked_fill_(~rows.counts[block].unsqueeze(-1), 0)  # 0 times NaN is NaN
             return gradient  # type: ignore[no-any-return]
 

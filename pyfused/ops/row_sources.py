@@ -175,9 +175,7 @@ def row_source(
     options: Options,
     needs: Needs,
     shard: LocalShard | None,
-    *,
     all_rows: bool = False,
-    tiles: bool = False,
 ) -> Any:
     """Returns the source of the rows of a call's logits, or of its layer's.
 
@@ -185,7 +183,6 @@ def row_source(
         op: A `rows.RowOperator`.
         tensors: The arranged tensors of the call, or the saved ones, of which they are the first.
         all_rows: Whether to include rows of weight 0.
-        tiles: Whether blocks of a layer's logits have the size `HeadSizes.tile`.
     """
     tensors, layer = tensors[: len(op.all_operands)], tensors[op.layer]
     target, weight, row_options = op.loss.inputs(tensors, options, all_rows)
@@ -193,7 +190,8 @@ def row_source(
     source: Any
     if op.is_linear:
         sizes, backend = op.head_sizes(tensors, options), backend_of(tensors[0])
-        loop = HeadLoop(backend, sizes.dtype, sizes.tile if tiles else sizes.state_blocks, needs)
+        size = sizes.tile if op.tiles and shard is None else sizes.state_blocks
+        loop = HeadLoop(backend, sizes.dtype, size, needs)
         source = HeadRows(loop, layer, *inputs)
     else:
         source = LogitRows(layer[0], *inputs)

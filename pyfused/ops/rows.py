@@ -115,6 +115,7 @@ class RowOperator(Operator):
         target: The index of the target, -1 if there is none.
         layer: The indices of the logits, or of the input, weight and bias of a layer.
         flattens: Whether kernels take rows with one leading dimension.
+        tiles: Whether states of rows are computed only if a block cannot have all classes.
     """
 
     check_arguments: Callable[..., None]
@@ -122,6 +123,7 @@ class RowOperator(Operator):
     reference: Callable[..., Any] | None = None
     factors: ClassVar[tuple[Operand, ...]] = FACTORS
     flattens: ClassVar[bool] = False
+    tiles: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
