@@ -242,114 +242,122 @@ def gpu_check(options: argparse.Namespace) -> None:
 # ---- the command line ----------------------------------------------------------------------------
 
 
-def parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    named, declared = (argparse.ArgumentParser(add_help=False) for _ in range(2))
-    named.add_argument("-k", nargs="+", default=[""], help="select cases by parts of names")
-    declared.add_argument("--op", nargs="+", help="select operators")
-    declared.add_argument("--dtype", nargs="+", help="select dtypes")
+class Commands:
+    """The commands, whose functions are called with the parsed options."""
+
+    def __init__(self) -> None:
+        self.parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+        self.commands = self.parser.add_subparsers(metavar="COMMAND", required=True)
+        self.named, self.declared = (argparse.ArgumentParser(add_help=False) for _ in range(2))
+        self.named.add_argument("-k", nargs="+", default=[""], help="select by parts of names")
+        self.declared.add_argument("--op", nargs="+", help="select operators")
+        self.declared.add_argument("--dtype", nargs="+", help="select dtypes")
+        self.add_suite()
+        self.add_comparisons()
+        self.add_models()
+        self.add_gpu()
 
     def command(
-        name: str, function: Command, words: str, *parents: argparse.ArgumentParser
+        self, name: str, function: Command, words: str, *parents: argparse.ArgumentParser
     ) -> Callable[..., Any]:
+        """Adds a command, and returns the function that adds an argument to it."""
         form = argparse.ArgumentDefaultsHelpFormatter
-        made = commands.add_parser(
+        made = self.commands.add_parser(
             name, help=words, description=words, parents=parents, formatter_class=form
         )
         made.set_defaults(function=function)
         return made.add_argument
 
-    add = command("report", report, "time all cases, and write benchmarks/results")
-    add("--json", type=Path, nargs="+", help="report these results instead of measuring")
-    add("--results", type=Path, default=HERE / "results", help="the output folder")
-    add("--threads", type=int, help="the number of threads")
-    add = command("quick", quick, "time the headline cases, and report in .benchmarks")
-    add("-k", metavar="EXPRESSION", help="select other cases, as in pytest")
-    add = command("memory", memory, "measure the peak memory of torch and pyfused")
-    add("-k", metavar="EXPRESSION", default="", help="select cases, as in pytest")
+    def add_suite(self) -> None:
+        add = self.command("report", report, "time all cases, and write benchmarks/results")
+        add("--json", type=Path, nargs="+", help="report these results instead of measuring")
+        add("--results", type=Path, default=HERE / "results", help="the output folder")
+        add("--threads", type=int, help="the number of threads")
+        add = self.command("quick", quick, "time the headline cases, and report in .benchmarks")
+        add("-k", metavar="EXPRESSION", help="select other cases, as in pytest")
+        add = self.command("memory", memory, "measure the peak memory of torch and pyfused")
+        add("-k", metavar="EXPRESSION", default="", help="select cases, as in pytest")
 
-    add = command("busy", "pairs.busy", "time the headline cases under load", named)
-    add("--seconds", type=float, default=10, help="time per case")
-    words = "compare the kernels of a revision and of the working tree"
-    add = command("compare", "revisions.compare", words, named)
-    add("base", help="a git revision, or a folder with its build")
-    add("--all", action="store_true", help="time and list all calls, to see which are faster")
-    add("--minutes", type=float, default=5, help="the time limit, without the build")
-    words = "time large cases with each allocator setting"
-    add = command("allocators", "pairs.allocators", words, named)
-    add("--seconds", type=float, default=12, help="time per case")
-    add("--json", type=Path, help="also write the results to this file, for the report")
-    add("--all", action="store_true", help="all operators, not one of each family")
-    words = "measure the overhead of calls on 80 elements, compared with torch"
-    add = command("overhead", "pairs.overhead", words, named)
-    add("--rounds", type=int, default=101, help="rounds of 200 calls")
+    def add_comparisons(self) -> None:
+        named, command = self.named, self.command
+        add = command("busy", "pairs.busy", "time the headline cases under load", named)
+        add("--seconds", type=float, default=10, help="time per case")
+        words = "compare the kernels of a revision and of the working tree"
+        add = command("compare", "revisions.compare", words, named)
+        add("base", help="a git revision, or a folder with its build")
+        add("--all", action="store_true", help="time and list all calls, to see which are faster")
+        add("--minutes", type=float, default=5, help="the time limit, without the build")
+        words = "time large cases with each allocator setting"
+        add = command("allocators", "pairs.allocators", words, named)
+        add("--seconds", type=float, default=12, help="time per case")
+        add("--json", type=Path, help="also write the results to this file, for the report")
+        add("--all", action="store_true", help="all operators, not one of each family")
+        words = "measure the overhead of calls on 80 elements, compared with torch"
+        add = command("overhead", "pairs.overhead", words, named)
+        add("--rounds", type=int, default=101, help="rounds of 200 calls")
+        words = "compare users' formulas with eager and compiled torch, and hand-written kernels"
+        add = command("formulas", "pairs.formulas", words, named)
+        add("--seconds", type=float, default=2, help="time per formula and size")
+        words = "time calls of random shapes; exit with 1 if any is slower than in torch"
+        add = command("sweep", "sweep.sweep", words, self.declared)
+        add("--threads", nargs="+", type=int, default=[1, 2], help="the numbers of threads")
+        add("--seconds", type=float, default=0.08, help="time per call")
+        add("--margin", type=float, default=0.95, help="smaller ratios count as slower")
+        add("--shapes", type=int, default=6, help="shapes per operator and dtype")
+        add("--minutes", type=float, default=20, help="the time limit")
+        add("--layouts", action="store_true", help="slices, transposed and other strided tensors")
+        add("--seed", type=int, help="the seed of another run, to repeat its shapes")
+        ways = ("called", "patched")
+        add("--how", choices=ways, default="called", help="how calls are made")
 
-    words = "compare users' formulas with eager and compiled torch, and with hand-written kernels"
-    add = command("formulas", "pairs.formulas", words, named)
-    add("--seconds", type=float, default=2, help="time per formula and size")
+    def add_models(self) -> None:
+        command = self.command
+        words = "time a language model's head and loss, and write heads.md in benchmarks/results/"
+        add = command("head", "head.head", words)
+        add("--quick", action="store_true", help="time only the first case, and write no file")
+        words = "time training steps of several models: torch, compiled, and with pyfused"
+        add = command("steps", "steps.steps", words)
+        add("file", type=Path, nargs="?", help="the output file; by default in benchmarks/results/")
+        add("--rounds", type=int, default=5, help="steps per model and way")
+        add("--cpu", action="store_true", help="measure CPU time on one thread, for a busy machine")
+        add("--only", default="", help="models whose name contains this; writes no file")
+        add("--ways", nargs="+", help="only these ways; writes no file")
+        add("--seconds", type=float, default=3600, help="start no new model after this time")
+        add("--trial", action="store_true", help="run tiny models, to test the command")
+        words = "time calls and steps with 1, 2, 4, ... threads, and write threads.md (3 minutes)"
+        add = command("threads", "threads.threads", words)
+        add("--results", type=Path, default=HERE / "results", help="the folder of the machines")
+        add("--seconds", type=float, default=165, help="start no new measurement after this time")
+        add("--serial", action="store_true", help="only print the time outside of parallel regions")
+        add("--trial", action="store_true", help="run tiny cases, to test the command")
+        words = "measure speed-up and error of linear_cross_entropy's filter_eps on a trained model"
+        add = command("filter-eps", "head.filter_eps", words)
+        add("--steps", type=int, default=600, help="training steps")
 
-    words = "time calls of random shapes; exit with 1 if any is slower than in torch"
-    add = command("sweep", "sweep.sweep", words, declared)
-    add("--threads", nargs="+", type=int, default=[1, 2], help="the numbers of threads")
-    add("--seconds", type=float, default=0.08, help="time per call")
-    add("--margin", type=float, default=0.95, help="smaller ratios count as slower")
-    add("--shapes", type=int, default=6, help="shapes per operator and dtype")
-    add("--minutes", type=float, default=20, help="the time limit")
-    add("--layouts", action="store_true", help="slices, transposed and other strided tensors")
-    add("--seed", type=int, help="the seed of another run, to repeat its shapes")
-    add(
-        "--how",
-        choices=("called", "patched"),
-        default="called",
-        help="how calls are made",
-    )
-
-    words = "time a language model's head and loss, and write heads.md in benchmarks/results/"
-    add = command("head", "head.head", words)
-    add("--quick", action="store_true", help="time only the first case, and write no file")
-    words = "time training steps of several models: torch, compiled, and with pyfused"
-    add = command("steps", "steps.steps", words)
-    add("file", type=Path, nargs="?", help="the output file; by default in benchmarks/results/")
-    add("--rounds", type=int, default=5, help="steps per model and way")
-    add("--cpu", action="store_true", help="measure CPU time on one thread, for a busy machine")
-    add("--only", default="", help="models whose name contains this; writes no file")
-    add("--ways", nargs="+", help="only these ways; writes no file")
-    add("--seconds", type=float, default=3600, help="start no new model after this time")
-    add("--trial", action="store_true", help="run tiny models, to test the command")
-    words = "time calls and steps with 1, 2, 4, ... threads, and write threads.md (3 minutes)"
-    add = command("threads", "threads.threads", words)
-    add("--results", type=Path, default=HERE / "results", help="the folder of the machines")
-    add("--seconds", type=float, default=165, help="start no new measurement after this time")
-    add("--serial", action="store_true", help="only print the time outside of parallel regions")
-    add("--trial", action="store_true", help="run tiny cases, to test the command")
-    words = "measure speed-up and error of linear_cross_entropy's filter_eps on a trained model"
-    add = command("filter-eps", "head.filter_eps", words)
-    add("--steps", type=int, default=600, help="training steps")
-
-    for name, module, words in (
-        ("gpu", "gpu", "time the cases on a GPU"),
-        ("gpu-launch", "gpu", "time the chosen block sizes and warps, and their neighbours"),
-        ("gpu-smoke", "gpu_use", "run one kernel of each family, and compare it with torch"),
-        ("gpu-kernels", "gpu_use", "measure time, memory and launches of calls on a GPU"),
-        ("gpu-sizes", "gpu_use", "time calls of all sizes on a GPU"),
-        ("gpu-host", "gpu_use", "measure the host time of calls on a GPU"),
-        ("gpu-heads", "gpu_use", "time a language model's head and loss on a GPU"),
-    ):
-        add = command(name, f"{module}.{name.replace('-', '_')}", words, named)
-        add("file", type=Path, help="the output file")
-        add("--seconds", type=float, default=240, help="start no new case after this time")
-        add("--trial", action="store_true", help="run tiny cases on the CPU, to test the command")
-    add = command("gpu-check", gpu_check, "build, test and time the kernels on a GPU")
-    add("out", type=Path, help="the output folder")
-    add("--site", type=Path, help="a folder with the built package; nothing is built")
-    add("--steps", nargs="+", metavar="NAME", help="run only these steps after the build")
-    add("--minutes", type=float, default=MINUTES, help="the time limit")
-    return parser
+    def add_gpu(self) -> None:
+        for name, module, words in (
+            ("gpu", "gpu", "time the cases on a GPU"),
+            ("gpu-launch", "gpu", "time the chosen block sizes and warps, and their neighbours"),
+            ("gpu-smoke", "gpu_use", "run one kernel of each family, and compare it with torch"),
+            ("gpu-kernels", "gpu_use", "measure time, memory and launches of calls on a GPU"),
+            ("gpu-sizes", "gpu_use", "time calls of all sizes on a GPU"),
+            ("gpu-host", "gpu_use", "measure the host time of calls on a GPU"),
+            ("gpu-heads", "gpu_use", "time a language model's head and loss on a GPU"),
+        ):
+            function = f"{module}.{name.replace('-', '_')}"
+            add = self.command(name, function, words, self.named)
+            add("file", type=Path, help="the output file")
+            add("--seconds", type=float, default=240, help="start no new case after this time")
+            add("--trial", action="store_true", help="run tiny cases on the CPU, as a test")
+        add = self.command("gpu-check", gpu_check, "build, test and time the kernels on a GPU")
+        add("out", type=Path, help="the output folder")
+        add("--site", type=Path, help="a folder with the built package; nothing is built")
+        add("--steps", nargs="+", metavar="NAME", help="run only these steps after the build")
+        add("--minutes", type=float, default=MINUTES, help="the time limit")
 
 
 def main() -> None:
-    options = parser().parse_args()
+    options = Commands().parser.parse_args()
     function = options.function
     if isinstance(function, str):
         module, name = function.split(".")

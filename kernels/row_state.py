@@ -61,6 +61,42 @@ def first_of(best, index, classes):
     return tl.where(has_nan, float("nan"), largest), index
 
 
+@triton.jit
+def load_sums(at, step, in_bounds, zeros):
+    """Returns the maximum and two sums of the preceding classes, in the first column of a tile."""
+    first = (tl.arange(0, zeros.shape[1]) == 0)[None, :]
+    maximum = tl.load(at + 3 * step, mask=in_bounds).to(zeros.dtype)
+    total = tl.load(at + 4 * step, mask=in_bounds).to(zeros.dtype)
+    total = tl.where(first, total[:, None], zeros)
+    weighted = tl.load(at + 5 * step, mask=in_bounds).to(zeros.dtype)
+    return maximum, total, tl.where(first, weighted[:, None], zeros)
+
+
+@triton.jit
+def add_classes(maximum, total, weighted, x):
+    """Returns the maximum of each row and the two sums of each column, with the classes x added."""
+    higher = tl.maximum(maximum, tl.max(x, 1))
+    pivot = finite_or_zero(higher)
+    by = tl.where(maximum == -float("inf"), 0.0, maximum - pivot)
+    decay = exp_nonpositive(maximum - pivot)[:, None]
+    weighted = (weighted + by[:, None] * total) * decay
+    y = x - pivot[:, None]
+    e = exp_nonpositive(y)
+    return higher, total * decay + e, weighted + tl.where(e == 0.0, 0.0, e * y)
+
+
+@triton.jit
+def store_maximum(at, step, in_bounds, largest, index, CONTINUES: tl.constexpr):
+    """Stores the largest logit of each row and its index, unless that of preceding classes is."""
+    if CONTINUES:
+        old = tl.load(at + 7 * step, mask=in_bounds)
+        stays = (old >= largest) | (old != old)
+        largest = tl.where(stays, old, largest)
+        index = tl.where(stays, tl.load(at + 8 * step, mask=in_bounds), index)
+    tl.store(at + 7 * step, largest, mask=in_bounds)
+    tl.store(at + 8 * step, index, mask=in_bounds)
+
+
 @triton.jit(do_not_specialize=["first_class"])
 def row_state_kernel(
     logits,
@@ -101,25 +137,13 @@ def row_state_kernel(
     target_logit, _ = load_logits(x_rows[0] + label, has_target, numbers, A)
     target_logit = tl.where(has_target, target_logit.to(tl.float64), 0.0)
     if CONTINUES:
-        first = (tl.arange(0, BLOCK) == 0)[None, :]
-        maximum = tl.load(at + 3 * step, mask=in_bounds).to(A)
-        total = tl.where(first, tl.load(at + 4 * step, mask=in_bounds).to(A)[:, None], total)
-        weighted = tl.where(first, tl.load(at + 5 * step, mask=in_bounds).to(A)[:, None], weighted)
+        maximum, total, weighted = load_sums(at, step, in_bounds, total)
         old_logit = tl.load(at + 6 * step, mask=in_bounds)
         target_logit = tl.where(has_target, target_logit, old_logit)
     for start in range(0, classes, BLOCK):
         c, mask = class_block(start, classes, in_bounds, BLOCK)
         x, _slope = load_logits(pointers(x_rows, c), mask, numbers, A)
-        higher = tl.maximum(maximum, tl.max(x, 1))
-        pivot = finite_or_zero(higher)
-        by = tl.where(maximum == -float("inf"), 0.0, maximum - pivot)
-        decay = exp_nonpositive(maximum - pivot)[:, None]
-        weighted = (weighted + by[:, None] * total) * decay
-        y = x - pivot[:, None]
-        e = exp_nonpositive(y)
-        total = total * decay + e
-        weighted += tl.where(e == 0.0, 0.0, e * y)
-        maximum = higher
+        maximum, total, weighted = add_classes(maximum, total, weighted, x)
         if FIELDS > 7:
             better = (x > best) | ((x != x) & (best == best))
             best = tl.where(better, x, best)
@@ -139,16 +163,9 @@ def row_state_kernel(
     for k in tl.static_range(RESULTS):
         tl.store(results + k * n + rows, fields[k], mask=in_bounds)
     if FIELDS > 7:
-        largest, first_class_of_row = first_of(best, index, classes)
-        largest = largest.to(tl.float64)
-        prediction = (first_class + first_class_of_row).to(tl.float64)
-        if CONTINUES:
-            old = tl.load(at + 7 * step, mask=in_bounds)
-            stays = (old >= largest) | (old != old)
-            largest = tl.where(stays, old, largest)
-            prediction = tl.where(stays, tl.load(at + 8 * step, mask=in_bounds), prediction)
-        tl.store(at + 7 * step, largest, mask=in_bounds)
-        tl.store(at + 8 * step, prediction, mask=in_bounds)
+        largest, first = first_of(best, index, classes)
+        first = (first_class + first).to(tl.float64)
+        store_maximum(at, step, in_bounds, largest.to(tl.float64), first, CONTINUES)
     if FIELDS > 9:
         smooth_of_row = tl.sum(smooth, 1).to(tl.float64)
         if CONTINUES:

@@ -130,38 +130,38 @@ def along(tensor: Tensor, dim: int) -> tuple[Tensor, tuple[int, int, int], Strid
 
 def class_layout(
     tensor: Tensor, inplace: bool = False
-) -> tuple[bool, Strides, torch.memory_format, Strides]:
+) -> tuple[Tensor, Strides, torch.memory_format, Strides]:
     """Returns how kernels read a tensor (N, C, d1, ..., dk) and write its gradient.
 
     Returns:
-        Whether kernels read a contiguous copy, because they cannot use the strides; the strides of
-        the tensor or the copy; the memory format of the gradient, for ``torch.empty_like``; and the
-        strides of the gradient, which overwrites the tensor if ``inplace``.
+        The tensor, or a contiguous copy if kernels cannot use its strides; its strides; the memory
+        format of the gradient, for ``torch.empty_like``; and the strides of the gradient, which
+        overwrites the tensor if ``inplace``.
     """
     strides: Any = strides_of(tensor)
-    copies, memory_format = strides is None, torch.preserve_format
-    if copies:
+    if strides is None:
         tensor = tensor.contiguous()
         strides = strides_of(tensor)
     if inplace or tensor.is_contiguous():
-        return copies, strides, memory_format, strides
+        return tensor, strides, torch.preserve_format, strides
     grad = torch.empty_like(tensor, device="meta")
-    grad_strides: Any = strides_of(grad)
-    if grad_strides is None:
-        memory_format = torch.contiguous_format
-        grad_strides = strides_of(grad.contiguous())
-    return copies, strides, memory_format, grad_strides
+    grad_strides = strides_of(grad)
+    if grad_strides is not None:
+        return tensor, strides, torch.preserve_format, grad_strides
+    grad_strides = strides_of(grad.contiguous())
+    assert grad_strides is not None
+    return tensor, strides, torch.contiguous_format, grad_strides
 
 
-def dense_operand(operands: tuple[Tensor, ...]) -> tuple[Tensor, int | None]:
-    """Returns the first dense operand and its index, or a copy of the first operand and None.
+def dense_operand(operands: Sequence[Tensor]) -> Tensor:
+    """Returns the first dense operand, or a copy of the first operand.
 
     Kernels read operands and write outputs in the memory order of this tensor.
     """
-    for i, operand in enumerate(operands):
+    for operand in operands:
         if is_dense(operand):
-            return operand, i
-    return operands[0].contiguous(), None
+            return operand
+    return operands[0].contiguous()
 
 
 def is_dense(tensor: Tensor) -> bool:
@@ -174,23 +174,23 @@ def dense(tensor: Tensor) -> Tensor:
 
 def in_rows(
     order: Tensor, tensors: Sequence[Any]
-) -> tuple[list[int], int | None, tuple[int, ...] | None]:
+) -> tuple[Sequence[Any], int | None, tuple[int, ...] | None]:
     """Describes tensors as rows x columns in the memory order of ``order``, which is dense.
 
     Returns:
-        The indices of the tensors that must be copied, because they have no such strides; the
-        number of columns, 0 for one row of all elements; and two strides for each tensor, of rows
-        and of columns. The last two are None if all tensors are dense.
+        The tensors, or copies of those that have no such strides; the number of columns; and two
+        strides for each tensor, of rows and of columns. The last two are None if all tensors are
+        dense.
     """
     if order.is_contiguous():
         steps = [int(x is None or x.is_contiguous()) for x in tensors]
         if all(steps):
-            return [], None, None
+            return tensors, None, None
         if all(step or not any(x.stride()) for x, step in zip(tensors, steps, strict=True)):
-            return [], 0, tuple([step for step in steps for _ in range(2)])
+            return tensors, order.numel(), tuple([step for step in steps for _ in range(2)])
     stride = order.stride()
     if all(tensor is None or tensor.stride() == stride for tensor in tensors):
-        return [], None, None
+        return tensors, None, None
     groups: list[tuple[int, list[int]]] = []  # (size, stride of each tensor)
     for dim in sorted(range(order.dim()), key=order.stride, reverse=True):
         size, strides = order.shape[dim], [(order if x is None else x).stride(dim) for x in tensors]
@@ -200,10 +200,15 @@ def in_rows(
             size *= groups.pop()[0]
         groups.append((size, strides))
     if not groups or (len(groups) == 1 and set(groups[0][1]) == {1}):
-        return [], None, None
+        return tensors, None, None
     if len(groups) > 2:
-        copied = [i for i, x in enumerate(tensors) if x is not None and x.stride() != stride]
-        return copied, None, None
+        copies = [
+            x
+            if x is None or x.stride() == stride
+            else torch.empty_like(order, dtype=x.dtype).copy_(x)
+            for x in tensors
+        ]
+        return copies, None, None
     (columns, column_strides), (_, row_strides) = groups[-1], groups[0]
     pairs = zip(row_strides, column_strides, strict=True)
-    return [], columns, tuple([stride for pair in pairs for stride in pair])
+    return tensors, columns, tuple([stride for pair in pairs for stride in pair])

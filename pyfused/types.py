@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from enum import Enum
 from functools import partial
 from typing import Any, Literal, NamedTuple, TypedDict
@@ -158,7 +159,7 @@ class CrossEntropyOptions(NamedTuple):
     inplace: bool = False
     torch_options: Any = None
 
-    def of_rows(self) -> RowOptions:
+    def row_options(self) -> RowOptions:
         """Returns the options of row states, whose temperature includes the scale."""
         temperature = self.temperature / self.scale
         temperature = temperature if temperature != 0 else math.nan  # of an infinite scale
@@ -241,6 +242,26 @@ class ClassRange(NamedTuple):
 
     first: int
     total: int
+
+
+@dataclass(eq=False)
+class RowBlock:
+    """Logits of some rows and of a range of classes, from which kernels compute row states.
+
+    Attributes:
+        logits: (N, C) with contiguous classes.
+        target: Contiguous int64 indices into all classes, in range or ``ignore_index``; None if
+            no target is in this range of classes. The state for other indices has NaN.
+        weight: Contiguous weights of all classes, in the accumulation dtype, or None.
+        options: The state and the gradient of rows whose target is ``ignore_index`` are 0.
+        classes: The range of classes that the logits belong to.
+    """
+
+    logits: Tensor
+    target: Tensor | None
+    weight: Tensor | None
+    options: RowOptions
+    classes: ClassRange
 
 
 class VocabShard(NamedTuple):

@@ -38,7 +38,7 @@ _ALREADY = heads.ALREADY, "is already a module of pyfused.nn"
 _MANY_OUTPUTS = 4096  # a layer with at least this many may be a head
 
 
-class Left(NamedTuple):
+class Unconverted(NamedTuple):
     """A module that :func:`pyfused.convert` does not replace."""
 
     name: str
@@ -56,7 +56,7 @@ class Conversion(NamedTuple):
     """
 
     swapped: tuple[str, ...]
-    left: tuple[Left, ...]
+    left: tuple[Unconverted, ...]
     table: str
 
     def is_empty(self) -> bool:
@@ -84,10 +84,9 @@ def convert(
     In transformers' language models whose head is a plain linear layer, at any depth, head and loss
     become :func:`pyfused.functional.linear_cross_entropy`: in training mode with gradients, the
     head returns logits that are computed only if something other than their loss reads them, unless
-    they are so few that torch's loss is faster. Outputs of the model contain them as before. Read
-    them before ``backward()``: afterwards it is an error. In programs that ``torch.compile``
-    or ``torch.export`` traces, the head computes its logits; call ``linear_cross_entropy`` by name
-    there.
+    they are so few that torch's loss is faster. Read them before ``backward()``: afterwards it is
+    an error. In programs that ``torch.compile`` or ``torch.export`` traces, the head computes its
+    logits; call ``linear_cross_entropy`` by name there.
 
     :func:`plan_conversion` previews the changes; the logger ``pyfused`` logs them at level INFO.
     ``convert`` warns if nothing was replaced, and if a language model keeps its head, with the
@@ -114,9 +113,8 @@ def convert(
             :func:`pyfused.functional.linear_cross_entropy`; None for the default.
         check: A batch, as a dictionary of the model's keyword arguments or a tuple of its
             arguments. The model computes its loss and gradients before and after the conversion,
-            which have to be equal up to rounding. A model in evaluation mode is checked in
-            training mode. Afterwards the modes of all modules, the buffers and torch's random state
-            are what they were.
+            in training mode, which have to be equal up to rounding. Afterwards the modes of all
+            modules, the buffers and torch's random state are what they were.
 
     Returns:
         The same model.
@@ -132,8 +130,16 @@ def convert(
     if not isinstance(check, (Mapping, tuple, list, NoneType)):
         kind = type(check).__name__
         raise TypeError(f"check: expected a dict or a tuple, got {kind}; pass check=(batch,)")
-    options = heads.Options(evaluation, metrics, memory_budget)
     expected = None if check is None else _step(model, check)
+    _replace(model, head, heads.Options(evaluation, metrics, memory_budget))
+    if expected is not None and (difference := _difference(_step(model, check), expected)):
+        revert(model)
+        raise RuntimeError(f"check: expected an equal loss and equal gradients, got {difference}")
+    return model
+
+
+def _replace(model: Module, head: str | None, options: heads.Options) -> None:
+    """Replaces modules as `convert` does, logs the changes, and warns if there are none."""
     plan, modules = plan_conversion(model, head=head), dict(_modules(model))
     kinds: Counter[str] = Counter()
     for name, module in modules.items():
@@ -157,10 +163,6 @@ def convert(
     made = f"replaced {number} ({listed}); left {len(plan.left)}: see "
     _log.info("pyfused.convert: %s", made + "pyfused.plan_conversion(model)" if kinds else plan)
     _warn(plan, modules, head, any(options))
-    if expected is not None and (difference := _difference(_step(model, check), expected)):
-        revert(model)
-        raise RuntimeError(f"check: expected an equal loss and equal gradients, got {difference}")
-    return model
 
 
 @contextmanager
@@ -258,14 +260,14 @@ def plan_conversion(model: Module, *, head: str | None = None) -> Conversion:
             replacement = "linear_cross_entropy"
             reason = heads.reason_to_leave_model(module, head_name)
         elif name in possible:
-            left.append(Left(name, kind, f"pass head={name!r} to fuse it with its loss"))
+            left.append(Unconverted(name, kind, f"pass head={name!r} to fuse it with its loss"))
             rows.append((name, f"{kind}({possible[name]})", left[-1].reason))
             continue
         else:
             reason = _reason_to_leave(module)
             replacement = f"pyfused.nn.{kind}" if type(module) in FUSED else ""
         if reason:
-            left.append(Left(name, kind, reason))
+            left.append(Unconverted(name, kind, reason))
             rows.append((name, kind, f"left: {reason}"))
         elif replacement:
             swapped.append(name)

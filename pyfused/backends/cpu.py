@@ -36,11 +36,7 @@ from pyfused.layout import (
     row_sizes,
 )
 from pyfused.torch_internals import has_amx, has_avx512_bf16
-from pyfused.types import (
-    ClassRange,
-    EmbeddingOptions,
-    Outputs,
-)
+from pyfused.types import EmbeddingOptions, Outputs, RowBlock
 
 if TYPE_CHECKING:
     from pyfused.formula_compiler.kernel import Kernel
@@ -178,9 +174,9 @@ def describe(input: Tensor, strategy: str) -> tuple[str, str, str, int]:  # noqa
 
 
 def supports_rows(logits: Tensor) -> bool:
-    copies, strides, _, grad_strides = class_layout(logits)
+    read, strides, _, grad_strides = class_layout(logits)
     enough = row_sizes(logits)[2] >= native.row_classes[DTYPES[logits.dtype]]
-    return enough and not copies and strides[2] == grad_strides[2] == 1
+    return enough and read is logits and strides[2] == grad_strides[2] == 1
 
 
 predicts = supports_rows
@@ -233,39 +229,27 @@ def cross_entropy(
     normalized: bool = False,
 ) -> LossResult:
     input, target, weight, token_weight, denominator = tensors
-    accumulate, dims = accumulate_dtype(input.dtype), input.dim()
+    accumulate, indices = accumulate_dtype(input.dtype), target.dtype is torch.int64
     grad_of_input, grad_of_target = outputs.gradients or (False, False)
-    elements, classes = input.numel(), input.shape[min(dims - 1, 1)]
-    rows, inner = elements // classes, 1 if dims < 3 else math.prod(input.shape[2:])
-    sizes = (1, rows, classes) if inner == 1 else (rows // inner, inner, classes)
-    if input.is_contiguous():
-        logits, grad_format = input, torch.preserve_format
-        strides = (0, classes, 1) if inner == 1 else (classes * inner, 1, inner)
-        grad_strides = strides
-    else:
-        copies, strides, grad_format, grad_strides = class_layout(input, outputs.inplace)
-        logits = input.contiguous() if copies else input
-    numbers = _NO_OPTIONS
+    logits, sizes, strides, grad_format, grad_strides = _logits_layout(input, outputs.inplace)
+    numbers, loss, grad, grad_target = _NO_OPTIONS, None, None, None
+    target_view = grad_view = grad_target_view = _NO_VIEW
     if not normalized:
         scale = options.scale / options.temperature
         numbers = max(0.0, options.label_smoothing), options.gamma, options.z_loss, scale
         denominator = options.denominator if denominator is None else denominator
-    indices, target_view = target.dtype is torch.int64, _NO_VIEW
     if indices:
         targets = target.contiguous()
     else:
-        copies, target_strides, target_format, grad_target_strides = class_layout(target)
-        targets = target.contiguous() if copies else target
+        targets, target_strides, target_format, grad_target_strides = class_layout(target)
         target_view = (targets.data_ptr(), *target_strides)
     if not weight is token_weight is None:
         weight, token_weight = contiguous_in(accumulate, weight, token_weight)
     if grad_output is not None:
         grad_output = grad_output.to(accumulate).contiguous()
-    loss = grad = grad_target = None
-    grad_view = grad_target_view = _NO_VIEW
     if outputs.loss:
-        each = options.reduction == "none"
-        loss = _new_loss(loss_shape(input, "none") if each else None, accumulate)
+        shape = loss_shape(input, "none") if options.reduction == "none" else None
+        loss = _new_loss(shape, accumulate)
     if grad_of_input:
         like = torch.empty_like if logits.nbytes < RECYCLED_BYTES else empty_like
         grad = logits.detach() if outputs.inplace else like(logits, memory_format=grad_format)
@@ -294,8 +278,24 @@ def cross_entropy(
         torch.get_num_threads(),
     )
     if out_of_range >= 0:
-        checks.raise_out_of_range(classes, target, options.ignore_index, out_of_range)
+        checks.raise_out_of_range(sizes[2], target, options.ignore_index, out_of_range)
     return loss, (grad, grad_target)
+
+
+def _logits_layout(input: Tensor, inplace: bool) -> tuple[Any, ...]:
+    """Returns logits, or a copy, the sizes of `row_sizes`, and the layout of `class_layout`.
+
+    Contiguous logits, the common case, need no call of these functions.
+    """
+    dims = input.dim()
+    classes, inner = input.shape[min(dims - 1, 1)], 1 if dims < 3 else math.prod(input.shape[2:])
+    rows = input.numel() // classes
+    sizes = (1, rows, classes) if inner == 1 else (rows // inner, inner, classes)
+    if input.is_contiguous():
+        strides = (0, classes, 1) if inner == 1 else (classes * inner, 1, inner)
+        return input, sizes, strides, torch.preserve_format, strides
+    logits, *layout = class_layout(input, inplace)
+    return logits, sizes, *layout
 
 
 nll_loss = partial(cross_entropy, normalized=True)  # the input has log-probabilities
@@ -374,31 +374,29 @@ def embedding_loss(
 # ---- rows of logits ------------------------------------------------------------------------------
 
 
-def row_state(
-    options: Options,
-    logits: Tensor,
-    target: Tensor | None,
-    weight: Tensor | None,
-    state: Tensor,
-    classes: ClassRange,
-    results: Tensor | None = None,
-    continues: bool = False,
-) -> None:
-    copied = _NO_OPERAND
-    if results is not None:
-        copied = (
-            results.data_ptr(),
-            logits.shape[0],
-            1 if results.dim() < state.dim() else len(results),
-        )
-    native.row_state(
+def _row_arguments(block: RowBlock) -> tuple[Any, ...]:
+    """Returns the first arguments of the kernels of row states."""
+    logits, target, weight, options = block.logits, block.target, block.weight, block.options
+    return (
         DTYPES[logits.dtype],
-        (*logits.shape, classes.first, logits.stride(0)),
+        (*logits.shape, block.classes.first, logits.stride(0)),
         logits.data_ptr(),
         0 if target is None else target.data_ptr(),
         options.ignore_index,
         (1 / options.temperature, options.softcap or 0.0),
         0 if weight is None else weight.data_ptr(),
+    )
+
+
+def row_state(
+    block: RowBlock, state: Tensor, results: Tensor | None = None, continues: bool = False
+) -> None:
+    copied = _NO_OPERAND
+    if results is not None:
+        count = 1 if results.dim() < state.dim() else len(results)
+        copied = results.data_ptr(), block.logits.shape[0], count
+    native.row_state(
+        *_row_arguments(block),
         (state.data_ptr(), state.stride(0), state.shape[0]),
         copied,
         continues,
@@ -407,28 +405,15 @@ def row_state(
 
 
 def row_gradients(
-    options: Options,
-    logits: Tensor,
-    target: Tensor | None,
-    weight: Tensor | None,
-    state: Tensor,
-    classes: ClassRange,
-    grad_results: Tensor,
-    out: Tensor | None = None,
+    block: RowBlock, state: Tensor, grad_results: Tensor, out: Tensor | None = None
 ) -> Tensor:
     if out is None:
-        like = torch.empty_like if logits.nbytes < RECYCLED_BYTES else empty_like
-        out = like(logits, memory_format=torch.contiguous_format)
+        like = torch.empty_like if block.logits.nbytes < RECYCLED_BYTES else empty_like
+        out = like(block.logits, memory_format=torch.contiguous_format)
     strides = (0, *grad_results.stride())[-2:]
     results = 1 if grad_results.dim() == 1 else grad_results.shape[0]
     native.row_gradients(
-        DTYPES[logits.dtype],
-        (*logits.shape, classes.first, logits.stride(0)),
-        logits.data_ptr(),
-        0 if target is None else target.data_ptr(),
-        options.ignore_index,
-        (1 / options.temperature, options.softcap or 0.0),
-        0 if weight is None else weight.data_ptr(),
+        *_row_arguments(block),
         (state.data_ptr(), state.stride(0), 0),
         (grad_results.data_ptr(), *strides, results, grad_results.itemsize),
         (out.data_ptr(), out.stride(0)),
@@ -550,8 +535,8 @@ def activation(formula: Kernel, input: Tensor, options: Options) -> Tensor:
     if not input.is_contiguous() and input.stride() != output.stride():
         strides = _strides(output, [input])
     pointers = input.data_ptr(), output.data_ptr()
-    of_kernel = _parameters(formula, options), torch.get_num_threads(), strides
-    getattr(native, formula.name)(DTYPES[input.dtype], input.numel(), *pointers, *of_kernel)
+    others = _parameters(formula, options), torch.get_num_threads(), strides
+    getattr(native, formula.name)(DTYPES[input.dtype], input.numel(), *pointers, *others)
     return output
 
 
@@ -564,9 +549,9 @@ def activation_backward(
     if saved.stride() != order or (step and grad_output.stride() != order):
         strides = _strides(grad_input, [grad_output, saved])
     pointers = (grad_output.data_ptr(), step), saved.data_ptr(), grad_input.data_ptr()
-    of_kernel = _parameters(formula, options), torch.get_num_threads(), strides
+    others = _parameters(formula, options), torch.get_num_threads(), strides
     kernel = getattr(native, f"{formula.name}_backward")
-    kernel(DTYPES[saved.dtype], saved.numel(), *pointers, *of_kernel)
+    kernel(DTYPES[saved.dtype], saved.numel(), *pointers, *others)
     return grad_input
 
 

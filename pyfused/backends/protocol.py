@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor
 
-from pyfused.types import ClassRange, EmbeddingOptions, Gradients, Outputs
+from pyfused.types import EmbeddingOptions, Gradients, Outputs, RowBlock
 
 if TYPE_CHECKING:
     from pyfused.formula_compiler.kernel import Kernel
@@ -126,48 +126,28 @@ class Backend(Protocol):
 
     def row_state(
         self,
-        options: Options,
-        logits: Tensor,
-        target: Tensor | None,
-        weight: Tensor | None,
+        block: RowBlock,
         state: Tensor,
-        classes: ClassRange,
         results: Tensor | None = None,
         continues: bool = False,
     ) -> None:
-        """Computes the state of each row of logits.
+        """Computes the state of each row of a block.
 
         Args:
-            options: `RowOptions`. The state and the gradient of rows whose target is
-                ``ignore_index`` are 0.
-            logits: (N, C) with contiguous classes.
-            target: Contiguous int64 indices into all classes, in range or ``ignore_index``; None if
-                no target is in this range of classes. The state for other indices has NaN.
-            weight: Contiguous weights of all classes, in the accumulation dtype, or None.
             state: (fields, ...), float64, each field contiguous; it is overwritten.
-            classes: The range of classes that the logits belong to.
             results: (N) or (results, N), contiguous, in the accumulation dtype; receives the first
                 fields of the state.
             continues: Whether to continue from the state of the preceding classes.
         """
 
     def row_gradients(
-        self,
-        options: Options,
-        logits: Tensor,
-        target: Tensor | None,
-        weight: Tensor | None,
-        state: Tensor,
-        classes: ClassRange,
-        grad_results: Tensor,
-        out: Tensor | None = None,
+        self, block: RowBlock, state: Tensor, grad_results: Tensor, out: Tensor | None = None
     ) -> Tensor:
-        """Returns the gradient of logits, which has their shape and dtype.
+        """Returns the gradient of a block's logits, which has their shape and dtype.
 
         It is 0 in rows whose target is out of range.
 
         Args:
-            options, logits, target, weight, classes: See ``row_state``.
             state: The state over all classes.
             grad_results: The gradients of the first 1, 3 or 4 results: log-probability, entropy,
                 log-sum-exp, and the weighted sum of the logits. (N) or (results, N), in the

@@ -48,7 +48,7 @@ from pyfused.layout import (
     loss_shape,
     row_sizes,
 )
-from pyfused.types import ClassRange, EmbeddingOptions, Outputs
+from pyfused.types import EmbeddingOptions, Outputs, RowBlock
 
 if TYPE_CHECKING:
     from pyfused.formula_compiler.kernel import Kernel
@@ -206,17 +206,16 @@ def cross_entropy(
     prediction: Tensor | None = None,  # noqa: ARG001
 ) -> LossResult:
     input, target, weight, token_weight, denominator = tensors
-    of_indices, each = target.dtype is torch.int64, options.reduction == "none"
+    has_indices, each = target.dtype is torch.int64, options.reduction == "none"
     grad_of_input, grad_of_target = outputs.gradients or (False, False)
     accumulate, itemsize = accumulate_dtype(input.dtype), input.element_size()
-    copies, strides, grad_format, grad_strides = class_layout(input, outputs.inplace)
-    logits, grad, grad_target = input.contiguous() if copies else input, None, None
+    logits, strides, grad_format, grad_strides = class_layout(input, outputs.inplace)
+    grad = grad_target = None
     target_strides = grad_target_strides = NO_STRIDES
-    if of_indices:
+    if has_indices:
         target = target.contiguous()
     else:
-        copies, target_strides, target_format, grad_target_strides = class_layout(target)
-        target = target.contiguous() if copies else target
+        target, target_strides, target_format, grad_target_strides = class_layout(target)
     if grad_of_input:
         grad = logits.detach()
         if not outputs.inplace:
@@ -231,8 +230,8 @@ def cross_entropy(
     )
     outer, inner, classes = _with_one_outer(row_sizes(input), all_strides)
     smooth = options.label_smoothing != 0
-    weighted = not of_indices or (smooth and weight is not None)  # q is dense
-    flags = outer == 1, of_indices, smooth, weighted, not grad_of_input, each
+    weighted = not has_indices or (smooth and weight is not None)  # q is dense
+    flags = outer == 1, has_indices, smooth, weighted, not grad_of_input, each
     inner_of_tile = _inner_of_tile(inner, strides)
     kernel, most = _class_kernel(inner_of_tile, classes, itemsize, all_strides, *flags)
     programs = min(outer * -(-inner // kernel.choice.rows), most)
@@ -248,12 +247,12 @@ def cross_entropy(
     if input.dtype is torch.float64:
         floats = encoded(floats)
     n = outer * inner
-    indices, probabilities = (target, None) if of_indices else (None, target)
+    indices, probabilities = (target, None) if has_indices else (None, target)
     targets, gradients = (indices, weight, token_weight, options.ignore_index), (grad, grad_target)
-    by = _divisor(options, logits, n, targets, denominator, classes if of_indices else 0)
+    by = _divisor(options, logits, n, targets, denominator, classes if has_indices else 0)
     loss = _new_loss(input, options.reduction, outputs)
     inputs = (logits, probabilities), targets, by, grad_output
-    fixed = inner, classes, sum(all_strides[: 2 if of_indices else 4], ())
+    fixed = inner, classes, sum(all_strides[: 2 if has_indices else 4], ())
     _run(kernel, programs, inputs, loss, (gradients, *fixed, floats), each)
     return loss, gradients
 
@@ -265,7 +264,7 @@ def _class_kernel(
     itemsize: int,
     strides: tuple[Strides, ...],
     one_outer: bool,
-    of_indices: bool,
+    has_indices: bool,
     smooth: bool,
     weighted: bool,
     without_gradient: bool,
@@ -274,16 +273,16 @@ def _class_kernel(
     """Returns the kernel of cross-entropy, and the largest number of its programs."""
     tiles, once = (2, False) if weighted else (1, without_gradient)
     choice = _tile(inner, classes, itemsize, *strides, tensors=tiles, once=once)
-    of_input, of_gradient, *_ = strides
-    contiguous = one_outer and of_input[2] == 1 and of_gradient[2] in (0, 1)
+    input_strides, grad_strides, *_ = strides
+    contiguous = one_outer and input_strides[2] == 1 and grad_strides[2] in (0, 1)
     unaligned = choice.units[1] * itemsize < 8
-    shared_stride = choice.rows == 1 and of_gradient[1] in (of_input[1], 0)
+    shared_stride = choice.rows == 1 and grad_strides[1] in (input_strides[1], 0)
     function, most = two_pass_kernel, sys.maxsize
     if choice.whole_row and contiguous and not weighted:
         function = row_kernel
         if choice.stages > 1:  # a persistent kernel
             most = resources()[0]
-    elif of_indices and contiguous and not smooth and unaligned and shared_stride:
+    elif has_indices and contiguous and not smooth and unaligned and shared_stride:
         choice = choice._replace(vector=16 // itemsize)
     return Launch(function, choice, EACH=each), most
 
@@ -358,58 +357,41 @@ def _embedding_kernel(
 
 
 def row_state(
-    options: Options,
-    logits: Tensor,
-    target: Tensor | None,
-    weight: Tensor | None,
-    state: Tensor,
-    classes: ClassRange,
-    results: Tensor | None = None,
-    continues: bool = False,
+    block: RowBlock, state: Tensor, results: Tensor | None = None, continues: bool = False
 ) -> None:
     count = 0 if results is None else 1 if results.dim() < state.dim() else len(results)
     constants = ("FIELDS", len(state)), ("RESULTS", count), ("CONTINUES", continues)
-    tensors, strides = (target, weight, state, results), (logits.stride(0), state.stride(0))
-    _run_rows("state", constants, options, logits, tensors, strides, classes)
+    strides = block.logits.stride(0), state.stride(0)
+    _run_rows("state", constants, block, (state, results), strides)
 
 
 def row_gradients(
-    options: Options,
-    logits: Tensor,
-    target: Tensor | None,
-    weight: Tensor | None,
-    state: Tensor,
-    classes: ClassRange,
-    grad_results: Tensor,
-    out: Tensor | None = None,
+    block: RowBlock, state: Tensor, grad_results: Tensor, out: Tensor | None = None
 ) -> Tensor:
+    logits = block.logits
     out = logits.new_empty(logits.shape) if out is None else out
-    tensors = target, weight, state, grad_results, out
     steps = logits.stride(0), state.stride(0), *(0, *grad_results.stride())[-2:], out.stride(0)
     constants = (("RESULTS", 1 if grad_results.dim() == 1 else len(grad_results)),)
-    _run_rows("gradients", constants, options, logits, tensors, steps, classes)
+    _run_rows("gradients", constants, block, (state, grad_results, out), steps)
     return out
 
 
 def _run_rows(
     name: str,
     constants: tuple[tuple[str, int], ...],
-    options: Options,
-    logits: Tensor,
-    tensors: tuple[Any, ...],
+    block: RowBlock,
+    outputs: tuple[Any, ...],
     strides: tuple[int, ...],
-    classes: ClassRange,
 ) -> None:
-    target, weight, *outputs = tensors
-    n, columns = logits.shape
+    logits, options, (n, columns) = block.logits, block.options, block.logits.shape
     kernel = _row_kernel(name, logits.element_size(), columns, strides[0], constants)
     cap, temperature = options.softcap, options.temperature
     scale = None if temperature == 1 else 1 / temperature
     floats: Any = (None, None, scale) if cap is None else (cap, cap / temperature, scale)
     if logits.dtype is torch.float64:
         floats = encoded(floats)
-    targets = target, weight, None, options.ignore_index
-    sizes = n, columns, strides, *classes
+    targets = block.target, block.weight, None, options.ignore_index
+    sizes = n, columns, strides, *block.classes
     kernel(-(-n // kernel.choice.rows), logits, targets, *outputs, *sizes, floats)
 
 
@@ -464,8 +446,8 @@ def softmax(formula: str, input: Tensor, dim: int) -> Tensor:
     output = torch.empty_like(input, memory_format=torch.contiguous_format)
     output_strides = strides if x is input else along(output, dim)[2]
     inner_of_tile, all_strides = _inner_of_tile(inner, strides), (strides, output_strides)
-    of_kernel = formula, inner_of_tile, classes, input.element_size(), *all_strides
-    kernel = _softmax_kernel(False, *of_kernel)
+    arguments = formula, inner_of_tile, classes, input.element_size(), *all_strides
+    kernel = _softmax_kernel(False, *arguments)
     kernel(outer * -(-inner // kernel.choice.rows), x, output, inner, classes, *all_strides)
     return output
 
@@ -474,8 +456,8 @@ def softmax_backward(formula: str, grad_output: Tensor, output: Tensor, dim: int
     grad_output, output = grad_output.contiguous(), output.contiguous()
     grad_input = torch.empty_like(output)
     _, (outer, inner, classes), strides = along(output, dim)
-    of_kernel = formula, _inner_of_tile(inner, strides), classes, output.element_size(), strides
-    kernel = _softmax_kernel(True, *of_kernel)
+    arguments = formula, _inner_of_tile(inner, strides), classes, output.element_size(), strides
+    kernel = _softmax_kernel(True, *arguments)
     tensors = grad_output, output, grad_input
     kernel(outer * -(-inner // kernel.choice.rows), *tensors, inner, classes, strides)
     return grad_input
@@ -504,12 +486,9 @@ def pointwise_loss(
     grad_output: Tensor | None = None,
     on_nan: Callable[[], Any] | None = None,  # noqa: ARG001 a NaN loss is not read
 ) -> LossResult:
-    like, _ = dense_operand(tuple(operands))
+    like = dense_operand(operands)
     padding, each = (None,) * (OPERANDS - len(operands)), reduction == "none"
-    views: list[Any] = [*operands, *padding, weight, grad_output]
-    copied, columns, strides = in_rows(like, views)
-    for i in copied:
-        views[i] = torch.empty_like(like, dtype=views[i].dtype).copy_(views[i])
+    views, columns, strides = in_rows(like, [*operands, *padding, weight, grad_output])
     program = formula if isinstance(formula, Program) else formula.programs[0]
     kernel = _elementwise_kernel(program, like.element_size(), each)
     needs = outputs.gradients or (False,) * len(operands)
@@ -524,8 +503,7 @@ def pointwise_loss(
         programs = min(max(programs, 1), MOST_PROGRAMS)  # an empty sum needs one program
     floats = *(*parameters, 0.0, 0.0, 0.0)[:NUMBERS], parts_of(parameters[NUMBERS:])
     inputs, outs = (tuple(views[:OPERANDS]), *views[OPERANDS:]), (*gradients, *padding)
-    in_row = n if columns == 0 else columns
-    _run(kernel, programs, inputs, loss, (outs, n, in_row, strides, *floats, divisor), each)
+    _run(kernel, programs, inputs, loss, (outs, n, columns, strides, *floats, divisor), each)
     return loss, gradients
 
 
@@ -562,16 +540,12 @@ def _run_activation(
     formula: Kernel, method: int, inputs: list[Tensor], output: Tensor, options: Options
 ) -> None:
     """Computes the forward or the backward method of an activation."""
-    copied, columns, strides = in_rows(output, inputs)
-    for i in copied:
-        inputs[i] = torch.empty_like(output).copy_(inputs[i])
+    views, columns, strides = in_rows(output, inputs)
     kernel = _elementwise_kernel(formula.programs[method], output.element_size(), True)
     padding, n = (None,) * OPERANDS, output.numel()
-    tensors = (*inputs, *padding[len(inputs) :]), None, None, output, padding
+    tensors = (*views, *padding[len(views) :]), None, None, output, padding
     parameters = (*options[: len(formula.parameters)], 0.0, 0.0, 0.0)[:NUMBERS]
-    in_row = n if columns == 0 else columns
-    programs = -(-n // kernel.choice.block)
-    kernel(programs, *tensors, n, in_row, strides, *parameters, (), None)
+    kernel(-(-n // kernel.choice.block), *tensors, n, columns, strides, *parameters, (), None)
 
 
 def scale_(tensor: Tensor, factor: Tensor) -> None:

@@ -50,16 +50,6 @@ class Activation(SpecializedOperator):
             self.torch = lambda input, options: function(input, *options)
         super().__post_init__()
 
-    def gradient_in_torch(self, grad_output: Tensor, saved: Tensor, options: Options) -> Tensor:
-        """Returns the gradient in torch's operators."""
-        if self.saves != "input":
-            assert self.gradient is not None
-            return self.gradient(grad_output, saved, *options)
-        function = lambda input: self.torch(input, options)  # noqa: E731
-        (gradient,) = differentiate(function, (saved,), (True,), grad_output)
-        assert gradient is not None
-        return gradient
-
     def fused(self, tensors: Tensors, options: Options) -> Tensor:
         inputs = (tensors[0].contiguous(),) if self.contiguous else tensors
         result: Tensor = compute(self, inputs, options, 1)
@@ -79,7 +69,11 @@ class Activation(SpecializedOperator):
     def define(
         self, saved: Tensors, options: Options, _needs: Needs, grad_output: Tensor, *_: Any
     ) -> Gradients:
-        return (self.gradient_in_torch(grad_output, saved[0], options),)
+        if self.saves == "input":
+            function = lambda input: self.torch(input, options)  # noqa: E731
+            return differentiate(function, saved, (True,), grad_output)
+        assert self.gradient is not None
+        return (self.gradient(grad_output, *saved, *options),)
 
     @cached_property
     def kernels(self) -> dict[str, Kernel]:

@@ -106,18 +106,18 @@ class HeadSizes:
         return n if n <= 2 * rows or n * row <= rows * row + sums else rows
 
     @functools.lru_cache(MOST_SIZES)  # noqa: B019
-    def of_rows(self, n: int) -> BlockSize:
+    def row_blocks(self, n: int) -> BlockSize:
         """Returns the size of blocks of rows with all classes."""
         return BlockSize(max(1, min(n, self.rows_in_budget(n))))
 
     @functools.lru_cache(MOST_SIZES)  # noqa: B019
-    def of_losses(self, n: int) -> BlockSize:
+    def loss_blocks(self, n: int) -> BlockSize:
         """Returns the size of the blocks of a loss of class indices, and of its gradients."""
         rows = self._rows_at_once(n)
         return BlockSize(rows) if rows else self.tile(n)
 
     @functools.lru_cache(MOST_SIZES)  # noqa: B019
-    def of_states(self, n: int) -> BlockSize:
+    def state_blocks(self, n: int) -> BlockSize:
         """Returns the size of the blocks over which the states of rows are computed.
 
         TILE is a multiple of kChunk, so results do not depend on the boundaries between blocks of

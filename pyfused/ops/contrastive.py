@@ -31,7 +31,15 @@ from pyfused.ops.head_loop import HeadLoop, Layer
 from pyfused.ops.heads import joined
 from pyfused.ops.pointwise_loss import reduced
 from pyfused.ops.rows import RowOperator
-from pyfused.types import LOG_P, STATE_FIELDS, ClassRange, Gradients, Outputs, RowOptions
+from pyfused.types import (
+    LOG_P,
+    STATE_FIELDS,
+    ClassRange,
+    Gradients,
+    Outputs,
+    RowBlock,
+    RowOptions,
+)
 
 
 def contrastive_loss(
@@ -73,12 +81,7 @@ class Contrastive(RowOperator):
         a = tensors[0]
         return backend_of(a).product_dtype(a.dtype)
 
-    def arranged(
-        self,
-        tensors: Tensors,
-        options: Options,  # noqa: ARG002
-        shard: Any = None,  # noqa: ARG002
-    ) -> Tensors:
+    def arranged(self, tensors: Tensors, *_: Any) -> Tensors:
         """Returns the scaled embeddings a, the embeddings b, and the bias as a tensor or None.
 
         Without a scale, a has been scaled.
@@ -132,7 +135,7 @@ def _rows(
 ) -> BlockSize:
     """Returns the size of blocks of rows with all columns."""
     bytes_per_logit = dtype.itemsize + 2 * accumulate_dtype(dtype).itemsize
-    return HeadSizes((n, features), dtype, backend, memory_budget, bytes_per_logit).of_rows(n)
+    return HeadSizes((n, features), dtype, backend, memory_budget, bytes_per_logit).row_blocks(n)
 
 
 def _softmax(
@@ -154,24 +157,23 @@ def _softmax(
     states = x.new_empty((2, STATE_FIELDS, n), dtype=torch.float64)
     memory: Tensor | None = None
 
-    def directions(
-        block: tuple[Tensor, slice, slice], dtype: torch.dtype
-    ) -> tuple[tuple[Tensor, Tensor, slice, ClassRange], ...]:
-        """Returns a block and its transpose, each with the states, rows and range of classes."""
+    def directions(block: tuple[Tensor, slice, slice], dtype: torch.dtype) -> list[Any]:
+        """Returns a block and its transpose, each with the states and the slice of its rows."""
         logits, rows, columns = block
         # The transpose of a single row is contiguous, but must not share its memory.
         transposed = logits.new_empty((logits.shape[1], logits.shape[0]), dtype=dtype)
-        return (
-            (logits.to(dtype), states[0], rows, ClassRange(columns.start, n)),
-            (transposed.copy_(logits.t()), states[1], columns, ClassRange(rows.start, n)),
-        )
+        both = logits.to(dtype), transposed.copy_(logits.t())
+        slices = (rows, columns), (columns, rows)
+        return [
+            (RowBlock(z, target[i], None, plain, ClassRange(j.start, n)), state[:, i], i)
+            for z, state, (i, j) in zip(both, states, slices, strict=True)
+        ]
 
     def state_step(*block: Any) -> None:
         nonlocal memory
         memory = block[0].view(-1) if has_one_block else None  # reuses its logits
-        for logits, state, rows, classes in directions(block, x.dtype):
-            of_rows = plain, logits, target[rows], None, state[:, rows], classes
-            backend.row_state(*of_rows, continues=classes.first > 0)
+        for rows, state, _ in directions(block, x.dtype):
+            backend.row_state(rows, state, continues=rows.classes.first > 0)
 
     loop.run(layer, state_step)
     loss = reduced(-states[:, LOG_P].mean(0), options.reduction).to(wide)
@@ -182,15 +184,11 @@ def _softmax(
     grad_log_p = (grad_log_p * factor).expand(n)
 
     def step(*block: Any) -> Tensor:
-        of_rows, of_columns = (
-            backend.row_gradients(
-                *(plain, logits, target[rows], None, state[:, rows], classes),
-                grad_log_p[rows],
-                logits,
-            )
-            for logits, state, rows, classes in directions(block, wide)
-        )
-        return of_rows.add_(of_columns.t()).to(x.dtype)
+        by_rows, by_columns = [
+            backend.row_gradients(rows, state, grad_log_p[i], rows.logits)
+            for rows, state, i in directions(block, wide)
+        ]
+        return by_rows.add_(by_columns.t()).to(x.dtype)
 
     return loss, loop.run(layer, step, logits=memory)
 
@@ -229,6 +227,7 @@ def _sigmoid(
 
     grad_x, grad_b, _ = loop.run(Layer(x, b, None), step)
     loss = joined(losses, reduction == "none")
-    of_bias = grad_bias.to(wide) if loop.needs[2] else None
-    gradients = (grad_x, grad_b, of_bias) if differentiates else ()
-    return None if loss is None else loss.to(wide), gradients
+    loss = None if loss is None else loss.to(wide)
+    if not differentiates:
+        return loss, ()
+    return loss, (grad_x, grad_b, grad_bias.to(wide) if loop.needs[2] else None)

@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from pyfused.backends import Backend, backend_of, takes_triton
+from pyfused.backends import backend_of, takes_triton
 from pyfused.dispatch.autograd import in_autocast_dtype
 from pyfused.dispatch.operator import Forward, Needs, Operand, Options, Tensors
 from pyfused.layout import accumulate_dtype, with_leading_dims
 from pyfused.ops import definitions, metrics
 from pyfused.ops.head_loop import ALL_ROWS, HeadLoop, Rows, rows_that_count
-from pyfused.ops.heads import BlockResult, HeadRows, capped, compute_blocks, row_source
+from pyfused.ops.heads import BlockResult, HeadBlocks, cap_backward, capped
+from pyfused.ops.row_sources import LogitRows, row_source
 from pyfused.ops.rows import (
-    LogitRows,
     RowLoss,
     RowOperator,
+    kept_logits,
     loss_forward,
     state_backward,
     state_forward,
@@ -34,7 +34,6 @@ from pyfused.types import (
     SMOOTH,
     SMOOTHING_FIELDS,
     STATE_FIELDS,
-    ClassRange,
     CrossEntropyOptions,
     Gradients,
     Outputs,
@@ -60,22 +59,26 @@ class CrossEntropyLoss(RowLoss):
             return SMOOTHING_FIELDS
         return METRICS_FIELDS if options.with_metrics else STATE_FIELDS
 
+    def merges_entropy(self, options: Options) -> bool:
+        """Returns whether states over several shards need the entropy."""
+        return bool(options.with_metrics)
+
     def inputs(
         self, tensors: Tensors, options: Options, all_rows: bool
-    ) -> tuple[list[Any], RowOptions]:
-        """Returns the tensors and the options that a source of rows takes.
+    ) -> tuple[Tensor, Tensor | None, RowOptions]:
+        """Returns the target, the class weight and the options that a source of rows takes.
 
         Args:
             all_rows: Whether to include rows of weight 0.
         """
-        *layer, target, weight, token_weight, _ = tensors
+        input, *_, target, weight, token_weight, _ = tensors
         if weight is not None:
-            weight = weight.detach().to(accumulate_dtype(layer[0].dtype)).contiguous()
+            weight = weight.detach().to(accumulate_dtype(input.dtype)).contiguous()
         if token_weight is not None and not all_rows:  # the logits of rows of weight 0 may be NaN
             target = target.masked_fill(token_weight == 0, options.ignore_index)
-        return [*layer, target, weight], options.of_rows()
+        return target, weight, options.row_options()
 
-    def of_results(
+    def result_from(
         self, results: Tensor, tensors: Tensors, options: Options, classes: int
     ) -> Tensor:
         """Returns the loss in float64.
@@ -106,14 +109,14 @@ class CrossEntropyLoss(RowLoss):
         counts, target_weight, total = self.row_weights(tensors, options, classes)
         grad = (grad if token_weight is None else grad * token_weight).where(counts, 0)
         coefficients = definitions.row_coefficients(target_weight, options, classes)
-        of_log_p, of_smooth, of_squared_lse = coefficients
+        log_p_factor, smooth_factor, squared_lse_factor = coefficients
         gradients = state.new_zeros((4 if state.shape[0] > SMOOTH else 3, *grad.shape))
-        gradients[LOG_P] = of_log_p * grad
-        if of_squared_lse:
-            gradients[LSE] = 2 * of_squared_lse * state[LSE] * grad
-        if of_smooth:
-            gradients[LSE] -= of_smooth * total * grad
-            gradients[3] = of_smooth * grad
+        gradients[LOG_P] = log_p_factor * grad
+        if squared_lse_factor:
+            gradients[LSE] = 2 * squared_lse_factor * state[LSE] * grad
+        if smooth_factor:
+            gradients[LSE] -= smooth_factor * total * grad
+            gradients[3] = smooth_factor * grad
         return gradients, below
 
     def row_weights(
@@ -132,7 +135,7 @@ class CrossEntropyLoss(RowLoss):
             total = weight.double().sum() if options.label_smoothing > 0 else classes
         return counts, target_weight, total
 
-    # ---- in blocks of rows: see `heads.compute_blocks` -------------------------------------------
+    # ---- in blocks of rows: see `heads.HeadBlocks` ----------------------------------------------
 
     def weights(self, tensors: Tensors, options: Options, all_count: bool) -> Tensor | None:
         *_, target, weight, token_weight, _ = tensors
@@ -142,8 +145,9 @@ class CrossEntropyLoss(RowLoss):
             return target != options.ignore_index  # type: ignore[no-any-return]
         return definitions.target_weights(target, weight, options.ignore_index)
 
-    def rows(self, tensors: Tensors, options: Options, backend: Backend) -> Rows:
+    def rows(self, tensors: Tensors, options: Options) -> Rows:
         *_, target, _, token_weight, _ = tensors
+        backend = backend_of(target)
         counts = definitions.counted(target, options.ignore_index, token_weight)
         computed = counts
         if options.with_metrics:  # rows of weight 0 also have metrics
@@ -154,53 +158,43 @@ class CrossEntropyLoss(RowLoss):
         return rows
 
     def block(
-        self,
-        backend: Backend,
-        logits: Tensor,
-        operands: Sequence[Any],
-        counts: Tensor | None,
-        grad_output: Tensor | None,
-        options: Options,
-        outputs: Outputs,
+        self, logits: Tensor, inputs: Tensors, grad_output: Any, options: Options, outputs: Outputs
     ) -> BlockResult:
-        target, weight, token_weight, _ = operands
-        x, state, prediction = logits, None, None
-        caps = options.softcap is not None
-        if caps:
-            x, cap_backward = capped(backend, logits, options.softcap, rounds=True)
+        (target, weight, token_weight, _), backend = inputs, backend_of(logits)
+        state = prediction = None
+        x, saved = capped(logits, options.softcap, rounds=True)
         if target.is_floating_point():
             target = target.to(logits.dtype)
         if options.with_metrics == PREDICTION and outputs.loss and backend.predicts(x):
             prediction = x.new_empty(len(x), dtype=torch.int64)
             state = prediction.unsqueeze(0)
         elif options.with_metrics and outputs.loss:
-            source = LogitRows(backend, ClassRange(0, logits.shape[1]))
-            state = metrics_state(source, x, target, options, self.fields(options))
+            state = metrics_state(x, target, options, self.fields(options))
         tensors = x, target, weight, token_weight, None
         loss, gradients = backend.cross_entropy(tensors, options, outputs, grad_output, prediction)
         gradient, grad_target = gradients
-        if caps and gradient is not None:
-            gradient = cap_backward(gradient)
-            if counts is not None:  # 0 times NaN is NaN
-                gradient.masked_fill_(~counts.unsqueeze(-1), 0)
+        if options.softcap is not None and gradient is not None:
+            gradient = cap_backward(gradient, saved, options.softcap)
         return loss, (gradient, grad_target), state
 
 
 def metrics_state(
-    source: LogitRows, logits: Tensor, target: Tensor, options: CrossEntropyOptions, fields: int
+    logits: Tensor, target: Tensor, options: CrossEntropyOptions, fields: int
 ) -> Tensor:
     """Returns the state of rows of capped logits.
 
     For class probabilities, LOG_P is ``sum_c target_c log p_c``.
     """
-    rows, indices = options.of_rows()._replace(softcap=None), not target.is_floating_point()
-    state, *_ = source.state((logits, target if indices else None, None), rows, fields)
+    indices = not target.is_floating_point()
+    row_options = options.row_options()._replace(softcap=None)
+    inputs = target if indices else None, None, row_options, class_range((logits,))
+    state, *_ = LogitRows(logits, *inputs).state(fields)
     if indices:
         return state
     scale = options.scale / options.temperature
     plain = CrossEntropyOptions(reduction="none", scale=scale)
     tensors = logits.detach(), target.detach(), None, None, None
-    loss, _ = source.backend.cross_entropy(tensors, plain, Outputs())
+    loss, _ = backend_of(logits).cross_entropy(tensors, plain, Outputs())
     assert loss is not None
     state[LOG_P] = -loss.flatten()
     return state
@@ -222,10 +216,8 @@ class CrossEntropy(RowOperator):
         """Returns whether only the kernels of row states support a call."""
         return shard is not None or options.softcap is not None
 
-    def overwritten(self, saved: Tensors, options: Options, shard: Any) -> int | None:
-        if options.inplace and not self.needs_state(options, shard):
-            return 0
-        return super().overwritten(saved, options, shard)
+    def overwritten(self, _saved: Tensors, options: Options, shard: Any) -> int | None:
+        return 0 if options.inplace and not self.needs_state(options, shard) else None
 
     def misfit(self, tensors: Tensors, options: Options) -> str | None:
         input, target, weight, token_weight, denominator = tensors
@@ -246,7 +238,7 @@ class CrossEntropy(RowOperator):
         if target.is_floating_point():
             dtype = definitions.operand_dtype(input, target, weight)
             input, target = input.to(dtype), target.to(dtype)
-        else:
+        elif target.dtype is not torch.int64 or input.dim() == 1:
             target = class_targets(input, target)
         if not token_weight is denominator is None:
             token_weight, denominator = definitions.factors(token_weight, denominator, input.dtype)
@@ -259,12 +251,11 @@ class CrossEntropy(RowOperator):
         self, tensors: Tensors, options: Options, needs: Needs, shard: Any = None
     ) -> Forward:
         dtype, state = definitions.dtype_of_loss(options, *tensors[:3]), None
-        if shard is not None or options.softcap is not None:
-            source = row_source(self, tensors, options, needs, shard, options.with_metrics)
+        if self.needs_state(options, shard):
+            source = row_source(self, tensors, options, needs, shard, bool(options.with_metrics))
             return state_forward(self, source, tensors, options, needs, dtype)
         if options.with_metrics:
-            source = row_source(self, tensors, options, needs, shard, True)
-            state = metrics_state(source, tensors[0], tensors[1], options, METRICS_FIELDS)
+            state = metrics_state(tensors[0], tensors[1], options, METRICS_FIELDS)
         kernel = backend_of(tensors[0]).cross_entropy
         loss, saved, gradients = loss_forward(
             kernel, tensors, options, needs, dtype, options.inplace
@@ -272,46 +263,30 @@ class CrossEntropy(RowOperator):
         return loss if state is None else (loss, state), saved, gradients
 
     def backward(
-        self,
-        saved: Tensors,
-        options: Options,
-        needs: Needs,
-        grad_output: Tensor,
-        shard: Any = None,
+        self, saved: Tensors, options: Options, needs: Needs, grad_output: Tensor, shard: Any = None
     ) -> Gradients:
         if self.needs_state(options, shard):
-            source = row_source(self, saved, options, needs, shard, options.with_metrics)
+            source = row_source(self, saved, options, needs, shard)
             return state_backward(self, source, saved, options, needs, grad_output)
         outputs = Outputs(False, tuple(needs), options.inplace)
         return backend_of(saved[0]).cross_entropy(saved, options, outputs, grad_output)[1]
 
     def define(
-        self,
-        saved: Tensors,
-        options: Options,
-        needs: Needs,
-        grad_output: Tensor,
-        shard: Any = None,
+        self, saved: Tensors, options: Options, needs: Needs, grad_output: Tensor, shard: Any = None
     ) -> Gradients:
         if self.needs_state(options, shard) or options.gamma != 0 or needs[1]:
             return super().define(saved, options, needs, grad_output, shard)
         call: Any = *saved[:5], options
         return definitions.gradient_of_cross_entropy(grad_output, *call), None
 
-    def finished(
-        self,
-        result: Any,
-        tensors: Tensors,
-        options: Options,
-        shard: Any = None,  # noqa: ARG002
-    ) -> Any:
+    def finished(self, result: Any, tensors: Tensors, options: Options, *_: Any) -> Any:
         if not options.with_metrics:
             return result
         (loss, state), input, target = result, *tensors[:2]
         if not target.is_floating_point():
             target = class_targets(input, target)
         dtype = accumulate_dtype(input.dtype)
-        return loss, metrics.of_state(state, target, options.ignore_index, dtype)
+        return loss, metrics.from_state(state, target, options.ignore_index, dtype)
 
     def torch_on_shard(self, tensors: Tensors, options: Options, shard: Any) -> Tensor:
         dtype = definitions.dtype_of_loss(options, *tensors[:3])
@@ -352,6 +327,8 @@ class LinearCrossEntropy(RowOperator):
     """Cross-entropy of a linear layer's output: cross_entropy(linear(input), target)."""
 
     flattens = True
+    tiles = True
+    overwritten = kept_logits
 
     def by_torch(self, tensors: Tensors, options: Options) -> Any:
         """Returns the result; torch's function does not check the budget and `filter_eps`."""
@@ -363,13 +340,7 @@ class LinearCrossEntropy(RowOperator):
     def input_dtype(self, tensors: Tensors) -> torch.dtype:
         return definitions.operand_dtype(tensors[0], *tensors[3:5])
 
-    def finished(
-        self,
-        result: Any,
-        tensors: Tensors,
-        options: Options,
-        shard: Any = None,  # noqa: ARG002
-    ) -> Any:
+    def finished(self, result: Any, tensors: Tensors, options: Options, *_: Any) -> Any:
         input, target, leading = in_autocast_dtype(tensors[0]), tensors[3], tensors[0].shape[:-1]
         dtype = definitions.dtype_of_loss(options, input, *tensors[3:5])
         if not options.with_metrics:
@@ -383,7 +354,7 @@ class LinearCrossEntropy(RowOperator):
         else:
             target = target.to(torch.int64).flatten()
         wide = self.wide_dtype((input, *tensors[1:]))
-        values = metrics.of_state(state, target, options.ignore_index, wide)
+        values = metrics.from_state(state, target, options.ignore_index, wide)
         named = metrics.Metrics(*[with_leading_dims(x, leading) for x in values])
         return with_leading_dims(loss, leading).to(dtype), named
 
@@ -392,54 +363,40 @@ class LinearCrossEntropy(RowOperator):
         sizes = self.head_sizes(tensors, options)
         if options.softcap is not None:  # a copy of the logits
             sizes = replace(sizes, bytes_per_logit=3 * sizes.dtype.itemsize)
-        size = sizes.of_rows if tensors[3].is_floating_point() else sizes.of_losses
+        size = sizes.row_blocks if tensors[3].is_floating_point() else sizes.loss_blocks
         return HeadLoop(backend_of(tensors[0]), sizes.dtype, size, needs)
-
-    def by_classes(self, tensors: Tensors, options: Options, needs: Needs) -> HeadRows:
-        """Returns the source of rows in blocks of classes."""
-        sizes = self.head_sizes(tensors, options)
-        loop = HeadLoop(backend_of(tensors[0]), sizes.dtype, sizes.tile, needs)
-        return HeadRows(loop, class_range(tensors[:3]))
 
     def forward(
         self, tensors: Tensors, options: Options, needs: Needs, shard: Any = None
     ) -> Forward:
-        if shard is not None:
-            # With metrics, the forward pass also has rows of weight 0.
-            keeps = not options.with_metrics or tensors[-2] is None
-            source = row_source(self, tensors, options, needs, shard, options.with_metrics)
+        if (blocks := self.blocks(tensors, options, needs, shard)) is None:
+            all_rows = bool(options.with_metrics)
+            # The backward pass does not have rows of weight 0.
+            keeps = shard is not None and not (all_rows and tensors[-2] is not None)
+            source = row_source(self, tensors, options, needs, shard, all_rows)
             return state_forward(self, source, tensors, options, needs, keeps_logits=keeps)
-        loop = self.loop(tensors, options, needs)
-        computed = compute_blocks(self, loop, tensors, options, needs)
-        if computed is None:
-            source = self.by_classes(tensors, options, needs)
-            return state_forward(self, source, tensors, options, needs, keeps_logits=False)
-        loss, gradients, state = computed
-        gradients = gradients if self.in_forward(tensors, options, needs) else ()
-        return (
-            (loss, tensors, gradients)
-            if state is None
-            else ((loss, state), (*tensors, state), gradients)
-        )
+        needs = needs if self.in_forward(tensors, options, needs) else ()
+        loss, gradients, state = blocks.compute(needs)
+        if state is None:
+            return loss, tensors, gradients
+        return (loss, state), (*tensors, state), gradients
 
     def backward(
-        self,
-        saved: Tensors,
-        options: Options,
-        needs: Needs,
-        grad_output: Tensor,
-        shard: Any = None,
+        self, saved: Tensors, options: Options, needs: Needs, grad_output: Tensor, shard: Any = None
     ) -> Gradients:
-        tensors = saved[: len(self.all_operands)]
-        if shard is None:
-            loop = self.loop(tensors, options, needs)
-            computed = compute_blocks(self, loop, tensors, options, needs, grad_output)
-            if computed is not None:
-                return computed[1]
-            source = self.by_classes(tensors, options, needs)
-        else:
-            source = row_source(self, tensors, options, needs, shard, options.with_metrics)
+        if blocks := self.blocks(saved[: len(self.all_operands)], options, needs, shard):
+            return blocks.compute(needs, grad_output)[1]
+        source = row_source(self, saved, options, needs, shard)
         return state_backward(self, source, saved, options, needs, grad_output)
+
+    def blocks(
+        self, tensors: Tensors, options: Options, needs: Needs, shard: Any
+    ) -> HeadBlocks | None:
+        """Returns the blocks of a call's logits with all classes, None if blocks have fewer."""
+        if shard is not None:
+            return None
+        blocks = HeadBlocks(self, self.loop(tensors, options, needs), tensors, options)
+        return blocks if blocks.size.classes is None else None
 
     def strategy_of(self, tensors: Tensors, options: Options) -> str:
         n = tensors[0].shape[:-1].numel()
@@ -490,12 +447,7 @@ class NllLoss(RowOperator):
         super().__post_init__()
         self.student = 2  # kernels return a gradient of the target, which is None
 
-    def arranged(
-        self,
-        tensors: Tensors,
-        options: Options,  # noqa: ARG002
-        shard: Any = None,  # noqa: ARG002
-    ) -> Tensors:
+    def arranged(self, tensors: Tensors, *_: Any) -> Tensors:
         input, target, weight = tensors
         return input, class_targets(input, target), weight, None, None
 

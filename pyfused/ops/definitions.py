@@ -33,11 +33,11 @@ def cross_entropy(
     if options.inplace and type(input) in PLAIN and not is_dynamo_compiling():
         prepare_inplace(input)  # raises the errors that a kernel's call raises
     if options.with_metrics:
-        of_loss = options._replace(with_metrics=False, inplace=False)
+        loss_options = options._replace(with_metrics=False, inplace=False)
         factors = weight, token_weight, denominator
-        loss = masked_cross_entropy(input, target, *factors, of_loss)
+        loss = masked_cross_entropy(input, target, *factors, loss_options)
         input = _scaled(input.to(accumulate_dtype(input.dtype)), options)
-        return loss, metrics.of_logits(input, target, options.ignore_index)
+        return loss, metrics.from_logits(input, target, options.ignore_index)
     ignore_index, label_smoothing = options.ignore_index, options.label_smoothing
     if token_weight is denominator is None and options.is_plain():
         others = None, ignore_index, None, options.reduction, label_smoothing
@@ -53,7 +53,7 @@ def cross_entropy(
     x = _scaled(input.to(dtype), options)
     log_p, shape = x.log_softmax(dim), loss_shape(x, "none")
     weights = None if weight is None else weight.to(dtype)
-    weighted, of_target, is_valid, divisors = log_p, None, None, None
+    weighted, target_weight, is_valid, divisors = log_p, None, None, None
     if weights is not None:
         weighted = log_p * weights.view(-1, *[1] * (x.dim() - dim - 1))
     if soft:
@@ -67,11 +67,11 @@ def cross_entropy(
         at_target = -F.nll_loss(log_p, target, None, None, ignore_index, None, "none")
         is_valid = target.reshape(shape) != ignore_index
         divisors = target_weights(target.reshape(shape), weights, ignore_index, dtype)
-        of_target = None if weights is None else divisors
+        target_weight = None if weights is None else divisors
     smooth = weighted.sum(dim) if options.label_smoothing > 0 else None
     has_z_loss = isinstance(options.z_loss, Tensor) or options.z_loss
     lse = x.logsumexp(dim) if has_z_loss else None
-    loss = row_losses(at_target, smooth, lse, of_target, options, x.shape[dim])
+    loss = row_losses(at_target, smooth, lse, target_weight, options, x.shape[dim])
     loss = loss if is_valid is None else loss.where(is_valid, 0)
     return reduced_rows(loss, token_weight, options, divisors).to(result_dtype)
 
@@ -102,25 +102,25 @@ def gradient_of_cross_entropy(
     by_class = weights.view(-1, *[1] * (x.dim() - dim - 1))
     if soft:
         q = without_ignored(target, target, ignore_index, token_weight).to(dtype) * by_class
-        of_target, divisors = q.sum(dim), None
+        target_weight, divisors = q.sum(dim), None
     else:
         target = target.long().reshape(shape)
-        of_target = divisors = target_weights(target, weight, ignore_index, dtype)
+        target_weight = divisors = target_weights(target, weight, ignore_index, dtype)
     rows = _grad_of_rows(grad_output.to(dtype), token_weight, options, divisors, shape)
     rows, counts = rows.expand(shape), counted(target, ignore_index, token_weight)
     rows = rows if counts is None else rows.where(counts.reshape(shape), 0)
     a, b, z = row_coefficients(None, options, classes)
-    of_p = -a * of_target
+    p_factor = -a * target_weight
     if b:
-        of_p = of_p - b * (classes if weight is None else weights.sum())
+        p_factor = p_factor - b * (classes if weight is None else weights.sum())
     if z:
-        of_p = of_p + 2 * z * x.logsumexp(dim)
-    gradient: Tensor = p * (of_p * rows).unsqueeze(dim)
+        p_factor = p_factor + 2 * z * x.logsumexp(dim)
+    gradient: Tensor = p * (p_factor * rows).unsqueeze(dim)
     if soft:
         gradient = gradient + q * (a * rows).unsqueeze(dim)
     else:
         label = target.where(target != ignore_index, 0).unsqueeze(dim)
-        gradient.scatter_add_(dim, label, (a * of_target * rows).unsqueeze(dim))
+        gradient.scatter_add_(dim, label, (a * target_weight * rows).unsqueeze(dim))
     if b:
         gradient = gradient + by_class * (b * rows).unsqueeze(dim)
     scale = options.scale / options.temperature
@@ -264,10 +264,12 @@ def row_losses(
     """
     if isinstance(options.gamma, Tensor) or options.gamma:
         log_p = -_focal(-log_p, options.gamma)
-    of_log_p, of_smooth, of_squared_lse = row_coefficients(target_weight, options, classes)
-    loss: Tensor = of_log_p * log_p
-    loss = loss if smooth is None else loss + of_smooth * smooth
-    return loss if lse is None else loss + of_squared_lse * lse.square()
+    log_p_factor, smooth_factor, squared_lse_factor = row_coefficients(
+        target_weight, options, classes
+    )
+    loss: Tensor = log_p_factor * log_p
+    loss = loss if smooth is None else loss + smooth_factor * smooth
+    return loss if lse is None else loss + squared_lse_factor * lse.square()
 
 
 def row_coefficients(
@@ -275,10 +277,10 @@ def row_coefficients(
 ) -> tuple[Any, float, Any]:
     """Returns the coefficients of log p_y, sum_c w_c log p_c and lse^2 in the loss of a row."""
     smoothing = max(0.0, options.label_smoothing)
-    of_log_p: Any = smoothing - 1
-    of_smooth = -smoothing / (classes or 1)  # without classes, a sum is 0
-    of_log_p = of_log_p if target_weight is None else of_log_p * target_weight
-    return of_log_p, of_smooth, options.z_loss
+    log_p_factor: Any = smoothing - 1
+    smooth_factor = -smoothing / (classes or 1)  # without classes, a sum is 0
+    log_p_factor = log_p_factor if target_weight is None else log_p_factor * target_weight
+    return log_p_factor, smooth_factor, options.z_loss
 
 
 def target_weights(
@@ -395,15 +397,15 @@ def head_cross_entropy(*call: Any) -> Any:
         head, token_weight = head.as_rows(token_weight)
     counts = counted(head.target, options.ignore_index, token_weight)
     logits = head_logits(*head[:3], counts)
-    of_loss = options._replace(with_metrics=False)
-    loss = cross_entropy(logits, *head[3:], token_weight, denominator, of_loss)
+    loss_options = options._replace(with_metrics=False)
+    loss = cross_entropy(logits, *head[3:], token_weight, denominator, loss_options)
     loss = with_leading_dims(loss, leading)
     if not options.with_metrics:
         return loss
     if token_weight is not None:  # rows of weight 0 also have metrics
         logits = head_logits(head.input.detach(), *head[1:3])
     logits = _scaled(logits.to(accumulate_dtype(logits.dtype)), options)
-    fields = metrics.of_logits(logits, head.target, options.ignore_index)
+    fields = metrics.from_logits(logits, head.target, options.ignore_index)
     if options.with_metrics == PREDICTION:
         return loss, with_leading_dims(fields.prediction, leading)
     return loss, metrics.Metrics(*(with_leading_dims(x, leading) for x in fields))

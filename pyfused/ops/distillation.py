@@ -20,20 +20,16 @@ import torch
 from torch import Tensor
 
 from pyfused import checks
-from pyfused.backends import Backend, backend_of
+from pyfused.backends import backend_of
 from pyfused.backends.protocol import LossResult
 from pyfused.dispatch.operator import Forward, Needs, Options, Tensors, requires_grad
 from pyfused.dispatch.originals import F
 from pyfused.layout import accumulate_dtype
 from pyfused.ops import definitions
-from pyfused.ops.head_loop import (
-    HeadLoop,
-    Layer,
-    multiply,
-    prepared,
-)
-from pyfused.ops.heads import BlockResult, capped, compute_blocks
-from pyfused.ops.rows import LogitRows, RowLoss, RowOperator, loss_forward
+from pyfused.ops.head_loop import HeadLoop, Layer, multiply, prepared
+from pyfused.ops.heads import BlockResult, HeadBlocks, cap_backward, capped
+from pyfused.ops.row_sources import LogitRows
+from pyfused.ops.rows import RowLoss, RowOperator, loss_forward
 from pyfused.types import (
     ENTROPY,
     LSE,
@@ -182,33 +178,26 @@ def _with_rest(
 
 
 class DivergenceLoss(RowLoss):
-    """The divergence of a student's linear layer from a teacher's; see `heads.compute_blocks`."""
+    """The divergence of a student's linear layer from a teacher's; see `heads.HeadBlocks`."""
 
     def bytes_per_logit(self, tensors: Tensors, options: Options) -> int:
         """Returns the bytes that a block needs for each of the teacher's logits."""
         dtype = backend_of(tensors[3]).product_dtype(tensors[3].dtype)
         return (1 if options.teacher_softcap is None else 3) * dtype.itemsize
 
-    def prepared(self, tensors: Tensors, backend: Backend) -> Tensors:
+    def prepared(self, tensors: Tensors) -> Tensors:
         input, *student, teacher_input, weight, bias, token_weight, denominator = tensors
-        dtype = backend.product_dtype(teacher_input.dtype)
+        dtype = backend_of(input).product_dtype(teacher_input.dtype)
         teacher = Layer(teacher_input.to(dtype), weight, bias)
-        parameters = prepared(teacher, slice(None), dtype)
-        student = [_masked(input, token_weight), *student]
-        return *student, teacher.input, *parameters, token_weight, denominator
+        teacher_layer = teacher.input, *prepared(teacher, slice(None), dtype)
+        input = _masked(input, token_weight)
+        return input, *student, *teacher_layer, token_weight, denominator
 
     def block(
-        self,
-        backend: Backend,
-        logits: Tensor,
-        operands: Sequence[Any],
-        counts: Tensor | None,  # noqa: ARG002
-        grad_output: Tensor | None,
-        options: Options,
-        outputs: Outputs,
+        self, logits: Tensor, inputs: Tensors, grad_output: Any, options: Options, outputs: Outputs
     ) -> BlockResult:
-        input, weight, bias, token_weight, _ = operands
-        teacher_logits = backend.empty(logits.shape, input.dtype, logits)
+        input, weight, bias, token_weight, _ = inputs
+        teacher_logits = backend_of(logits).empty(logits.shape, input.dtype, logits)
         multiply(input, weight, bias, teacher_logits)
         tensors = logits, teacher_logits, token_weight, None
         loss, (gradient,) = divergence_kernel(tensors, options, outputs, grad_output)
@@ -225,33 +214,26 @@ class TopKLoss(DivergenceLoss):
         checks.topk_log_probs(_masked(log_probs, token_weight, -torch.inf))
         return invalid[:, None]
 
-    def bytes_per_logit(self, tensors: Tensors, options: Options) -> int:  # noqa: ARG002
+    def bytes_per_logit(self, _tensors: Tensors, _options: Options) -> int:
         return 0
 
-    def prepared(self, tensors: Tensors, backend: Backend) -> Tensors:
+    def prepared(self, tensors: Tensors) -> Tensors:
         input, weight, bias, indices, log_probs, token_weight, denominator = tensors
         invalid = self.check(tensors)
-        if backend.ASYNCHRONOUS:  # raising would synchronise, so the loss of the row is NaN
+        if backend_of(input).ASYNCHRONOUS:  # raising would synchronise, so the row's loss is NaN
             log_probs = log_probs.masked_fill(invalid, torch.nan)
             indices = indices.masked_fill(invalid, 0)
         input = _masked(input, token_weight)
         return input, weight, bias, indices, log_probs, token_weight, denominator
 
     def block(
-        self,
-        backend: Backend,
-        logits: Tensor,
-        operands: Sequence[Any],
-        counts: Tensor | None,  # noqa: ARG002
-        grad_output: Tensor | None,
-        options: Options,
-        outputs: Outputs,
+        self, logits: Tensor, inputs: Tensors, grad_output: Any, options: Options, outputs: Outputs
     ) -> BlockResult:
-        source = LogitRows(backend, ClassRange(0, logits.shape[1]))
-        x, cap_backward = capped(backend, logits, options.softcap)
-        differentiates = bool(outputs.gradients)
-        loss, gradient = _topk(source, x, operands, grad_output, options, differentiates)
-        return loss, (None if gradient is None else cap_backward(gradient), None), None
+        x, saved = capped(logits, options.softcap)
+        loss, gradient = _topk(x, inputs, grad_output, options, bool(outputs.gradients))
+        if gradient is not None:
+            gradient = cap_backward(gradient, saved, options.softcap).to(logits.dtype)
+        return loss, (gradient, None), None
 
 
 # ---- the operators -------------------------------------------------------------------------------
@@ -264,44 +246,36 @@ class Divergence(RowOperator):
     strategy = "row by row"
     flattens = True
 
-    def check_values(self, tensors: Tensors, options: Options) -> None:  # noqa: ARG002
+    def check_values(self, tensors: Tensors, _: Options) -> None:
         if isinstance(self.loss, TopKLoss):
             self.loss.check(tensors)
 
-    def finished(
-        self,
-        result: Any,
-        tensors: Tensors,
-        options: Options,
-        shard: Any = None,  # noqa: ARG002
-    ) -> Any:
+    def finished(self, result: Any, tensors: Tensors, options: Options, *_: Any) -> Any:
         return result.reshape(tensors[0].shape[:-1]) if options.reduction == "none" else result
 
     def loop(self, tensors: Tensors, options: Options, needs: Needs) -> HeadLoop:
         """Returns the loop over blocks of rows."""
         sizes = self.head_sizes(tensors, options)
-        of_cap = 0 if options.softcap is None else 3 * accumulate_dtype(sizes.dtype).itemsize
+        cap_bytes = 0 if options.softcap is None else 3 * accumulate_dtype(sizes.dtype).itemsize
         bytes_per_logit = self.loss.bytes_per_logit(tensors, options)
-        sizes = replace(sizes, bytes_per_logit=sizes.dtype.itemsize + of_cap + bytes_per_logit)
-        return HeadLoop(backend_of(tensors[0]), sizes.dtype, sizes.of_rows, needs)
+        sizes = replace(sizes, bytes_per_logit=sizes.dtype.itemsize + cap_bytes + bytes_per_logit)
+        return HeadLoop(backend_of(tensors[0]), sizes.dtype, sizes.row_blocks, needs)
 
     def forward(self, tensors: Tensors, options: Options, needs: Needs, *_: Any) -> Forward:
         if not self.is_linear:
             return loss_forward(divergence_kernel, tensors, options, needs)
-        computed = compute_blocks(self, self.loop(tensors, options, needs), tensors, options, needs)
-        assert computed is not None
-        loss, gradients, _state = computed
-        return loss, tensors, gradients if self.in_forward(tensors, options, needs) else ()
+        blocks = HeadBlocks(self, self.loop(tensors, options, needs), tensors, options)
+        needs = needs if self.in_forward(tensors, options, needs) else ()
+        loss, gradients, _state = blocks.compute(needs)
+        return loss, tensors, gradients
 
     def backward(
         self, saved: Tensors, options: Options, needs: Needs, grad_output: Tensor, *_: Any
     ) -> Gradients:
         if not self.is_linear:
             return divergence_kernel(saved, options, Outputs(False, tuple(needs)), grad_output)[1]
-        loop = self.loop(saved, options, needs)
-        computed = compute_blocks(self, loop, saved, options, needs, grad_output)
-        assert computed is not None
-        return computed[1]
+        blocks = HeadBlocks(self, self.loop(saved, options, needs), saved, options)
+        return blocks.compute(needs, grad_output)[1]
 
 
 # ---- kernels -------------------------------------------------------------------------------------
@@ -318,22 +292,21 @@ def divergence_kernel(
     backend, dtype, softcap = backend_of(logits), logits.dtype, options.softcap
     if softcap is None is options.teacher_softcap and dtype is teacher_logits.dtype:
         return backend.kl_div_with_logits(tensors, options, outputs, grad_output)
-    student, cap_backward = capped(backend, logits, softcap)
-    teacher, _ = capped(backend, teacher_logits, options.teacher_softcap)
+    student, saved = capped(logits, softcap)
+    teacher, _ = capped(teacher_logits, options.teacher_softcap)
     common = torch.promote_types(student.dtype, teacher.dtype)
     outputs = outputs._replace(inplace=outputs.inplace or student is not logits)
     inputs = student.to(common), teacher.to(common), token_weight, *others
     loss, gradients = backend.kl_div_with_logits(inputs, options, outputs, grad_output)
     loss, (gradient,) = None if loss is None else loss.to(accumulate_dtype(dtype)), gradients
     if gradient is not None:
-        gradient = cap_backward(gradient.to(student.dtype))
+        gradient = cap_backward(gradient.to(student.dtype), saved, softcap).to(dtype)
         if softcap is not None and token_weight is not None:  # NaN times 0 is NaN
             gradient.masked_fill_((token_weight == 0).unsqueeze(-1), 0)
     return loss, (gradient,)
 
 
 def _topk(
-    source: LogitRows,
     logits: Tensor,
     operands: Sequence[Any],
     grad_output: Tensor | None,
@@ -347,12 +320,13 @@ def _topk(
     """
     indices, log_q, weight, _ = operands
     (n, classes), scale = logits.shape, 1 / options.temperature
-    of_rows = (logits, None, None), RowOptions(temperature=options.temperature)
+    row_options = RowOptions(temperature=options.temperature)
+    source = LogitRows(logits, None, None, row_options, ClassRange(0, classes))
     if logits.dtype is torch.float64:
         logits -= logits.amax(1, keepdim=True)  # reduces the rounding error of the log-sum-exp
     topk_logits = logits.gather(1, indices).double() * scale
     logits.scatter_(1, indices, -torch.inf)
-    state, *_ = source.state(*of_rows)
+    state, *_ = source.state()
     lse_rest = state[LSE]
     lse = torch.logaddexp(topk_logits.logsumexp(1), lse_rest)[:, None]
     log_p_rest = lse_rest[:, None] - lse
@@ -377,7 +351,7 @@ def _topk(
     grad_results[LSE] = gradient[:, k:].sum(1) - (total * p_rest).squeeze(1)
     for field, value in ((PIVOT, 0), (ENTROPY, 0), (SUM, 1)):  # avoids division by 0
         state[field].masked_fill_(no_rest, value)
-    source.gradients(*of_rows, state, grad_results, logits)
+    source.gradients(state, grad_results, logits)
     grad_topk = (gradient[:, :k] - total * p[:, :k]) * scale
     logits.scatter_(1, indices, grad_topk.to(logits.dtype))
     return loss, logits

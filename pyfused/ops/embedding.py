@@ -73,10 +73,7 @@ class EmbeddingLoss(TensorLoss):
         return super().by_operands(operands, options)
 
     def _dtypes(
-        self,
-        tensors: Tensors,
-        input: Tensor,
-        reduction: str,  # noqa: ARG002
+        self, tensors: Tensors, input: Tensor, _reduction: str
     ) -> tuple[torch.dtype, torch.dtype]:
         inputs = tensors[: len(self.inputs)]
         dtypes = [autocast_dtype(tensor.dtype, input.device) for tensor in inputs]
@@ -104,14 +101,9 @@ class EmbeddingLoss(TensorLoss):
         return operands, weight
 
     def launch(
-        self,
-        tensors: Tensors,
-        options: Options,
-        reduction: str,
-        outputs: Outputs,
-        grad_output: Tensor | None = None,
+        self, tensors: Tensors, options: Options, outputs: Outputs, grad_output: Any = None
     ) -> Any:
-        *operands, _, _ = tensors
+        (*operands, _, _), reduction = tensors, options.reduction
         divisor: Any = rows(operands) if reduction == "mean" else None
         euclidean, swap = getattr(options, "p", 2.0) == 2.0, bool(getattr(options, "swap", False))
         flags = EmbeddingOptions(euclidean, swap, trace.clamp_is_inclusive())

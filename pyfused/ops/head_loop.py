@@ -88,11 +88,10 @@ class HeadLoop:
         rows_at_once = max(1, min(rows_at_once, n))
         classes_at_once = max(1, min(classes_at_once or total, total))
         padding = -total % CLASSES_GPU if self.pads and classes_at_once == total else 0
-        step = with_padding(step, total) if padding else step
         memory, is_computed = logits, logits is not None
         if memory is None:
-            shape = (rows_at_once * (classes_at_once + padding),)
-            memory = self.backend.empty(shape, self.dtype, layer.input)
+            size = rows_at_once * (classes_at_once + padding)
+            memory = self.backend.empty((size,), self.dtype, layer.input)
         starts = range(0, n, rows_at_once)
         starts = starts[::-1] if backwards else starts
         for first in range(0, total, classes_at_once):
@@ -105,9 +104,11 @@ class HeadLoop:
                 if not is_computed:
                     multiply(x, weight, bias, logits)
                 is_computed = False
-                gradient = step(logits, rows, classes)
+                gradient = step(logits[:, :total] if padding else logits, rows, classes)
                 if gradient is None:
                     continue
+                if padding:
+                    gradient = pad_gradient(gradient, logits, total)
                 if sums is None:
                     sizes = rows_at_once, classes_at_once == total, padding
                     sums = Sums(self, layer, *sizes, counts, filter_below)
@@ -144,9 +145,8 @@ class Sums:
         self.filter_below = filter_below
         n, columns = input.shape[0], weight.shape[0] + padding
         self.part: Any = None
-        self.input: Any = None
-        self.weight: Any = None
-        self.bias: Any = None
+        self.input: Any
+        self.input = self.weight = self.bias = None
         if needs[0]:
             self.input = empty(input.shape, loop.dtype if has_all_classes else loop.wide, input)
         if needs[1]:
@@ -249,27 +249,20 @@ def multiply(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> Non
     """Writes ``x @ weight.T + bias`` to ``out``."""
     if weight.dtype is not x.dtype:
         for part in parts_to_convert(weight):
-            of_part = None if bias is None else bias[part]
-            multiply(x, weight[part].to(x.dtype), of_part, out[:, part])
+            part_bias = None if bias is None else bias[part]
+            multiply(x, weight[part].to(x.dtype), part_bias, out[:, part])
     elif bias is None:
         torch.mm(x, weight.t(), out=out)
     else:
         torch.addmm(bias, x, weight.t(), out=out)
 
 
-def with_padding(step: Step, total: int) -> Step:
-    """Returns a step whose logits and gradients have additional columns, whose gradient is 0."""
-
-    def padded(logits: Tensor, rows: slice, classes: slice) -> Tensor | None:
-        gradient = step(logits[:, :total], rows, classes)
-        if gradient is None:
-            return None
-        if gradient.data_ptr() != logits.data_ptr():
-            logits[:, :total] = gradient
-        logits[:, total:] = 0
-        return logits
-
-    return padded
+def pad_gradient(gradient: Tensor, logits: Tensor, classes: int) -> Tensor:
+    """Returns the gradient of logits with padding, which it overwrites; it is 0 in the padding."""
+    if gradient.data_ptr() != logits.data_ptr():
+        logits[:, :classes] = gradient
+    logits[:, classes:] = 0
+    return logits
 
 
 MAX_LARGE = 0.5  # the largest fraction of a block's columns that is worth copying

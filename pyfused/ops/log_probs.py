@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from pyfused.dispatch.operator import Forward, Needs, Operand, Options, Tensors
-from pyfused.ops.heads import row_source
-from pyfused.ops.rows import RowOperator, state_backward, state_forward
+from pyfused.ops.row_sources import row_source
+from pyfused.ops.rows import RowOperator, kept_logits, state_backward, state_forward
 from pyfused.ops.shards import class_range
 from pyfused.types import (
     INDEX,
@@ -82,8 +82,21 @@ class LogProbsLoss:
     def fields(self, options: Options) -> int:
         return SMOOTHING_FIELDS if options.with_metrics else STATE_FIELDS
 
-    def of_results(self, results: Tensor, _: Tensors, options: Options, _classes: int) -> Tensor:
+    def merges_entropy(self, _: Options) -> bool:
+        return True
+
+    def inputs(
+        self, tensors: Tensors, options: Options, _all_rows: bool
+    ) -> tuple[Tensor, None, Options]:
+        return tensors[-1], None, options
+
+    def result_from(self, results: Tensor, _: Tensors, options: Options, _classes: int) -> Tensor:
         return results[LOG_P] if options.alone else results[: len(RESULTS)]
+
+    def grad_results(
+        self, _state: Tensor, _: Tensors, _options: Options, _classes: int, grad_output: Tensor
+    ) -> tuple[Tensor, None]:
+        return grad_output, None
 
 
 @dataclass(eq=False, kw_only=True, repr=False)
@@ -92,23 +105,19 @@ class LogProbsOperator(RowOperator):
 
     factors: ClassVar[tuple[Operand, ...]] = ()
     strategy = "row by row"
+    overwritten = kept_logits
 
     def forward(
         self, tensors: Tensors, options: Options, needs: Needs, shard: Any = None
     ) -> Forward:
-        source = row_source(self, tensors, options, needs, shard, entropy=True)
+        source = row_source(self, tensors, options, needs, shard)
         results = 1 if options.alone else len(RESULTS)
         return state_forward(self, source, tensors, options, needs, results=results)
 
     def backward(
-        self,
-        saved: Tensors,
-        options: Options,
-        needs: Needs,
-        grad_output: Tensor,
-        shard: Any = None,
+        self, saved: Tensors, options: Options, needs: Needs, grad_output: Tensor, shard: Any = None
     ) -> Gradients:
-        source = row_source(self, saved, options, needs, shard, entropy=True)
+        source = row_source(self, saved, options, needs, shard)
         return state_backward(self, source, saved, options, needs, grad_output)
 
     def fake(self, tensors: Tensors, options: Options) -> tuple[Tensor, Tensor]:
@@ -121,6 +130,6 @@ class LogProbsOperator(RowOperator):
         if not options.with_metrics:
             return result
         (values, state), target = result, tensors[-1]
-        state, classes = state.detach(), class_range(self.layer(tensors), shard).total
+        state, classes = state.detach(), class_range(tensors[self.layer], shard).total
         is_top1 = (state[INDEX] == target) & (target != options.ignore_index)
         return values, is_top1, (state[SMOOTH] / classes).to(values.dtype)

@@ -35,11 +35,11 @@ class Metrics(NamedTuple):
     entropy: Tensor
 
 
-def of_state(state: Tensor, target: Tensor, ignore_index: int, dtype: torch.dtype) -> Metrics:
+def from_state(state: Tensor, target: Tensor, ignore_index: int, dtype: torch.dtype) -> Metrics:
     """Returns the metrics, computed from the state of rows, for a target of any shape."""
     state = state.detach().reshape(len(state), -1)
     rows = state[LOG_P], state[LSE], state[INDEX].long(), state[ENTROPY]
-    return _of_rows(rows, target, ignore_index, dtype)
+    return _from_rows(rows, target, ignore_index, dtype)
 
 
 def log_sum_exp(input: Tensor, dim: int) -> Tensor:
@@ -47,7 +47,7 @@ def log_sum_exp(input: Tensor, dim: int) -> Tensor:
     return input.masked_fill(input == torch.inf, torch.nan).logsumexp(dim)
 
 
-def of_logits(input: Tensor, target: Tensor, ignore_index: int) -> Metrics:
+def from_logits(input: Tensor, target: Tensor, ignore_index: int) -> Metrics:
     """Returns the metrics of logits, computed by torch's operators."""
     dim, dtype = min(input.dim() - 1, 1), accumulate_dtype(input.dtype)
     input, target = input.detach().to(dtype), target.detach()
@@ -60,10 +60,10 @@ def of_logits(input: Tensor, target: Tensor, ignore_index: int) -> Metrics:
         target = target.long().reshape(lse.shape)
         log_p = logit_at(input, target)[1] - lse
     rows = [x.flatten() for x in (log_p, lse, input.argmax(dim), entropy)]
-    return _of_rows(rows, target, ignore_index, dtype)
+    return _from_rows(rows, target, ignore_index, dtype)
 
 
-def _of_rows(
+def _from_rows(
     rows: Sequence[Tensor], target: Tensor, ignore_index: int, dtype: torch.dtype
 ) -> Metrics:
     """Returns the metrics, given log-probability, log-sum-exp, prediction and entropy of rows."""

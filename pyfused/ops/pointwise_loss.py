@@ -166,9 +166,7 @@ class TensorLoss(SpecializedOperator):
         needed = tuple(needs)
         if True not in needs or not gradients_in_forward(reduction, dtype):
             needed = ()
-        loss, gradients = self.launch(
-            tensors, options, reduction, _outputs(True, needed, False, dtype)
-        )
+        loss, gradients = self.launch(tensors, options, _outputs(True, needed, False, dtype))
         if loss.dtype is not dtype and reduction != "none":
             loss = loss.to(dtype)
         return loss, tensors, gradients if needed else ()
@@ -176,12 +174,8 @@ class TensorLoss(SpecializedOperator):
     def backward(
         self, saved: Tensors, options: Options, needs: Needs, grad_output: Tensor, *_: Any
     ) -> Gradients:
-        reduction = options.reduction if self.reduces else "none"
-        grad_output = self.expanded(grad_output, saved)
-        gradients: Gradients
-        _, gradients = self.launch(
-            saved, options, reduction, _outputs(False, tuple(needs)), grad_output
-        )
+        outputs, grad_output = _outputs(False, tuple(needs)), self.expanded(grad_output, saved)
+        gradients: Gradients = self.launch(saved, options, outputs, grad_output)[1]
         return gradients
 
     def define(
@@ -206,12 +200,7 @@ class TensorLoss(SpecializedOperator):
 
     @abstractmethod
     def launch(
-        self,
-        tensors: Tensors,
-        options: Options,
-        reduction: str,
-        outputs: Outputs,
-        grad_output: Tensor | None = None,
+        self, tensors: Tensors, options: Options, outputs: Outputs, grad_output: Any = None
     ) -> Any:
         """Computes the outputs of a kernel: the loss and the gradients of the operands."""
 
@@ -413,29 +402,18 @@ class PointwiseLoss(TensorLoss):
         return [torch.bool if k in self.masks else torch.float64 for k in range(operands)]
 
     def launch(
-        self,
-        tensors: Tensors,
-        options: Options,
-        reduction: str,
-        outputs: Outputs,
-        grad_output: Tensor | None = None,
+        self, tensors: Tensors, options: Options, outputs: Outputs, grad_output: Any = None
     ) -> Any:
         *operands, weight, divisor = tensors
+        reduction = options.reduction if self.reduces else "none"
         if divisor is None and reduction in self.denominators:
             divisor = self.denominators[reduction](operands, None, options)
         cases = self.cases_of(options) if self.parameters else ()
-        kernel = self.cached_kernel(cases, len(operands), outputs)
+        kernel, parameters = self.cached_kernel(cases, len(operands), outputs)
         on_nan = partial(self.unreduced, operands, options) if self.nan_on_invalid else None
+        inputs = operands, weight, parameters(options), reduction
         return backend_of(operands[0]).pointwise_loss(
-            kernel[0],
-            operands,
-            weight,
-            kernel[1](options),
-            reduction,
-            outputs,
-            divisor,
-            grad_output,
-            on_nan,
+            kernel, *inputs, outputs, divisor, grad_output, on_nan
         )
 
     def _by_formula(self, *arguments: Any) -> Tensor:

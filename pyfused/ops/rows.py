@@ -1,10 +1,9 @@
-"""Row losses: row sources, forward and backward passes.
+"""Operators of rows of logits, and their forward and backward passes.
 
-An operator has a source of rows and a loss. If a block of logits has all classes of its rows, a
-kernel computes the loss and the gradient of the block in one pass. Otherwise the source computes
-the state of each row, the loss follows from the state, and the source computes the gradients from
-the state and the gradients of its results. A state is a float64 tensor (fields, rows); ``types.py``
-names the fields. The sources are `LogitRows`, ``heads.HeadRows`` and ``shards.ShardedRows``.
+If a block of logits has all classes of its rows, a kernel computes the loss and the gradient of the
+block in one pass. Otherwise a source of ``row_sources.py`` computes the state of each row, the loss
+follows from the state, and the source computes the gradients from the state and the gradients of
+its results.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ from torch import Tensor
 from torch.compiler import is_dynamo_compiling
 
 from pyfused import checks
-from pyfused.backends import Backend, backend_of
+from pyfused.backends import backend_of
 from pyfused.backends.protocol import LossResult
 from pyfused.dispatch.autograd import compute, differentiate, in_autocast_dtype, without_autocast
 from pyfused.dispatch.operator import (
@@ -34,7 +33,7 @@ from pyfused.dispatch.operator import (
     gradients_in_forward,
     needs_grad,
 )
-from pyfused.layout import accumulate_dtype, feature_rows
+from pyfused.layout import accumulate_dtype
 from pyfused.ops import custom_operators, definitions
 from pyfused.ops.chunk_sizes import HeadSizes, head_sizes
 from pyfused.ops.collectives import LocalShard
@@ -42,107 +41,10 @@ from pyfused.ops.head_loop import ALL_ROWS, Rows, rows_that_count
 from pyfused.ops.shards import class_range, local_shard, sharded_results
 from pyfused.types import (
     SMOOTH,
-    STATE_FIELDS,
-    ClassRange,
     Gradients,
     Outputs,
-    RowOptions,
     VocabShard,
 )
-
-# ---- sources -------------------------------------------------------------------------------------
-
-
-# The state, of shape (fields, *target.shape); its first fields in the accumulation dtype, or None;
-# and logits that the backward pass may overwrite, or None.
-RowState = tuple[Tensor, Tensor | None, Tensor | None]
-
-
-@dataclass(eq=False)
-class LogitRows:
-    """A source of rows: logits (C), (N, C) or (N, C, d1, ..., dk).
-
-    Other sources have the same methods.
-
-    Attributes:
-        classes: The range of classes that the logits belong to.
-    """
-
-    backend: Backend
-    classes: ClassRange
-
-    def state(
-        self,
-        tensors: Tensors,
-        options: RowOptions,
-        fields: int = STATE_FIELDS,
-        results: int = 0,
-        keeps_logits: bool = False,  # noqa: ARG002
-    ) -> RowState:
-        """Computes the state of each row.
-
-        Args:
-            tensors: The logits, or the input, weight and bias of a layer; the target, int64 or
-                None; and the weights of all classes in the accumulation dtype, or None.
-            fields: The number of fields of a state.
-            results: How many of the first fields are also returned in the accumulation dtype, if
-                the kernel computes the logits of all classes at once. One has the target's shape.
-            keeps_logits: Whether logits that have been computed may be returned.
-        """
-        logits, target, weight = tensors
-        rows = logits if logits.dim() == 2 and logits.stride(1) == 1 else as_rows(logits)
-        out = None
-        shape = rows.shape[:1] if target is None else target.shape
-        state = rows.new_empty((fields, *shape), dtype=torch.float64)
-        if results:
-            shape = (results, *shape) if results > 1 else shape
-            dtype = torch.float64 if rows.dtype is torch.float64 else torch.float32
-            out = rows.new_empty(shape, dtype=dtype)
-        target = None if target is None else target.contiguous()
-        self.backend.row_state(options, rows, target, weight, state, self.classes, out)
-        return state, out, None
-
-    def gradients(
-        self,
-        tensors: Tensors,
-        options: RowOptions,
-        state: Tensor,
-        grad_results: Tensor,
-        logits: Tensor | None = None,
-        filter_below: Tensor | None = None,  # noqa: ARG002
-    ) -> Gradients:
-        """Computes the gradients of the logits, or of the input, weight and bias of a layer.
-
-        Args:
-            tensors, options: As in `state`.
-            state: The state over all classes.
-            grad_results: The gradients of the first 1, 3 or 4 of the log-probability, the entropy,
-                the log-sum-exp and the weighted sum of logits, of shape (results, *target.shape).
-            logits: The logits that `state` returned; they are overwritten.
-            filter_below: As in `HeadLoop.run`.
-        """
-        input, target, weight = tensors
-        rows = input if input.dim() == 2 and input.stride(1) == 1 else as_rows(input)
-        out = logits
-        # Hooks for saved tensors may have changed their layouts.
-        target = None if target is None else target.contiguous()
-        weight, state = None if weight is None else weight.contiguous(), state.contiguous()
-        if rows is not input:
-            leading = grad_results.shape[: grad_results.dim() + 1 - state.dim()]
-            grad_results = grad_results.reshape(*leading, -1)
-            out = rows if rows.data_ptr() != input.data_ptr() else None
-        of_rows = options, rows, target, weight, state, self.classes, grad_results, out
-        gradient = self.backend.row_gradients(*of_rows)
-        if rows is not input:
-            dim = min(input.dim() - 1, 1)
-            gradient = gradient.view(input.movedim(dim, -1).shape).movedim(-1, dim)
-        return (gradient,)
-
-
-def as_rows(logits: Tensor) -> Tensor:
-    """Returns logits (C), (N, C) or (N, C, d1, ..., dk) as rows of contiguous classes."""
-    return feature_rows(logits if logits.dim() < 3 else logits.movedim(1, -1))
-
 
 # ---- losses --------------------------------------------------------------------------------------
 
@@ -153,12 +55,14 @@ class RowLoss:
     The last two tensors of a call are the factor of each row and the divisor of a mean, or None.
     """
 
-    def rows(self, tensors: Tensors, options: Options, backend: Backend) -> Rows:  # noqa: ARG002
+    def rows(self, tensors: Tensors, _: Options) -> Rows:
         """Returns the rows to compute."""
         token_weight = tensors[-2]
-        return ALL_ROWS if token_weight is None else rows_that_count(token_weight != 0, backend)
+        if token_weight is None:
+            return ALL_ROWS
+        return rows_that_count(token_weight != 0, backend_of(token_weight))
 
-    def prepared(self, tensors: Tensors, backend: Backend) -> Tensors:  # noqa: ARG002
+    def prepared(self, tensors: Tensors) -> Tensors:
         """Returns the tensors of the rows to compute in the form that blocks take."""
         return tensors
 
@@ -178,7 +82,7 @@ class RowLoss:
             weights = token_weight if weights is None else weights * token_weight
         return tensors[0].shape[0] if weights is None else weights.sum(dtype=torch.float64)
 
-    def weights(self, tensors: Tensors, options: Options, all_count: bool) -> Tensor | None:  # noqa: ARG002
+    def weights(self, _tensors: Tensors, _options: Options, _all_count: bool) -> Tensor | None:
         """Returns the weights of the rows in the default divisor, None for ones."""
         return None
 
@@ -209,7 +113,9 @@ class RowOperator(Operator):
             do not count does not reach gradients. By default ``torch``.
         student: The number of differentiated tensors, which come first.
         target: The index of the target, -1 if there is none.
+        layer: The indices of the logits, or of the input, weight and bias of a layer.
         flattens: Whether kernels take rows with one leading dimension.
+        tiles: Whether states of rows are computed only if a block cannot have all classes.
     """
 
     check_arguments: Callable[..., None]
@@ -217,6 +123,7 @@ class RowOperator(Operator):
     reference: Callable[..., Any] | None = None
     factors: ClassVar[tuple[Operand, ...]] = FACTORS
     flattens: ClassVar[bool] = False
+    tiles: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -224,10 +131,7 @@ class RowOperator(Operator):
         self.student = sum(operand.differentiated for operand in self.operands)
         self.inputs = [i for i, x in enumerate(self.operands) if x.name.endswith("input")]
         self.target = self.names.index("target") if "target" in self.names else -1
-
-    def layer(self, tensors: Tensors) -> Tensors:
-        """Returns the logits, or the input, the weight and the bias of a layer."""
-        return tensors[:3] if self.is_linear else tensors[:1]
+        self.layer = slice(3 if self.is_linear else 1)
 
     def check(self, tensors: Tensors, options: Options) -> None:
         self.check_arguments(*tensors, options)
@@ -236,7 +140,7 @@ class RowOperator(Operator):
         if self.factors:
             checks.factors(*tensors[-2:])
         if self.target >= 0:
-            total = class_range(self.layer(tensors)).total
+            total = class_range(tensors[self.layer]).total
             checks.class_indices(total, tensors[self.target], options.ignore_index)
 
     check_choices = staticmethod(checks.row_choices)
@@ -267,7 +171,7 @@ class RowOperator(Operator):
             if arranged[at].dtype is not torch.int64:
                 arranged[at] = arranged[at].to(torch.int64)
             if not is_dynamo_compiling():
-                total = class_range(self.layer(tensors), shard).total
+                total = class_range(tensors[self.layer], shard).total
                 backend = backend_of(tensors[0])
                 backend.check_class_indices(arranged[at], total, options.ignore_index)
         if self.factors and not arranged[-1] is arranged[-2] is None:
@@ -276,10 +180,6 @@ class RowOperator(Operator):
         if self.flattens and arranged[0].dim() != 2:
             arranged = self.flattened(arranged)
         return arranged
-
-    def overwritten(self, saved: Tensors, options: Options, shard: Any) -> int | None:  # noqa: ARG002
-        index = len(self.all_operands) + 1  # of the logits that `state_forward` has kept
-        return index if len(saved) > index else None
 
     def flattened(self, tensors: list[Any]) -> list[Any]:
         """Flattens the leading dimensions of an input (..., D) and of the tensors with its rows."""
@@ -292,13 +192,7 @@ class RowOperator(Operator):
             for operand, x in pairs
         ]
 
-    def finished(
-        self,
-        result: Any,
-        tensors: Tensors,  # noqa: ARG002
-        options: Options,  # noqa: ARG002
-        shard: LocalShard | None = None,  # noqa: ARG002
-    ) -> Any:
+    def finished(self, result: Any, *_: Any) -> Any:
         """Returns the result of a call, from the output for its arranged tensors."""
         return result
 
@@ -332,12 +226,7 @@ class RowOperator(Operator):
     # ---- definitions -----------------------------------------------------------------------------
 
     def define(
-        self,
-        saved: Tensors,
-        options: Options,
-        needs: Needs,
-        grad_output: Tensor,
-        shard: LocalShard | None = None,
+        self, saved: Tensors, options: Options, needs: Needs, grad_output: Tensor, shard: Any = None
     ) -> Gradients:
         """Computes the gradients of a call by torch's operators, in a wide dtype."""
         wide = self.wide_dtype(saved) if shard is None else torch.float64
@@ -411,12 +300,11 @@ class RowOperator(Operator):
 
     def defined_on_shard(self, tensors: Tensors, options: Options, shard: LocalShard) -> Tensor:
         """Returns the result without metrics over all classes, computed by torch's operators."""
-        inputs = [*tensors, None], options
-        if self.factors:
-            inputs = self.loss.inputs(tensors, options, False)
-        smooth = self.loss.fields(options) > SMOOTH
-        results = sharded_results(*inputs, shard, smooth)
-        result: Tensor = self.loss.of_results(results, tensors, options, shard.classes.total)
+        loss, layer, classes = self.loss, tensors[self.layer], shard.classes.total
+        target, weight, row_options = loss.inputs(tensors, options, False)
+        smooth = loss.fields(options) > SMOOTH
+        results = sharded_results(layer, target, weight, row_options, shard, smooth)
+        result: Tensor = loss.result_from(results, tensors, options, classes)
         return result
 
 
@@ -464,24 +352,26 @@ def state_forward(
     """Returns the forward pass of a loss that is computed from the state of each row.
 
     Args:
-        op: Its loss computes the result from states, as `cross_entropy.CrossEntropyLoss` does, and,
-            if a call has factors, also the inputs of the source and the gradients of its results.
-        source: A `LogitRows` or another source of rows.
+        op: Its loss has the methods of `cross_entropy.CrossEntropyLoss` for states.
+        source: A source of rows, made by `row_source`.
         dtype: The dtype of the result, None for the accumulation dtype.
         results: As in `LogitRows.state`.
         keeps_logits: Whether to keep logits that have been computed for the backward pass.
     """
-    loss, inputs, of_rows = op.loss, [*tensors, None], options
-    if op.factors:
-        inputs, of_rows = loss.inputs(tensors, options, options.with_metrics)
-    keeps = keeps_logits and True in needs
-    state, result, logits = source.state(inputs, of_rows, loss.fields(options), results, keeps)
+    loss, keeps = op.loss, keeps_logits and True in needs
+    state, result, logits = source.state(loss.fields(options), results, keeps)
     if result is None:
         # Users may change the result in place, so it does not share the state's memory.
-        result = loss.of_results(state, tensors, options, source.classes.total)
+        result = loss.result_from(state, tensors, options, source.classes.total)
         result = result.to(dtype or op.wide_dtype(tensors), copy=True)
     saved = *tensors, state, logits
     return (result, state) if options.with_metrics else result, saved, ()
+
+
+def kept_logits(op: RowOperator, saved: Tensors, *_: Any) -> int | None:
+    """Returns the index of the logits that `state_forward` has kept; see `Operator.overwritten`."""
+    index = len(op.all_operands) + 1
+    return index if len(saved) > index else None
 
 
 def state_backward(
@@ -493,12 +383,9 @@ def state_backward(
     grad_output: Tensor,
 ) -> Gradients:
     """Returns the backward pass of `state_forward`."""
-    loss, count = op.loss, len(op.all_operands)
+    count = len(op.all_operands)
     tensors, (state, logits) = saved[:count], (*saved[count:], None)[:2]
-    inputs, of_rows, grads, below = [*tensors, None], options, grad_output, None
-    if op.factors:
-        inputs, of_rows = loss.inputs(tensors, options, False)
-        total = source.classes.total
-        grads, below = loss.grad_results(state, tensors, options, total, grad_output)
-    gradients = source.gradients(inputs, of_rows, state, grads, logits, below)
+    call = tensors, options, source.classes.total, grad_output
+    grads, below = op.loss.grad_results(state, *call)
+    gradients = source.gradients(state, grads, logits, below)
     return *gradients, *[None] * (len(needs) - len(gradients))

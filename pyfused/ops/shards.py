@@ -7,7 +7,7 @@ the pivot m = max_i m_i, SUM = sum_i exp(m_i - m) SUM_i, and TARGET_LOGIT = sum_
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import InitVar, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -33,6 +33,7 @@ from pyfused.types import (
     WEIGHTED,
     ClassRange,
     Gradients,
+    RowOptions,
     Scalar,
     VocabShard,
 )
@@ -68,9 +69,9 @@ def _merged(state: Tensor, group: Any, entropy: bool) -> Tensor:
         is_largest = (maxima == maxima.amax(0)) | maxima.isnan()
         state[MAXIMUM], state[INDEX] = maxima.amax(0), indices.where(is_largest, torch.inf).amin(0)
     merged = state[SUM], state[WEIGHTED], state[TARGET_LOGIT]
-    log_p, of_entropy, state[LSE] = definitions.row_results(pivot, *merged)
+    log_p, row_entropy, state[LSE] = definitions.row_results(pivot, *merged)
     state[LOG_P] = log_p.clamp(max=0)
-    state[ENTROPY] = of_entropy.clamp(min=0) if entropy else 0
+    state[ENTROPY] = row_entropy.clamp(min=0) if entropy else 0
     return state
 
 
@@ -78,59 +79,58 @@ def class_range(layer: Sequence[Any], shard: LocalShard | None = None) -> ClassR
     """Returns the classes of logits, or of the input, weight and bias of a layer."""
     if shard is not None:
         return shard.classes
-    return ClassRange(0, len(layer[1]) if len(layer) > 1 else checks.classes_of(layer[0]))
+    if len(layer) > 1:
+        return ClassRange(0, layer[1].shape[0])
+    return ClassRange(0, layer[0].shape[min(layer[0].dim() - 1, 1)])
 
 
 @dataclass(eq=False)
 class ShardedRows:
-    """The rows of logits whose classes are sharded over processes; see `rows.LogitRows`.
+    """The rows of logits whose classes are sharded over processes; see `row_sources.LogitRows`.
 
     Attributes:
         source: The rows of this process' classes.
-        tensors: The logits, or a layer's input, weight and bias.
+        layer: The logits, or a layer's input, weight and bias.
+        target: The target of each row.
         entropy: As in `_merged`.
-        needs: Whether these tensors need a gradient.
+        needs: Whether the tensors of the layer need a gradient.
     """
 
     source: Any
     shard: LocalShard
-    tensors: InitVar[Sequence[Any]]
+    layer: Sequence[Any]
+    target: Tensor
     entropy: bool
     needs: Sequence[bool]
 
-    def __post_init__(self, tensors: Sequence[Any]) -> None:
-        self.classes, self.layer = self.source.classes, len(tensors)
-        sizes = tensors[0].shape
-        if self.layer > 1:
-            sizes = [n for x in tensors[:2] for n in x.shape[:-1]]
+    def __post_init__(self) -> None:
+        self.classes = self.source.classes
+        sizes = self.layer[0].shape
+        if len(self.layer) > 1:
+            sizes = [n for x in self.layer[:2] for n in x.shape[:-1]]
         self.is_empty = 0 in sizes
 
     def state(
-        self,
-        tensors: Tensors,
-        options: Options,
-        fields: int,
-        results: int,  # noqa: ARG002
-        keeps_logits: bool,
+        self, fields: int, _results: int, keeps_logits: bool
     ) -> tuple[Tensor, None, Tensor | None]:
         """Computes the states over all classes."""
-        target, logits = tensors[-2], None
+        target, logits = self.target, None
         if self.is_empty:
             state = empty_state(fields, target)
         else:
-            state, _, logits = self.source.state(tensors, options, fields, 0, keeps_logits)
+            state, _, logits = self.source.state(fields, 0, keeps_logits)
         state = _merged(state, self.shard.group, self.entropy)
-        return state.where(target != options.ignore_index, 0), None, logits
+        return state.where(target != self.source.options.ignore_index, 0), None, logits
 
-    def gradients(self, tensors: Tensors, *arguments: Any) -> Gradients:
+    def gradients(self, *arguments: Any) -> Gradients:
         """Computes the gradients, and sums the gradient of a layer's input over processes."""
         gradients: Gradients
         if self.is_empty:
-            pairs = zip(tensors[: self.layer], self.needs, strict=False)
+            pairs = zip(self.layer, self.needs, strict=False)
             gradients = tuple([torch.zeros_like(x) if need else None for x, need in pairs])
         else:
-            gradients = self.source.gradients(tensors, *arguments)
-        if self.layer > 1 and gradients[0] is not None:
+            gradients = self.source.gradients(*arguments)
+        if len(self.layer) > 1 and gradients[0] is not None:
             reduced(gradients[0], self.shard.group)
         return gradients
 
@@ -143,16 +143,23 @@ def empty_state(fields: int, target: Tensor) -> Tensor:
     return state
 
 
-def sharded_results(tensors: Tensors, options: Options, shard: LocalShard, smooth: bool) -> Tensor:
+def sharded_results(
+    layer: Sequence[Any],
+    target: Tensor,
+    weight: Tensor | None,
+    options: RowOptions,
+    shard: LocalShard,
+    smooth: bool,
+) -> Tensor:
     """Computes the differentiable fields of a state by torch's operators, from all local logits.
 
     Rows of ignored targets are filled with 0, as NaN in them would reach the gradients.
 
     Args:
-        tensors, options: As `rows.LogitRows.state` takes them.
+        layer: The logits, or a layer's input, weight and bias.
         smooth: Whether the state has the weighted sum of logits.
     """
-    (x, *parameters, target, weight), (first, _), group = tensors, shard.classes, shard.group
+    (x, *parameters), (first, _), group = layer, shard.classes, shard.group
     x = x.double()
     dim = x.dim() - 1 if parameters else min(x.dim() - 1, 1)
     valid = target != options.ignore_index

@@ -30,15 +30,6 @@ class Softmax(Operator):
         function = getattr(F, self.name)
         self.torch = lambda input, options: function(input, options.dim, dtype=options.dtype)
 
-    def gradient_in_torch(self, grad_output: Tensor, output: Tensor, options: Options) -> Tensor:
-        dim = options.dim
-        y, grad = (x.to(accumulate_dtype(output.dtype)) for x in (output, grad_output))
-        if self.name == "softmax":
-            grad_input = y * (grad - (grad * y).sum(dim, keepdim=True))
-        else:
-            grad_input = grad - y.exp() * grad.sum(dim, keepdim=True)
-        return grad_input.to(output.dtype)
-
     def fused(self, tensors: Tensors, options: Options) -> Tensor:
         (input,), dtype = tensors, options.dtype
         if dtype is None:
@@ -61,7 +52,14 @@ class Softmax(Operator):
     def define(
         self, saved: Tensors, options: Options, _needs: Needs, grad_output: Tensor, *_: Any
     ) -> Gradients:
-        return (self.gradient_in_torch(grad_output, saved[0], options),)
+        (output,), dim = saved, options.dim
+        wide = accumulate_dtype(output.dtype)
+        y, grad = output.to(wide), grad_output.to(wide)
+        if self.name == "softmax":
+            grad_input = y * (grad - (grad * y).sum(dim, keepdim=True))
+        else:
+            grad_input = grad - y.exp() * grad.sum(dim, keepdim=True)
+        return (grad_input.to(output.dtype),)
 
 
 def softmax_fallback_reason(input: Tensor, options: Options) -> str | None:

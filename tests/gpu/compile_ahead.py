@@ -158,17 +158,20 @@ def class_cases() -> Iterator[Case]:
         few, metrics, smooth = (empty(F64, count, shape[0]) for count in fields)
         for cap in (None, 30.0):
             kind, rows = "softcap" * bool(cap), types.RowOptions(softcap=cap, temperature=0.7)
-            state = partial(backend.row_state, rows, x, target)
-            first = partial(state, None, few, range_, results, continues=cap is not None)
+            plain, weighted = (types.RowBlock(x, target, w, rows, range_) for w in (None, weight))
+            state = backend.row_state
+            first = partial(state, plain, few, results, continues=cap is not None)
             yield new("row_state", x, first, kind)
             if cap is None:
-                yield case("row_state", x, partial(state, None, metrics, range_), "metrics")
-            every = partial(state, weight, smooth, range_, continues=True)
+                yield case("row_state", x, partial(state, plain, metrics), "metrics")
+            every = partial(state, weighted, smooth, continues=True)
             yield new("row_state", x, every, f"all {kind}".strip())
-            for grads, factors, word in ((results, None, ""), (smooth[:4], weight, "smoothing")):
-                tensors = x, target, factors, few if factors is None else smooth, range_, grads, x
+            for word, *call in (
+                ("", plain, few, results, x),
+                ("smoothing", weighted, smooth, smooth[:4], x),
+            ):
                 words = " ".join(filter(None, ("backward", word, kind)))
-                yield new("row_state", x, partial(backend.row_gradients, rows, *tensors), words)
+                yield new("row_state", x, partial(backend.row_gradients, *call), words)
         for beta in (0.0, 0.5):
             options = types.DivergenceOptions(reduction="sum", temperature=2.0, beta=beta)
             given = (x, x, None, None), options, Outputs(True, (True,))

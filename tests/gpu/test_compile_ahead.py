@@ -21,6 +21,7 @@ from pyfused.types import (
     CrossEntropyOptions,
     DivergenceOptions,
     Outputs,
+    RowBlock,
     RowOptions,
 )
 
@@ -89,9 +90,9 @@ def test_numbers_do_not_select_kernels() -> None:
         ahead.run_cross_entropy(smooth, Outputs(True, (True, False)), None, x, target)
         divergence = DivergenceOptions(reduction="sum", temperature=value, beta=value / 8)
         ahead.backend.kl_div_with_logits(both, divergence, Outputs(True, (True,)))
-        rows = RowOptions(softcap=value, temperature=value)
-        ahead.backend.row_state(rows, x, target, None, state, classes)
-        ahead.backend.row_gradients(rows, x, target, None, state, classes, results, x)
+        block = RowBlock(x, target, None, RowOptions(softcap=value, temperature=value), classes)
+        ahead.backend.row_state(block, state)
+        ahead.backend.row_gradients(block, state, results, x)
 
     with compiling("sm_90") as launched:
         for value in (0.5, 2.0, 3.0, 7.0):
