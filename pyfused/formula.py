@@ -399,11 +399,8 @@ class Formula:
         """
         self.kinds: tuple[Any, ...] = ()
         capture = Capture(Formula)
-        try:
-            self.captured = capture.copy(self.written)
-            slopes = None if self.slopes is None else capture.copy(self.slopes)
-        except UntraceableError as error:
-            raise UntraceableError(f"{self.__name__}: {error}") from None
+        self.captured = capture.copy(self.written, {})
+        slopes = None if self.slopes is None else capture.copy(self.slopes, {})
         if slopes is not None:
             self.slopes_of = _returning_slopes(slopes, len(self.operands))
             self.kinds = _differentiated(self.captured, self.slopes_of)
