@@ -99,7 +99,7 @@ class FormulaOperator(PointwiseLoss):
             masks=tuple([k for k, is_mask in enumerate(masks) if is_mask]),
         )
         self.family = formula.family
-        self.invalid_options = self._invalid_options  # not cached, as 0.0 == -0.0
+        self.invalid_options = self._invalid_options  # not cached by numbers, as 0.0 == -0.0
         self.all_outputs = Outputs(True, (True,) * count)
         self.traced = lru_cache(_MOST_TRACES)(self._traced)  # by `cases_of`
         self.broadcasts = lru_cache(_MOST_TRACES)(self._broadcasts)
@@ -121,17 +121,20 @@ class FormulaOperator(PointwiseLoss):
 
     def cases_of(self, options: Options) -> tuple[Any, ...]:
         """Returns the case of each number: itself if it has its own kernel, else NUMBER."""
-        cases = list[Any]()
-        for scalar, x in zip(self.numbers, options, strict=False):
-            is_special = x in scalar.special and (x or math.copysign(1.0, x) > 0)  # not -0.0
-            cases.append(x if is_special else NUMBER)
-        return tuple(cases)
+        return tuple([
+            x if x in scalar.special and (x or math.copysign(1.0, x) > 0) else NUMBER  # not -0.0
+            for scalar, x in zip(self.numbers, options, strict=False)
+        ])  # fmt: skip
 
     def _invalid_options(self, *options: Any) -> str | None:
         if isinstance(self.generic, str):
             return self.generic
         kernel = self.traced(self.cases_of(options))
-        return kernel if isinstance(kernel, str) else super()._invalid_options(*options)
+        if isinstance(kernel, str):
+            return kernel
+        if any(map(math.isnan, options[:-1])):
+            return "a parameter is NaN"
+        return checks.reason(checks.reduction, options[-1])
 
     def _traced(self, cases: tuple[Any, ...]) -> Kernel | str:
         """Returns the kernel for the cases of the numbers, or why there is none."""
@@ -298,14 +301,6 @@ def _read_signature(function: Callable[..., Any]) -> tuple[list[str], dict[str, 
     return operands, parameters
 
 
-def _is_number(value: Any, default: Any) -> bool:
-    """Returns whether a parameter is a number, which the formula receives as a 0-d tensor."""
-    if isinstance(value, float):
-        return True
-    is_float = isinstance(default, float) or not isinstance(value, Integral)
-    return isinstance(value, Real) and is_float
-
-
 def _needs_grad(operands: Sequence[Any]) -> bool:
     return torch.is_grad_enabled() and any(getattr(x, "requires_grad", False) for x in operands)
 
@@ -334,6 +329,7 @@ class Formula:
         self.slopes: Callable[..., Any] | None = None
         update_wrapper(self, function)
         self.operands, self.defaults = _read_signature(function)
+        self.defaults = {name: self._checked(name, x) for name, x in self.defaults.items()}
         options = zip(_CALL_OPTIONS, ("mean" if loss else "none", None), strict=True)
         self.arguments = self.defaults | dict(options)
         self.keywords = {*self.defaults, *(_CALL_OPTIONS if loss else ())}
@@ -399,11 +395,8 @@ class Formula:
         """
         self.kinds: tuple[Any, ...] = ()
         capture = Capture(Formula)
-        try:
-            self.captured = capture.copy(self.written)
-            slopes = None if self.slopes is None else capture.copy(self.slopes)
-        except UntraceableError as error:
-            raise UntraceableError(f"{self.__name__}: {error}") from None
+        self.captured = capture.copy(self.written, {})
+        slopes = None if self.slopes is None else capture.copy(self.slopes, {})
         if slopes is not None:
             self.slopes_of = _returning_slopes(slopes, len(self.operands))
             self.kinds = _differentiated(self.captured, self.slopes_of)
@@ -451,15 +444,11 @@ class Formula:
 
     def _split(self, parameters: dict[str, Any]) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
         """Returns the numbers, and the name, the type and the value of each static parameter."""
-        numbers, static = list[Any](), list[Any]()
-        for name, value in parameters.items():
-            if isinstance(value, Tensor):
-                numbers.append(value)
-            elif _is_number(value, self.defaults[name]):
-                numbers.append(float(value))
-            else:
-                static.append((name, type(value), value))
-        return tuple(numbers), tuple(static)
+        numbers = tuple([x for x in parameters.values() if isinstance(x, (float, Tensor))])
+        static = [
+            (n, type(x), x) for n, x in parameters.items() if not isinstance(x, (float, Tensor))
+        ]
+        return numbers, tuple(static)
 
     # ---- calls -----------------------------------------------------------------------------------
 
@@ -507,12 +496,12 @@ class Formula:
         dtype = torch.float64 if is_double else torch.float32
         number = partial(torch.full, (), dtype=dtype, device=tensors[0].device)
 
-        def as_tensor(name: str, value: Any) -> Any:
+        def as_tensor(value: Any) -> Any:
             if isinstance(value, Tensor):
                 return value.to(dtype)
-            return number(float(value)) if _is_number(value, self.defaults[name]) else value
+            return number(value) if isinstance(value, float) else value
 
-        return {name: as_tensor(name, value) for name, value in parameters.items()}
+        return {name: as_tensor(value) for name, value in parameters.items()}
 
     def _call(
         self, operands: tuple[Any, ...], parameters: dict[str, Any], reduction: str, weight: Any
@@ -540,21 +529,27 @@ class Formula:
                     f"convert it by {name}.to(dtype), or compare it, such as {name} == 1"
                 )
         parameters = self.arguments | named
-        for name in named.keys() & self.defaults.keys():
-            parameters[name] = self._checked(name, named[name])
+        for name in named:
+            if name in self.defaults:
+                parameters[name] = self._checked(name, named[name])
         return operands, parameters, parameters.pop("reduction"), parameters.pop("weight")
 
     def _checked(self, name: str, value: Any) -> Any:
-        """Returns the value of a parameter, a tensor of one element as a 0-d tensor.
+        """Returns the value of a parameter: a number as a float, a tensor of one element as 0-d.
 
         Raises:
             TypeError: It is a tensor of several elements, or no number and its default is a float.
         """
-        if isinstance(value, Tensor) and value.numel() == 1:
-            return (value if grad_enabled() else value.detach()).reshape(())
+        has_float_default = isinstance(self.defaults[name], float)
+        if type(value) is float or value is None:
+            return value
         if isinstance(value, Tensor):
+            if value.numel() == 1:
+                return (value if grad_enabled() else value.detach()).reshape(())
             got = f"a Tensor of shape {tuple(value.shape)}; make it an operand"
-        elif isinstance(self.defaults[name], float) and not isinstance(value, (Real, NoneType)):
+        elif isinstance(value, Real) and (has_float_default or not isinstance(value, Integral)):
+            return float(value)
+        elif has_float_default:
             got = repr(value)
         else:
             return value

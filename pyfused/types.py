@@ -23,6 +23,7 @@ class Number(Enum):
     """Stands for the parameters of a kernel, as opposed to values that have their own kernels."""
 
     NUMBER = "number"
+    __hash__ = object.__hash__  # Enum's is a Python function
 
     def __repr__(self) -> str:
         return "NUMBER"

@@ -1,10 +1,13 @@
 """Copies a formula's function, with the functions that it calls.
 
 A formula reads its arguments, literals, functions and constants of torch and math, and Python
-functions that follow the same rule, also through modules, classes and functools.partial. The names
-are looked up once, when the formula is defined. The copy keeps what they stood for; kernels are
-traced from the copy, and calls that torch computes run it. So binding a name to another object
-later changes neither.
+functions that follow the same rule, also through modules, classes and functools.partial. The copy
+keeps what names stand for when the formula is defined, and what attributes of modules and classes
+are when they are first read. Kernels are traced from the copy, and calls that torch computes run
+it, so binding a name to another object later changes neither.
+
+A name of another object is an error. An attribute that is another object is read by each call that
+torch computes, and makes a trace fail, because a kernel would keep its value.
 """
 
 from __future__ import annotations
@@ -14,38 +17,28 @@ import dis
 import math
 from collections.abc import Iterator, Sequence
 from functools import cache, partial
-from types import BuiltinFunctionType, CellType, CodeType, FunctionType, ModuleType, NoneType
-from typing import Any, NamedTuple
+from types import CellType, CodeType, FunctionType, ModuleType, NoneType
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch.overrides import get_overridable_functions
 
 from pyfused.formula_compiler.program import UntraceableError
+from pyfused.formula_compiler.trace import refuse
 
 _BUILTINS = (
+    *[name for name in vars(builtins) if name.endswith(("Error", "Exception"))],
     *("abs", "all", "any", "bool", "dict", "divmod", "enumerate", "filter", "float", "int"),
     *("isinstance", "iter", "len", "list", "map", "max", "min", "next", "pow", "range"),
     *("reversed", "round", "sorted", "str", "sum", "tuple", "type", "zip"),
 )
-_CONSTANTS = (bool, int, float, str, NoneType)  # defaults of functions that a formula calls
+_DEFAULTS = (bool, int, float, str, NoneType)  # of functions that a formula calls
 _NUMBERS = (math.pi, math.e, math.tau, math.inf, math.nan)
 _RULE = (
     "A formula reads only its arguments, literals, elementwise functions of torch and math, and "
     "Python functions that do the same"
 )
-
-
-class _Read(NamedTuple):
-    """An object that a function reads."""
-
-    path: str  # the names in the code, such as "torch.nn.functional.relu"
-    root: Any  # the object of the first name
-    value: Any
-
-    @property
-    def name(self) -> str:
-        return self.path.partition(".")[0]
 
 
 class Capture:
@@ -58,180 +51,160 @@ class Capture:
         formulas: The formulas that the functions call.
     """
 
-    def __init__(self, formula: type) -> None:
-        self._formula, self.formulas = formula, list[Any]()
-        self._copies = dict[FunctionType, FunctionType]()
+    def __init__(self, formula: Any) -> None:
+        self.formula, self.formulas = formula, list[Any]()
 
-    def copy(self, function: Any) -> FunctionType:
+    def copy(self, function: Any, copies: dict[Any, FunctionType]) -> FunctionType:
         """Returns a copy of a function that calls copies of other functions.
 
+        Args:
+            copies: The copies of the functions that call this one.
+
         Raises:
-            UntraceableError: The function reads something else.
+            UntraceableError: The function reads a name of another object.
         """
         if not isinstance(function, FunctionType):
             raise UntraceableError(f"expected a Python function, got a {type(function).__name__}")
-        if function in self._copies:  # which calls itself
-            return self._copies[function]
-        code, names = function.__code__, {"__builtins__": builtins.__dict__}
+        if function in copies:
+            return copies[function]
+        code = function.__code__
+        names: dict[str, Any] = {"__builtins__": {"__import__": __import__}}  # torch imports
         cells = {name: CellType() for name in code.co_freevars}
-        kept = FunctionType(code, names, function.__name__, closure=(*cells.values(),))
-        kept.__defaults__ = function.__defaults__
-        kept.__kwdefaults__ = function.__kwdefaults__ and dict(function.__kwdefaults__)
-        kept.__module__, kept.__qualname__ = function.__module__, function.__qualname__
-        self._copies[function] = kept
-        values = dict[str, Any]()
-        for line, read in _reads(function):
-            value, (first, *attributes) = self._kept(function, line, read), read.path.split(".")
-            if not attributes or _is_library(read.root):
-                values[first] = read.root if attributes else value
-                continue
-            # A module or class of the user; the copy has only the values that are read.
-            module = values.setdefault(first, ModuleType(first))
-            for name in attributes[:-1]:
-                module = vars(module).setdefault(name, ModuleType(name))
-            setattr(module, attributes[-1], value)
-        for name, value in values.items():
-            if name in cells:
-                cells[name].cell_contents = value
-            else:
-                names[name] = value
-        return kept
+        copy = copies[function] = FunctionType(code, names, closure=(*cells.values(),))
+        copy.__defaults__ = function.__defaults__
+        copy.__kwdefaults__ = function.__kwdefaults__ and dict(function.__kwdefaults__)
+        copy.__module__, copy.__qualname__ = function.__module__, function.__qualname__
+        try:
+            for name in dict.fromkeys((*cells, *_globals_read(code))):
+                value = self.kept(name, _value(function, name), None, copies)
+                if name in cells:
+                    cells[name].cell_contents = value
+                else:
+                    names[name] = value
+        except UntraceableError as error:
+            raise UntraceableError(f"{function.__name__}: {error}") from None
+        return copy
 
-    def _kept(self, function: FunctionType, line: int, read: _Read) -> Any:
-        """Returns what the copy of a function has in place of a value that it reads."""
-        path, _, value = read
-        if _is_known(read):
+    def kept(self, path: str, value: Any, owner: Any, copies: dict[Any, FunctionType]) -> Any:
+        """Returns what a copy has in place of a value.
+
+        Args:
+            path: Its name, such as "torch.nn.functional.relu".
+            owner: The module or class of which it is an attribute, or None.
+        """
+        value = _unpatched(value)
+        if id(value) in _known() or _is_constant(value, owner):
             return value
-        if isinstance(value, self._formula):
+        if isinstance(value, self.formula):
             self.formulas.append(value)
-            return value
+            return value.__call__  # without its attributes, which may change
         if isinstance(value, partial):
-            called = self._kept(function, line, _Read(path, value.func, value.func))
-            _check_constants(function, line, path, (*value.args, *value.keywords.values()))
+            _check_constants(path, (*value.args, *value.keywords.values()))
+            called = self.kept(path, value.func, None, copies)
             return partial(called, *value.args, **value.keywords)
         if _is_followed(value):
-            defaults = *(value.__defaults__ or ()), *(value.__kwdefaults__ or {}).values()
-            _check_constants(function, line, path, defaults)
-            return self.copy(value)
+            _check_constants(path, value.__defaults__ or ())
+            _check_constants(path, [*(value.__kwdefaults__ or {}).values()])
+            if attributes := vars(value).keys() - {"__wrapped__"}:
+                raise UntraceableError(f"{path} has attributes that may change: {min(attributes)}")
+            return self.copy(value, copies)
+        if isinstance(value, (ModuleType, type)):
+            return _Names(path, value, self)
         message = f"it reads {path}"
-        if not callable(value) and not isinstance(value, ModuleType):
+        if not callable(value):
             message += f", a {type(value).__name__}; pass it as an argument with a default"
-        raise _refusal(function, line, f"{message}. {_RULE}")
+        raise UntraceableError(f"{message}. {_RULE}")
 
 
-def _check_constants(function: FunctionType, line: int, path: str, values: Sequence[Any]) -> None:
-    """Raises an error if a value that a function is called with may change."""
-    if wrong := [x for x in values if not isinstance(x, _CONSTANTS)]:
-        message = f"{path} has a default that may change, a {type(wrong[0]).__name__}"
-        raise _refusal(function, line, message)
+class _Names(ModuleType):
+    """Replaces a module or class, and keeps the attributes that may be read."""
+
+    def __init__(self, path: str, owner: Any, capture: Capture) -> None:
+        super().__init__(path)
+        self.__owner, self.__capture = owner, capture
+
+    def __getattr__(self, name: str) -> Any:
+        value = getattr(self.__owner, name)
+        try:
+            value = self.__capture.kept(f"{self.__name__}.{name}", value, self.__owner, {})
+        except UntraceableError as error:
+            refuse(str(error))
+        else:
+            setattr(self, name, value)
+        return value
+
+    def __call__(self, *arguments: Any, **named: Any) -> Any:
+        refuse(f"it calls {self.__name__}. {_RULE}")
+        return self.__owner(*arguments, **named)
 
 
-def _refusal(function: FunctionType, line: int, message: str) -> UntraceableError:
-    return UntraceableError(f"line {line} of {function.__code__.co_filename}: {message}")
+def _value(function: FunctionType, name: str) -> Any:
+    """Returns what a name outside of a function stands for."""
+    closure = zip(function.__code__.co_freevars, function.__closure__ or (), strict=True)
+    try:
+        if (cell := dict(closure).get(name)) is not None:
+            return cell.cell_contents
+        return (vars(builtins) | function.__globals__)[name]
+    except (KeyError, ValueError):  # ValueError: the name is not bound yet
+        raise UntraceableError(f"name {name!r} is not defined") from None
+
+
+def _globals_read(code: CodeType) -> Iterator[str]:
+    """Yields the names of globals that a function and those inside it read.
+
+    Raises:
+        UntraceableError: The function imports or assigns a name of another scope.
+    """
+    for each in dis.get_instructions(code):
+        op, name = each.opname, each.argval
+        if op in ("LOAD_GLOBAL", "LOAD_NAME"):
+            yield name
+        is_nonlocal = op == "STORE_DEREF" and name in code.co_freevars
+        if is_nonlocal or op in ("IMPORT_NAME", "STORE_GLOBAL"):
+            raise UntraceableError(f"it imports or assigns {name}; do so outside")
+        if isinstance(name, CodeType):
+            yield from _globals_read(name)
 
 
 @cache
-def _functions_of_torch() -> frozenset[Any]:
-    """Returns the functions and methods of tensors, which a trace records or refuses."""
-    known: set[Any] = {partial, torch.Tensor, torch.finfo, torch.no_grad}
-    known.update(map(_unpatched, (F.hardsigmoid, F.hardswish, F.sigmoid, F.tanh)))
-    known |= {torch.full, torch.ones, torch.scalar_tensor, torch.tensor, torch.zeros}
+def _known() -> dict[int, Any]:
+    """Returns functions and classes that a formula may read, by id; a trace looks at their use."""
+    known = [x for name, x in vars(builtins).items() if name in _BUILTINS]
+    known += filter(callable, vars(math).values())
+    known += [partial, torch.Tensor, torch.finfo, torch.no_grad]
+    known += [torch.full, torch.ones, torch.scalar_tensor, torch.tensor, torch.zeros]
+    known += F.hardsigmoid, F.hardswish, F.sigmoid, F.tanh
     for functions in get_overridable_functions().values():
-        known.update(map(_unpatched, functions))
-    for names in (vars(torch), vars(F)):
-        in_place = [name for name in names if name.endswith("_") and names.get(name[:-1]) in known]
-        known.update([names[name] for name in in_place])
-    return frozenset(known)
+        known += functions
+    by_id = {id(x): x for x in map(_unpatched, known)}
+    for names in (vars(torch), vars(F)):  # functions in place
+        pairs = [(x, names.get(name[:-1])) for name, x in names.items() if name.endswith("_")]
+        by_id |= {id(x): x for x, function in pairs if id(function) in by_id}
+    return by_id
 
 
 def _unpatched(function: Any) -> Any:
     """Returns torch's function for one that pyfused.patch has replaced."""
-    names = getattr(function, "__globals__", {})
-    is_patched = names.get("__package__") == "pyfused"
+    is_patched = getattr(function, "__globals__", {}).get("__package__") == "pyfused"
     return getattr(function, "__wrapped__", function) if is_patched else function
 
 
-def _is_known(read: _Read) -> bool:
-    """Returns whether a value is a function, a class or a constant of torch, math or Python."""
-    path, root, value = read
-    name = path.partition(".")[0]
-    if getattr(builtins, name, None) is root:
-        return name in _BUILTINS or (isinstance(root, type) and issubclass(root, Exception))
-    if isinstance(value, BuiltinFunctionType) and value.__self__ is math:
-        return True
-    if isinstance(value, (float, torch.dtype)):
-        return _is_library(root) or any(value is number for number in _NUMBERS)
-    try:
-        return _unpatched(value) in _functions_of_torch()
-    except TypeError:  # not hashable
-        return False
+def _is_constant(value: Any, owner: Any) -> bool:
+    """Returns whether a value is a number of torch, math or numpy, or a dtype of torch."""
+    library = getattr(owner, "__name__", "").partition(".")[0]
+    is_library = library in ("math", "numpy", "torch") or any(value is x for x in _NUMBERS)
+    return is_library and isinstance(value, (float, torch.dtype))
 
 
 def _is_followed(value: Any) -> bool:
     """Returns whether a value is a Python function that neither torch nor pyfused defines."""
     if not isinstance(value, FunctionType):
         return False
-    return _library(value.__globals__.get("__name__")) not in ("torch", "pyfused")
+    return str(value.__globals__.get("__name__")).partition(".")[0] not in ("torch", "pyfused")
 
 
-def _is_library(root: Any) -> bool:
-    """Returns whether an object is torch, math, numpy, one of their modules, or torch.Tensor."""
-    if isinstance(root, ModuleType):
-        return _library(root.__name__) in ("math", "numpy", "torch")
-    return root is torch.Tensor
-
-
-def _library(module: Any) -> str:
-    return str(module).partition(".")[0]
-
-
-def _reads(function: FunctionType) -> Iterator[tuple[int, _Read]]:
-    """Yields what a function and the functions inside it read by name, with the line."""
-    closure = function.__closure__ or ()
-    cells = dict(zip(function.__code__.co_freevars, closure, strict=True))
-    for code in _with_inner(function.__code__):
-        lines, line, read = dict(dis.findlinestarts(code)), code.co_firstlineno, None
-        for each in dis.get_instructions(code):
-            op, name = each.opname, each.argval
-            if read is not None and op not in ("EXTENDED_ARG", "CACHE"):
-                if op.endswith(("_ATTR", "_METHOD")):
-                    read = _attribute(function, line, read, name)
-                    continue
-                yield line, read
-                read = None
-            line = lines.get(each.offset) or line
-            if op in ("LOAD_GLOBAL", "LOAD_NAME") or (op == "LOAD_DEREF" and name in cells):
-                value = _value(function, line, name, cells)
-                read = _Read(name, value, value)
-            elif op in ("IMPORT_NAME", "STORE_GLOBAL") or (op == "STORE_DEREF" and name in cells):
-                raise _refusal(function, line, f"it imports or assigns {name}; do so outside")
-
-
-def _value(function: FunctionType, line: int, name: str, cells: dict[str, CellType]) -> Any:
-    """Returns what a name outside of a function stands for."""
-    try:
-        if name in cells:
-            return cells[name].cell_contents
-        names = function.__globals__
-        return names[name] if name in names else getattr(builtins, name)
-    except (AttributeError, ValueError):  # ValueError: an empty cell
-        raise _refusal(function, line, f"name {name!r} is not defined") from None
-
-
-def _attribute(function: FunctionType, line: int, read: _Read, name: str) -> _Read:
-    """Returns the attribute of a module or a class."""
-    path, missing = f"{read.path}.{name}", object()
-    if not isinstance(read.value, (ModuleType, type)):
-        message = f"it uses the attribute {path}; pass it as an argument with a default. {_RULE}"
-        raise _refusal(function, line, message)
-    value = getattr(read.value, name, missing)
-    if value is missing:
-        raise _refusal(function, line, f"{read.path} has no attribute {name!r}")
-    return _Read(path, read.root, value)
-
-
-def _with_inner(code: CodeType) -> Iterator[CodeType]:
-    yield code
-    for constant in code.co_consts:
-        if isinstance(constant, CodeType):
-            yield from _with_inner(constant)
+def _check_constants(path: str, values: Sequence[Any]) -> None:
+    """Raises an error if a value that a function is called with may change."""
+    if wrong := [x for x in values if not isinstance(x, _DEFAULTS)]:
+        kind = type(wrong[0]).__name__
+        raise UntraceableError(f"{path} has a default that may change, a {kind}")

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import math
 import sys
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
@@ -47,6 +48,7 @@ _HINTS = {
 _NOT_READ = ("dtype", "layout", "device", "pin_memory", "memory_format", "implicit", "non_blocking")
 _HALVES = (torch.float16, torch.bfloat16)
 _SMALL_INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32)
+_trace = threading.local()  # the recorder of the trace that runs in a thread of its own
 
 
 @cache
@@ -318,10 +320,17 @@ def expressions_of(
         return thread.submit(_expressions_of, function, dtypes, case, exact).result()
 
 
+def refuse(message: str) -> None:
+    """Raises an error if a trace runs in this thread, which fails even if the error is caught."""
+    if (recorder := getattr(_trace, "recorder", None)) is not None:
+        recorder.refusal = RefusedError(message)
+        raise recorder.refusal
+
+
 def _expressions_of(
     function: Function, dtypes: Sequence[torch.dtype], case: Mapping[str, Any], exact: bool
 ) -> tuple[Expressions, list[int]]:
-    recorder = Recorder(exact)
+    recorder = _trace.recorder = Recorder(exact)
 
     def number(value: float, kind: str, k: int, name: str) -> Tensor:
         tensor = torch.full((), value, dtype=torch.float64, device="cpu")
