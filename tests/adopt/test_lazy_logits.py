@@ -51,6 +51,7 @@ class Doubled(torch.autograd.Function):
 
 X, TARGET = torch.arange(64).view(4, 16) % 50, torch.arange(64) % 40
 PLACES = TARGET.view(4, 16)
+CLASS, ROWS = PLACES.unsqueeze(-1), torch.arange(4).unsqueeze(-1)
 INDEX = torch.tensor([1, 0, 1])
 FACTORS = 2, 0.5, 3.0, 1.25, 1, 0.1
 
@@ -144,6 +145,12 @@ def drawn_loss(x: Tensor, draw: random.Random) -> Tensor:
         lambda: nn.CrossEntropyLoss(**options)(rows, index),
         lambda: F.cross_entropy(input=rows, target=index, **options),
         lambda: pyfused.functional.cross_entropy(rows, index, **options),
+    ]
+    classes_of_rows = index.clamp(min=0).unsqueeze(-1)
+    losses += [
+        lambda: rows.gather(-1, classes_of_rows).squeeze(-1) - rows.logsumexp(-1),
+        lambda: rows.logsumexp(-1, keepdim=True).square() - torch.gather(rows, 1, classes_of_rows),
+        lambda: F.log_softmax(rows, -1)[torch.arange(len(rows)), index.clamp(min=0)],
     ]
     if "label_smoothing" not in options:
         losses += [
@@ -603,6 +610,28 @@ OPERATORS: dict[str, tuple[Callable[..., Tensor], str | None]] = {
     "view": (of_rows(lambda m, x: x.view(torch.int64).view(torch.float64)), "view"),
     "indexing": (of_rows(lambda m, x: x[:, :, None][:, :, 0]), "indexing"),
     "slice of all classes": (of_rows(lambda m, x: x[..., :40]), "indexing"),
+    "gather": (lambda m, x: (x.gather(-1, CLASS)[..., 0] - x.logsumexp(-1)).sum(), None),
+    "logsumexp": (lambda m, x: (torch.logsumexp(x, 2, True) - x.gather(2, CLASS)).sum(), None),
+    "gather of log_softmax": (lambda m, x: (x / 2).log_softmax(-1).gather(-1, CLASS).sum(), None),
+    "index of log_softmax": (
+        lambda m, x: x.log_softmax(-1)[ROWS, ROWS.t(), PLACES[:, :4] - 40].square().sum(),
+        None,
+    ),
+    "shifted gather": (
+        lambda m, x: torch.gather(F.log_softmax(x[:, :-1], -1), 2, CLASS[:, 1:]).sum(),
+        None,
+    ),
+    "moved gather": (lambda m, x: (x.mT.gather(1, CLASS.mT) - x.mT.logsumexp(1)).sum(), None),
+    "z-loss": (
+        lambda m, x: F.cross_entropy(x.mT, PLACES) + (x + m.bias).logsumexp(-1).square().mean(),
+        None,
+    ),
+    "gathers": (lambda m, x: x.gather(-1, torch.cat([CLASS, CLASS], -1)).sum(), "gather"),
+    "gather of positions": (lambda m, x: x.gather(1, CLASS.expand(4, 16, 40) % 16).sum(), "gather"),
+    "gather of some rows": (lambda m, x: x.gather(-1, CLASS[:2]).sum(), "gather"),
+    "logsumexp of dimensions": (lambda m, x: x.logsumexp((1, 2)).sum(), "logsumexp"),
+    "logsumexp of log_softmax": (lambda m, x: x.log_softmax(-1).logsumexp(-1).sum(), "logsumexp"),
+    "entropy": (lambda m, x: (x.softmax(-1) * x.log_softmax(-1)).sum(), "softmax"),
 }
 
 
@@ -629,42 +658,103 @@ def test_operators(name: str, losses: list[Tensor]) -> None:
     assert bool(losses) == (reader is None)
 
 
+# Log-probabilities of one class of each row.
+LOG_PROBS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "gather": lambda x, index: (x.gather(-1, index) - x.logsumexp(-1, keepdim=True)).squeeze(-1),
+    "logsumexp": lambda x, index: -(x.logsumexp(-1) - x.gather(-1, index).squeeze(-1)),
+    "log_softmax": lambda x, index: x.log_softmax(-1).gather(-1, index).squeeze(-1),
+}
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("name", LOG_PROBS)
+def test_preference_optimization(name: str, dtype: torch.dtype, losses: list[Tensor]) -> None:
+    """A loop of DPO computes the log-probabilities of two models in one pass for each."""
+
+    def step(policy: Any, reference: Any) -> list[Tensor]:
+        sums, padded = [], X[:, 1:] % 5 == 0
+        for model in (policy, reference):
+            with torch.set_grad_enabled(model is policy):
+                logits = model(X)[:, :-1].to(max(dtype, torch.float32, key=lambda d: d.itemsize))
+                log_p = LOG_PROBS[name](logits, CLASS[:, 1:])
+                sums.append(log_p.masked_fill(padded, 0).sum(-1))
+        chosen, rejected = (sums[0] - sums[1]).chunk(2)
+        loss = -F.logsigmoid(0.5 * (chosen - rejected)).mean()
+        return [loss, *torch.autograd.grad(loss, [*policy.parameters()])]
+
+    policy, reference = Model().to(dtype), Model().to(dtype)
+    reference.head.weight.data.neg_()
+    expected = step(policy, reference)
+    pyfused.convert(policy, head="head")
+    pyfused.convert(reference, head="head", evaluation=True)
+    tolerance = 2e-2 if dtype.itemsize == 2 else 1e-5
+    assert_close(step(policy, reference), expected, rtol=tolerance, atol=tolerance)
+    assert len(losses) == 2
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("name", LOG_PROBS)
+def test_log_probabilities_are_not_positive(name: str, dtype: torch.dtype) -> None:
+    """Otherwise log(1 - p) would be NaN."""
+    model = Model().to(dtype)
+    model.head.weight.data *= 20
+    index = model(X).argmax(-1, keepdim=True)
+    log_p = LOG_PROBS[name](pyfused.convert(model, head="head")(X), index)
+    assert (log_p <= 0).all()
+    assert (log_p > -1e-3).any()
+
+
+# Results of logits and a weight of each class.
+OF_DTYPES: tuple[Callable[[Tensor, Tensor], Any], ...] = (
+    lambda x, weight: F.cross_entropy(x, TARGET, weight),
+    lambda x, weight: F.nll_loss(x.log_softmax(-1), TARGET, weight),
+    lambda x, _: [x.gather(1, TARGET[:, None]), x.logsumexp(1), x.logsumexp(1, True)],
+    lambda x, _: [x.logsumexp(1), torch.gather(x, 1, TARGET[:, None])],
+    lambda x, _: F.log_softmax(x, -1, dtype=torch.float32).gather(1, TARGET[:, None]),
+)
+
+
 @pytest.mark.parametrize("casts", [False, True])
 @pytest.mark.parametrize("of_loss", [None, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("of_model", [None, torch.bfloat16])
 @pytest.mark.filterwarnings("ignore:pyfused.convert")
-def test_class_weights_of_any_dtype(
-    of_model: Any, of_loss: Any, casts: bool, losses: list[Tensor]
-) -> None:
+def test_dtypes(of_model: Any, of_loss: Any, casts: bool, losses: list[Tensor]) -> None:
     """Compares dtypes, values and errors; the model and its loss may be in autocast."""
     autocasts = [torch.autocast("cpu", d or torch.half, d is not None) for d in (of_model, of_loss)]
 
-    def outcome(model: Any, weight: Tensor, logs: bool) -> Any:
+    def outcome(model: Any, weight: Tensor, of_logits: Callable[..., Any]) -> Any:
         with autocasts[0]:
             logits = model(X).view(-1, 40)
-        logits = logits.float() if casts else logits
         with autocasts[1]:
             try:
-                loss = F.nll_loss if logs else F.cross_entropy
-                return loss(logits.log_softmax(-1) if logs else logits, TARGET, weight)
+                return of_logits(logits.float() if casts else logits, weight)
             except RuntimeError as error:
                 return str(error)
 
     for dtype, of_weight in itertools.product((torch.float32, torch.bfloat16), FLOATS):
         weight = torch.linspace(0.5, 1.5, 40).to(of_weight)
         losses.clear()
-        for logs in (False, True):
-            found = outcome(pyfused.convert(Model().to(dtype), head="head"), weight, logs)
-            expected = outcome(Model().to(dtype), weight, logs)
-            if isinstance(expected, Tensor):
-                assert_close(found, expected, rtol=2e-2, atol=1e-2)
-            else:
+        for of_logits in OF_DTYPES:
+            found = outcome(pyfused.convert(Model().to(dtype), head="head"), weight, of_logits)
+            expected = outcome(Model().to(dtype), weight, of_logits)
+            if isinstance(expected, str):
                 assert found == expected
-        assert losses or of_weight is not torch.float32 or not (casts or of_loss)
+            else:
+                assert_close(found, expected, rtol=2e-2, atol=1e-2)
+        fuses_weights = of_weight is torch.float32 and (casts or of_loss)
+        assert len(losses) >= (5 if fuses_weights else 3)
 
 
 @pytest.mark.filterwarnings("ignore:pyfused.convert")
-def test_torchs_errors() -> None:
+def test_torchs_errors(losses: list[Tensor]) -> None:
+    for invalid in (-100, -1, 40):
+        index = TARGET.index_fill(0, TARGET[3], invalid).unsqueeze(-1)
+        logits = pyfused.convert(Model(), head="head")(X).flatten(0, 1)
+        for _ in range(2):
+            with pytest.raises(IndexError, match=r"expected class indices in|out of range"):
+                logits.gather(-1, index)
+            logits.logsumexp(-1)
+    assert len(losses) == 3
     for target, options in ((TARGET.int(), {}), (TARGET, {"ignore_index": None})):
         errors = []
         for model in (Model(), pyfused.convert(Model(), head="head")):
@@ -753,7 +843,7 @@ def test_hooks_after_the_loss(read: bool) -> None:
     logits.register_hook(called.append)
     model.head.weight.register_hook(lambda _: called.append("weight"))
     assert logits.grad_fn is not None
-    (loss + logits.logsumexp(-1).sum() if read else loss).backward(retain_graph=True)
+    (loss + logits.exp().sum() if read else loss).backward(retain_graph=True)
     assert called == [None, "weight"]
     if read:
         logits.sum().backward(retain_graph=True)
