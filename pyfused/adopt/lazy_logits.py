@@ -516,8 +516,8 @@ class _Value:
         hidden, weight, _ = self.call.inputs
         dtype = self.call.autocast or hidden.dtype
         wide = accumulate_dtype(dtype)
-        result = rows.to(dtype).to(wide) * F.embedding(index, weight).to(dtype).to(wide)
-        result = result.sum(-1, dtype=torch.float64)
+        rows, weight = (x.to(dtype).to(wide) for x in (rows, F.embedding(index, weight)))
+        result = (rows * weight).sum(-1)
         if self.bias is not None:
             result = result + self.bias[index].to(dtype)
         return result.to(dtype).double()
