@@ -46,12 +46,14 @@ from pyfused.torch_internals import (
 )
 from pyfused.types import LOG_P, LSE, PREDICTION
 
+_ATTRIBUTES = (
+    "shape ndim dtype device layout requires_grad is_leaf _base is_cuda is_cpu is_sparse is_meta"
+    " is_nested"
+)
 _METADATA = {
     *(Tensor.size, Tensor.dim, Tensor.numel, Tensor.stride, Tensor.is_contiguous, Tensor.__len__),
     *(torch.is_floating_point, Tensor.is_floating_point, Tensor.element_size, Tensor.get_device),
-    *(getattr(Tensor, name).__get__ for name in ("shape", "ndim", "dtype", "device", "layout")),
-    *(getattr(Tensor, name).__get__ for name in ("requires_grad", "is_leaf", "_base", "is_cuda")),
-    *(getattr(Tensor, name).__get__ for name in ("is_cpu", "is_sparse", "is_meta", "is_nested")),
+    *(getattr(Tensor, name).__get__ for name in _ATTRIBUTES.split()),
     getattr(Tensor, "_backward_hooks").__set__,  # noqa: B009  # called by autograd
     Tensor.__hash__,
 }
@@ -63,7 +65,6 @@ _OF_NODES = {
     _GRAD_FN,
 }
 _BACKWARD = {torch.autograd.grad, torch.autograd.backward, Tensor.backward}
-_WITH_TENSORS = {torch.ops.aten.add.Tensor, torch.ops.aten.index.Tensor}
 
 
 class _ThisThread(threading.local):
@@ -329,9 +330,7 @@ class _Value:
 
     def result(self, function: Any, args: Any, kwargs: Any) -> Any:
         """Returns the lazy result of an operator of ATen."""
-        others = args
-        if function in _WITH_TENSORS:
-            others = tree_map_only(Tensor, lambda x: x.to("meta"), args)
+        others = tree_map_only(Tensor, lambda x: x.to("meta"), args)
         example = function(self.example, *others, **kwargs)
         operation = lambda: function(self.compute(), *args, **kwargs)  # noqa: E731
         return replace(self, example=example, operation=operation).tensor()
@@ -346,7 +345,7 @@ class _Value:
         if tensor.requires_grad != self.needs_grad or (not inference and version_of(tensor)):
             return None
         original = _original(function)
-        if result := (_OF_LOG_SOFTMAX if self.log else _OF_LOGITS).get(original):
+        if result := _RESULTS[self.log].get(original):
             return result(self, *args, **kwargs)
         if original in _LARGEST:
             return self.largest(tensor, function, args, kwargs)
@@ -431,14 +430,13 @@ class _Value:
         call, dtype, kind = self.call, self.dtype_of_loss(), self.call.with_metrics
         if not (
             self.dim == 1
-            and self.is_index(target)
+            and self.is_index("cross_entropy", target)
             and (weight is None or self.is_constant(weight, dtype))
             and size_average is reduce is None
             and type(ignore_index) is int
             and reduction in ("none", "mean", "sum")
         ):
             return None
-        call.check("cross_entropy")
         loss: Any = call.run(
             *(LINEAR_CROSS_ENTROPY, self, target, weight, None, None),
             ignore_index=ignore_index,
@@ -476,15 +474,14 @@ class _Value:
 
     def of_classes(self, reader: str, index: Any) -> Any:
         """Returns the logit, or the log-probability, of the class of each row."""
-        if not self.is_index(index):
+        if not self.is_index(reader, index):
             return None
-        before = self.known_results(reader)
-        if before is None or self.log:
+        if self.log or not self.has_results():
             results = self.row_results(index)
             result = results[LOG_P] if self.log else results[LOG_P] + results[LSE]
         else:
             with torch.set_grad_enabled(self.records_grad()):
-                result, lse = self.scaled(self.linear_at(self.rows, index)), before[LSE]
+                result, lse = self.scaled(self.linear_at(self.rows, index)), self.results[LSE]
                 result = result - (result - lse).clamp(min=0).detach()  # rounding errors
             self.call.bypass(result)
         return result.to(self.example.dtype)
@@ -492,10 +489,9 @@ class _Value:
     def logsumexp(self, dim: Any = None, keepdim: Any = False, **others: Any) -> Any:
         """Returns the log-sum-exp of each row."""
         index = torch.zeros(self.rows.shape[:-1], dtype=torch.int64, device=self.rows.device)
-        if others or dim not in self.dims() or not self.is_index(index):
+        if others or dim not in self.dims() or not self.is_index("logsumexp", index):
             return None
-        results = self.known_results("logsumexp")
-        result = (self.row_results(index) if results is None else results)[LSE]
+        result = (self.results if self.has_results() else self.row_results(index))[LSE]
         result = result.to(self.dtype_after(torch.logsumexp), copy=True)
         return result.unsqueeze(dim) if keepdim else result
 
@@ -505,11 +501,9 @@ class _Value:
         self.results = self.call.run(LINEAR_LOG_PROBS, self, index, **options)
         return self.results
 
-    def known_results(self, reader: str) -> Any:
-        """Returns the last results of rows, None without results of this gradient mode."""
-        self.call.check(reader)
-        is_known = self.results is not None and self.results.requires_grad == self.records_grad()
-        return self.results if is_known else None
+    def has_results(self) -> bool:
+        """Returns whether `row_results` has been called in the same gradient mode."""
+        return self.results is not None and self.results.requires_grad == self.records_grad()
 
     def linear_at(self, rows: Tensor, index: Tensor) -> Tensor:
         """Returns the logit of one class of each row in float64, before a scale and a cap."""
@@ -527,8 +521,9 @@ class _Value:
         capped = linear if self.cap is None else self.cap * (linear / self.cap).tanh()
         return self.scale * capped
 
-    def is_index(self, index: Any) -> bool:
+    def is_index(self, reader: str, index: Any) -> bool:
         """Returns whether a fused operator can take a class index for each row."""
+        self.call.check(reader)
         return (
             type(index) in PLAIN
             and index.dtype is torch.int64
@@ -570,7 +565,7 @@ def _operand(args: Any, kwargs: Any) -> Any:
     return values[0] if len(values) == 1 and kwargs.keys() <= {"other"} else None
 
 
-def _view(value: _Value, function: Any, args: Any, kwargs: Any) -> Any:  # noqa: ARG001
+def _view(*_: Any) -> Any:
     return {}
 
 
@@ -661,11 +656,11 @@ def _scale(value: _Value, function: Any, args: Any, kwargs: Any) -> Any:
     return {"scale": 1.0 if math.isclose(scale, 1.0) else scale}
 
 
-def _tanh(value: _Value, function: Any, args: Any, kwargs: Any) -> Any:  # noqa: ARG001
-    return None if value.cap or args or kwargs else {"cap": 1 / value.scale}
+def _tanh(value: _Value, _: Any, *arguments: Any) -> Any:
+    return None if value.cap or any(arguments) else {"cap": 1 / value.scale}
 
 
-def _clone(value: _Value, function: Any, args: Any, kwargs: Any) -> Any:  # noqa: ARG001
+def _clone(*_: Any) -> Any:
     """A copy without a gradient, as DistributedDataParallel makes of a model's outputs."""
     return None if torch.is_grad_enabled() else {}
 
@@ -675,16 +670,18 @@ def _original(function: Any) -> Any:
     return getattr(function, "__wrapped__", function)
 
 
-# Operators of logits, and of their log_softmax, whose results are known without the logits.
-_OF_BOTH = {Tensor.gather: _Value.gather, torch.gather: _Value.gather}
-_OF_LOGITS: dict[Any, Any] = _OF_BOTH | {
-    _original(F.cross_entropy): _Value.cross_entropy,
-    Tensor.logsumexp: _Value.logsumexp,
-    torch.logsumexp: _Value.logsumexp,
-}
-_OF_LOG_SOFTMAX: dict[Any, Any] = _OF_BOTH | {
-    _original(F.nll_loss): _Value.cross_entropy,
-    Tensor.__getitem__: _Value.selected,
+# Operators whose results are known without the logits, or without their log_softmax.
+_RESULTS: dict[bool, dict[Any, Any]] = {
+    False: {
+        _original(F.cross_entropy): _Value.cross_entropy,
+        **dict.fromkeys((Tensor.gather, torch.gather), _Value.gather),
+        **dict.fromkeys((Tensor.logsumexp, torch.logsumexp), _Value.logsumexp),
+    },
+    True: {
+        _original(F.nll_loss): _Value.cross_entropy,
+        **dict.fromkeys((Tensor.gather, torch.gather), _Value.gather),
+        Tensor.__getitem__: _Value.selected,
+    },
 }
 _MOVES = _view, _index, _movement
 _QUOTIENTS = Tensor.div, Tensor.__truediv__, torch.div, torch.true_divide
