@@ -22,7 +22,7 @@ import warnings
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from types import EllipsisType
 from typing import Any, NamedTuple
@@ -291,7 +291,8 @@ class _Value:
         numbers: The index of each row in the head's output, in the shape of `rows` with a last
             dimension of size 1; None without metrics.
         real: The computed values, without an autograd graph.
-        results: The state of each row, which gather and logsumexp have computed.
+        results: The results of `linear_log_probs`, in the shape of `rows` with a last dimension of
+            size 3; None before a gather or a logsumexp.
     """
 
     call: HeadCall
@@ -306,7 +307,7 @@ class _Value:
     log: bool = False
     numbers: Any = None
     real: Any = None
-    results: Any = field(default=None, init=False)
+    results: Any = None
 
     def tensor(self) -> Any:
         """Returns a lazy tensor with this value."""
@@ -347,6 +348,8 @@ class _Value:
         original = _original(function)
         if result := _RESULTS[self.log].get(original):
             return result(self, *args, **kwargs)
+        if original in (Tensor.unbind, torch.unbind) and before.dim() > 2:
+            return self.unbind(tensor, *args, **kwargs)
         if original in _LARGEST:
             return self.largest(tensor, function, args, kwargs)
         rule = _RULES.get(original)
@@ -370,8 +373,8 @@ class _Value:
             changes.update(dim=dims[0], move=lambda x: x.reshape(*lead, x.shape[-1]))
         if (move := changes.pop("move", None)) is not None:
             changes["dim"] %= len(shape)
-            changes["rows"] = move(self.rows)
-            changes["numbers"] = None if self.numbers is None else move(self.numbers)
+            of_rows = {name: getattr(self, name) for name in ("rows", "numbers", "results")}
+            changes |= {name: x if x is None else move(x) for name, x in of_rows.items()}
         if value.example.dtype is not changes.pop("dtype", before.dtype):
             return None
         for name, attribute in changes.items():
@@ -403,6 +406,14 @@ class _Value:
         values, classes = (x.unsqueeze(self.dim) if keeps else x for x in both)
         answer = (values, classes) if picks else classes
         return _call_with(lambda *_: answer, function, tensor, *args, **kwargs)
+
+    def unbind(self, tensor: Any, dim: int = 0) -> Any:
+        """Returns the slices along a dimension, over which loops iterate."""
+        if dim in self.dims():
+            return None
+        lead, count = (slice(None),) * (dim % self.example.dim()), self.example.shape[dim]
+        indices = ((*lead, i) for i in range(count))
+        return tuple(self.apply(tensor, Tensor.__getitem__, (i,), {}) for i in indices)
 
     def dims(self) -> tuple[int, int]:
         """Returns the numbers of the dimension of the classes."""
@@ -478,10 +489,11 @@ class _Value:
             return None
         if self.log or not self.has_results():
             results = self.row_results(index)
-            result = results[LOG_P] if self.log else results[LOG_P] + results[LSE]
+            result = results[..., LOG_P]
+            result = result if self.log else result + results[..., LSE]
         else:
             with torch.set_grad_enabled(self.records_grad()):
-                result, lse = self.scaled(self.linear_at(self.rows, index)), self.results[LSE]
+                result, lse = self.scaled(self.linear_at(self.rows, index)), self.results[..., LSE]
                 result = result - (result - lse).clamp(min=0).detach()  # rounding errors
             self.call.bypass(result)
         return result.to(self.example.dtype)
@@ -491,14 +503,14 @@ class _Value:
         index = torch.zeros(self.rows.shape[:-1], dtype=torch.int64, device=self.rows.device)
         if others or dim not in self.dims() or not self.is_index("logsumexp", index):
             return None
-        result = (self.results if self.has_results() else self.row_results(index))[LSE]
-        result = result.to(self.dtype_after(torch.logsumexp), copy=True)
+        results = self.results if self.has_results() else self.row_results(index)
+        result = results[..., LSE].to(self.dtype_after(torch.logsumexp), copy=True)
         return result.unsqueeze(dim) if keepdim else result
 
     def row_results(self, index: Tensor) -> Any:
         """Returns the log-probability of a class, the entropy and the log-sum-exp of each row."""
         options = {"temperature": 1 / self.scale, "ignore_index": _NO_INDEX}
-        self.results = self.call.run(LINEAR_LOG_PROBS, self, index, **options)
+        self.results = self.call.run(LINEAR_LOG_PROBS, self, index, **options).movedim(0, -1)
         return self.results
 
     def has_results(self) -> bool:
@@ -632,7 +644,7 @@ def _add(value: _Value, function: Any, args: Any, kwargs: Any) -> Any:  # noqa: 
         return None
     call.watch(bias)
     bias = bias.reshape(-1)
-    return {"bias": bias if value.bias is None else value.bias + bias}
+    return {"bias": bias if value.bias is None else value.bias + bias, "results": None}
 
 
 def _cast(value: _Value, function: Any, args: Any, kwargs: Any) -> Any:
@@ -653,11 +665,12 @@ def _scale(value: _Value, function: Any, args: Any, kwargs: Any) -> Any:
     scale = value.scale / number if function in _QUOTIENTS else value.scale * number
     if not 0 < scale < math.inf:
         return None
-    return {"scale": 1.0 if math.isclose(scale, 1.0) else scale}
+    return {"scale": 1.0 if math.isclose(scale, 1.0) else scale, "results": None}
 
 
 def _tanh(value: _Value, _: Any, *arguments: Any) -> Any:
-    return None if value.cap or any(arguments) else {"cap": 1 / value.scale}
+    changes = {"cap": 1 / value.scale, "results": None}
+    return None if value.cap or any(arguments) else changes
 
 
 def _clone(*_: Any) -> Any:

@@ -106,6 +106,7 @@ LAZY: list[Callable[[Tensor, float], Tensor]] = [
     lambda x, _: x.float(),
     lambda x, _: x.to(x.device, x.dtype),
     lambda x, _: x.double(),
+    lambda x, by: by * [*x][-1] if x.dim() > 2 else x,
 ]
 READERS: list[Callable[[Tensor], Tensor]] = [
     lambda x: x.argmax(-1),
@@ -592,7 +593,10 @@ OPERATORS: dict[str, tuple[Callable[..., Tensor], str | None]] = {
     "rounded": (of_rows(lambda m, x: x.div(2.0, rounding_mode="trunc") + x), "div"),
     "alpha": (of_rows(lambda m, x: torch.add(x, m.bias, alpha=2)), "add"),
     "NumPy": (of_rows(lambda m, x: np.float32(0.5) * x), "r?mul"),
-    "unpacked": (of_rows(lambda m, x: torch.cat([*x])), "unbind"),
+    "unpacked": (lambda m, x: F.cross_entropy([*x][2], PLACES[2]), None),
+    "unbind": (lambda m, x: F.cross_entropy(x.unbind(1)[-1], PLACES[:, -1]), None),
+    "unbind of classes": (lambda m, x: torch.stack(x.unbind(-1)).sum(), "unbind"),
+    "unbind of rows": (of_rows(lambda m, x: torch.stack([*x.view(-1, 40)])), "unbind"),
     "add of a gradient": (of_rows(lambda m, x: x + m.emb.weight[:40, 0]), "add"),
     "nll_loss": (lambda m, x: F.nll_loss(x.view(-1, 40), TARGET), "nll_loss"),
     "cross_entropy": (of_rows(lambda m, x: x.log_softmax(-1)), "cross_entropy"),
@@ -653,6 +657,9 @@ LOG_PROBS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "gather": lambda x, index: (x.gather(-1, index) - x.logsumexp(-1, keepdim=True)).squeeze(-1),
     "logsumexp": lambda x, index: -(x.logsumexp(-1) - x.gather(-1, index).squeeze(-1)),
     "log_softmax": lambda x, index: x.log_softmax(-1).gather(-1, index).squeeze(-1),
+    "loop": lambda x, index: (  # as in TRL
+        x.gather(-1, index).squeeze(-1) - torch.stack([each.logsumexp(-1) for each in x])
+    ),
 }
 
 
