@@ -37,21 +37,23 @@ from pyfused.dispatch import reasons
 from pyfused.dispatch.operator import requires_grad
 from pyfused.dispatch.run import run
 from pyfused.layout import accumulate_dtype
-from pyfused.ops.operators import LINEAR_CROSS_ENTROPY
+from pyfused.ops.operators import LINEAR_CROSS_ENTROPY, LINEAR_LOG_PROBS
 from pyfused.torch_internals import (
     PLAIN,
     DisableTorchFunctionSubclass,
     tree_map_only,
     version_of,
 )
-from pyfused.types import PREDICTION
+from pyfused.types import LOG_P, LSE, PREDICTION
 
+_ATTRIBUTES = (
+    "shape ndim dtype device layout requires_grad is_leaf _base is_cuda is_cpu is_sparse is_meta"
+    " is_nested"
+)
 _METADATA = {
     *(Tensor.size, Tensor.dim, Tensor.numel, Tensor.stride, Tensor.is_contiguous, Tensor.__len__),
     *(torch.is_floating_point, Tensor.is_floating_point, Tensor.element_size, Tensor.get_device),
-    *(getattr(Tensor, name).__get__ for name in ("shape", "ndim", "dtype", "device", "layout")),
-    *(getattr(Tensor, name).__get__ for name in ("requires_grad", "is_leaf", "_base", "is_cuda")),
-    *(getattr(Tensor, name).__get__ for name in ("is_cpu", "is_sparse", "is_meta", "is_nested")),
+    *(getattr(Tensor, name).__get__ for name in _ATTRIBUTES.split()),
     getattr(Tensor, "_backward_hooks").__set__,  # noqa: B009  # called by autograd
     Tensor.__hash__,
 }
@@ -63,7 +65,6 @@ _OF_NODES = {
     _GRAD_FN,
 }
 _BACKWARD = {torch.autograd.grad, torch.autograd.backward, Tensor.backward}
-_WITH_TENSORS = {torch.ops.aten.add.Tensor, torch.ops.aten.index.Tensor}
 
 
 class _ThisThread(threading.local):
@@ -73,9 +74,11 @@ class _ThisThread(threading.local):
 
 
 _this_thread = _ThisThread()
+_NO_INDEX = -(1 << 63)  # an ignore_index that is no class index
 _ADVICE = (
     "Views, permutations and slices such as logits[:, :n] keep them lazy for a cross_entropy of "
-    "class indices, which also knows their argmax. Or call pyfused.revert(model)"
+    "class indices, which also knows their argmax, for gather and for logsumexp. For an entropy, "
+    "call pyfused.functional.linear_log_probs. Or call pyfused.revert(model)"
 )
 
 
@@ -132,7 +135,7 @@ class HeadCall:
         hidden, weight, _ = self.inputs
         shape = torch.Size((*hidden.shape[:-1], weight.shape[0]))
         example = torch.empty(shape, dtype=self.autocast or hidden.dtype, device="meta")
-        value = _Value(self, hidden, example, len(shape) - 1, self.linear)
+        value = _Value(self, hidden, self.inputs[2], example, len(shape) - 1, self.linear)
         if self.with_metrics:
             numbers = torch.arange(shape[:-1].numel(), device=hidden.device)
             value.numbers = numbers.view(*shape[:-1], 1)
@@ -187,25 +190,23 @@ class HeadCall:
                     value.compute()
             self.computed = True
 
-    def loss(self, value: _Value, target: Tensor, weight: Tensor | None, **options: Any) -> Any:
-        """Returns the cross-entropy of a value."""
-        self.check("cross_entropy")
-        (_, head, bias), shift, kind = self.inputs, value.shift, self.with_metrics
-        bias = bias if shift is None else shift if bias is None else bias + shift
-        options |= {"memory_budget": self.options.memory_budget, "with_metrics": kind}
-        tensors = value.rows, head, bias, target, weight, None, None
-        loss: Any = run(LINEAR_CROSS_ENTROPY, tensors, LINEAR_CROSS_ENTROPY.options(**options))
-        if kind:
-            loss, metrics = loss
-            if kind is True:
-                self.head.pyfused_metrics, metrics = metrics, metrics.prediction
-            counts = target != options["ignore_index"]
-            self.largest = _Largest.of(value, bias, metrics.where(counts, -1).flatten())
-        if (node := loss.grad_fn) is not None:
+    def run(self, op: Any, value: _Value, *operands: Any, **options: Any) -> Any:
+        """Runs a fused operator on the rows of a value, without the logits."""
+        options |= {"softcap": value.cap, "memory_budget": self.options.memory_budget}
+        tensors = value.rows, self.inputs[1], value.bias, *operands
+        with (
+            torch.autocast(value.rows.device.type, self.autocast, self.autocast is not None),
+            torch.set_grad_enabled(value.records_grad()),
+        ):
+            result: Any = run(op, tensors, op.options(**options))
+        self.bypass(result[0] if type(result) is tuple else result)
+        return result
+
+    def bypass(self, result: Tensor) -> None:
+        """Ends the logits when a backward pass reaches a result, which does not keep the call."""
+        if (node := result.grad_fn) is not None:
             self.bypassed = True
-            # A loss that is kept does not keep the call.
             node.register_prehook(partial(_start_backward, self.ended, self.hooks_of_grad))
-        return loss
 
     def register_hook(self, tensor: Any, hook: Callable[[Any], Any]) -> Any:
         """Registers a hook of a gradient that the backward pass of the loss does not compute.
@@ -243,33 +244,28 @@ class _Largest(NamedTuple):
     Attributes:
         classes: -1 where the class is unknown: without a loss, or with a NaN or an infinity.
         logits: Before a scale and a cap, in float64.
-        shift, scale, cap: How the logits of the loss were changed; see `_Value`.
+        bias, scale, cap: As in the value of the loss.
     """
 
     classes: Tensor
     logits: Tensor
-    shift: Tensor | None
+    bias: Tensor | None
     scale: float
     cap: float | None
 
     @classmethod
     @torch.no_grad()
-    def of(cls, value: _Value, bias: Tensor | None, classes: Tensor) -> _Largest:
+    def of(cls, value: _Value, classes: Tensor) -> _Largest:
         """Returns the largest logits of a loss, and those of earlier losses of the same logits."""
         call, before, numbers = value.call, value.call.largest, value.numbers.flatten()
-        hidden, head, _ = call.inputs
-        rows, dtype = value.rows.flatten(0, -2), call.autocast or hidden.dtype
-        like, n = (value.shift, value.scale, value.cap), hidden.shape[:-1].numel()
+        rows, like = value.rows.flatten(0, -2), (value.bias, value.scale, value.cap)
+        n = call.inputs[0].shape[:-1].numel()
         if before is None or any(x is not y for x, y in zip(before[2:], like, strict=True)):
             before = cls(numbers.new_full((n,), -1), rows.new_empty(n, dtype=torch.float64), *like)
         else:
             counts = classes >= 0
             numbers, classes, rows = numbers[counts], classes[counts], rows[counts]
-        index, wide = classes.clamp(min=0), accumulate_dtype(dtype)
-        logits = rows.to(dtype).to(wide) * head[index].to(dtype).to(wide)
-        logits = logits.sum(-1, dtype=torch.float64)
-        if bias is not None:
-            logits += bias[index].to(dtype)
+        logits = value.linear_at(rows, classes.clamp(min=0))
         classes = before.classes.index_copy(0, numbers, classes)
         return cls(classes, before.logits.index_copy(0, numbers, logits), *like)
 
@@ -279,36 +275,39 @@ class _Value:
     """Describes how a lazy tensor is computed.
 
     It is ``scale * x``, or with a cap ``scale * cap * tanh(x / cap)``, where
-    ``x = linear(rows, weight, bias) + shift``.
+    ``x = linear(rows, weight, bias)``.
 
     Attributes:
         call: The head's call.
         rows: The hidden states, in the shape of the tensor, with the dimension of the classes moved
             to the end.
+        bias: The bias of the head and the constants that were added to the logits, None for 0.
         example: A meta tensor of the same shape, strides and dtype.
         dim: The dimension of the classes.
         operation: Returns the values; None afterwards.
-        shift: A tensor of one number for each class, None without an addition.
         needs_grad: Whether the result of the operator required a gradient.
         scale, cap: The numbers in the equation above.
         log: Whether log_softmax has been applied.
         numbers: The index of each row in the head's output, in the shape of `rows` with a last
             dimension of size 1; None without metrics.
         real: The computed values, without an autograd graph.
+        results: The results of `linear_log_probs`, in the shape of `rows` with a last dimension of
+            size 3; None before a gather or a logsumexp.
     """
 
     call: HeadCall
     rows: Tensor
+    bias: Tensor | None
     example: Any
     dim: int
     operation: Callable[[], Tensor] | None
-    shift: Tensor | None = None
     needs_grad: bool = False
     scale: float = 1.0
     cap: float | None = None
     log: bool = False
     numbers: Any = None
     real: Any = None
+    results: Any = None
 
     def tensor(self) -> Any:
         """Returns a lazy tensor with this value."""
@@ -332,9 +331,7 @@ class _Value:
 
     def result(self, function: Any, args: Any, kwargs: Any) -> Any:
         """Returns the lazy result of an operator of ATen."""
-        others = args
-        if function in _WITH_TENSORS:
-            others = tree_map_only(Tensor, lambda x: x.to("meta"), args)
+        others = tree_map_only(Tensor, lambda x: x.to("meta"), args)
         example = function(self.example, *others, **kwargs)
         operation = lambda: function(self.compute(), *args, **kwargs)  # noqa: E731
         return replace(self, example=example, operation=operation).tensor()
@@ -349,8 +346,10 @@ class _Value:
         if tensor.requires_grad != self.needs_grad or (not inference and version_of(tensor)):
             return None
         original = _original(function)
-        if original is (_NLL_LOSS if self.log else _CROSS_ENTROPY):
-            return self.cross_entropy(*args, **kwargs)
+        if result := _RESULTS[self.log].get(original):
+            return result(self, *args, **kwargs)
+        if original in (Tensor.unbind, torch.unbind) and before.dim() > 2:
+            return self.unbind(tensor, *args, **kwargs)
         if original in _LARGEST:
             return self.largest(tensor, function, args, kwargs)
         rule = _RULES.get(original)
@@ -374,8 +373,8 @@ class _Value:
             changes.update(dim=dims[0], move=lambda x: x.reshape(*lead, x.shape[-1]))
         if (move := changes.pop("move", None)) is not None:
             changes["dim"] %= len(shape)
-            changes["rows"] = move(self.rows)
-            changes["numbers"] = None if self.numbers is None else move(self.numbers)
+            of_rows = {name: getattr(self, name) for name in ("rows", "numbers", "results")}
+            changes |= {name: x if x is None else move(x) for name, x in of_rows.items()}
         if value.example.dtype is not changes.pop("dtype", before.dtype):
             return None
         for name, attribute in changes.items():
@@ -394,7 +393,7 @@ class _Value:
             or options.get("dim", -1 if "k" in names else None) not in self.dims()
             or options.get("k", 1) != 1
             or options.get("largest", True) is not True
-            or known.shift is not self.shift
+            or known.bias is not self.bias
             or (known.cap is not None and known[3:] != (self.scale, self.cap))
             or (self.log and picks)
         ):
@@ -403,11 +402,18 @@ class _Value:
         classes, logits = known.classes[numbers], known.logits[numbers]
         if (classes < 0).any():
             return None
-        logits = logits if self.cap is None else self.cap * (logits / self.cap).tanh()
-        both = [(self.scale * logits).to(self.example.dtype), classes]
+        both = self.scaled(logits).to(self.example.dtype), classes
         values, classes = (x.unsqueeze(self.dim) if keeps else x for x in both)
         answer = (values, classes) if picks else classes
         return _call_with(lambda *_: answer, function, tensor, *args, **kwargs)
+
+    def unbind(self, tensor: Any, dim: int = 0) -> Any:
+        """Returns the slices along a dimension, over which loops iterate."""
+        if dim in self.dims():
+            return None
+        lead, count = (slice(None),) * (dim % self.example.dim()), self.example.shape[dim]
+        indices = ((*lead, i) for i in range(count))
+        return tuple(self.apply(tensor, Tensor.__getitem__, (i,), {}) for i in indices)
 
     def dims(self) -> tuple[int, int]:
         """Returns the numbers of the dimension of the classes."""
@@ -432,34 +438,125 @@ class _Value:
         label_smoothing: float = 0.0,
     ) -> Any:
         """Returns the result of torch's function if it can be fused, or else None."""
-        call, rows, dtype = self.call, self.rows, self.dtype_of_loss()
+        call, dtype, kind = self.call, self.dtype_of_loss(), self.call.with_metrics
         if not (
-            type(target) in PLAIN
-            and target.dtype is torch.int64
-            and rows.dim() > 1
-            and self.dim == 1
-            and target.shape == rows.shape[:-1]
+            self.dim == 1
+            and self.is_index("cross_entropy", target)
             and (weight is None or self.is_constant(weight, dtype))
             and size_average is reduce is None
             and type(ignore_index) is int
             and reduction in ("none", "mean", "sum")
-            # A checkpoint of the loss alone has other hooks.
-            and call.hooks == torch_internals.saved_tensors_hooks(True)
         ):
             return None
-        with (
-            torch.autocast(rows.device.type, call.autocast, call.autocast is not None),
-            torch.set_grad_enabled(torch.is_grad_enabled() and self.needs_grad),
-        ):
-            return call.loss(
-                *(self, target, weight),
-                ignore_index=ignore_index,
-                reduction=reduction,
-                label_smoothing=label_smoothing,
-                softcap=self.cap,
-                scale=self.scale,
-                loss_dtype=dtype,
-            )
+        loss: Any = call.run(
+            *(LINEAR_CROSS_ENTROPY, self, target, weight, None, None),
+            ignore_index=ignore_index,
+            reduction=reduction,
+            label_smoothing=label_smoothing,
+            scale=self.scale,
+            loss_dtype=dtype,
+            with_metrics=kind,
+        )
+        if kind:
+            loss, metrics = loss
+            if kind is True:
+                call.head.pyfused_metrics, metrics = metrics, metrics.prediction
+            call.largest = _Largest.of(self, metrics.where(target != ignore_index, -1).flatten())
+        return loss
+
+    def gather(self, dim: Any = None, index: Any = None, **others: Any) -> Any:
+        """Returns the logit, or the log-probability, of one class of each row."""
+        size = [*getattr(index, "shape", ())]
+        if others or dim not in self.dims() or len(size) != self.example.dim() or size[dim] != 1:
+            return None
+        result = self.of_classes("gather", index.squeeze(dim))
+        return None if result is None else result.unsqueeze(dim)
+
+    def selected(self, index: Any) -> Any:
+        """Returns the log-probability of one class of each selected row, as in ``x[i, j]``."""
+        dims, classes = self.example.dim(), self.example.shape[-1]
+        if type(index) is not tuple or (len(index), self.dim + 1) != (dims, dims):
+            return None
+        if any(type(x) not in PLAIN or x.dtype is not torch.int64 for x in index):
+            return None
+        *rows, index = torch.broadcast_tensors(*index)
+        index = index.where(index >= 0, index + classes)
+        return replace(self, rows=self.rows[tuple(rows)]).of_classes("indexing", index)
+
+    def of_classes(self, reader: str, index: Any) -> Any:
+        """Returns the logit, or the log-probability, of the class of each row."""
+        if not self.is_index(reader, index):
+            return None
+        if self.log or not self.has_results():
+            results = self.row_results(index)
+            result = results[..., LOG_P]
+            result = result if self.log else result + results[..., LSE]
+        else:
+            with torch.set_grad_enabled(self.records_grad()):
+                result, lse = self.scaled(self.linear_at(self.rows, index)), self.results[..., LSE]
+                result = result - (result - lse).clamp(min=0).detach()  # rounding errors
+            self.call.bypass(result)
+        return result.to(self.example.dtype)
+
+    def logsumexp(self, dim: Any = None, keepdim: Any = False, **others: Any) -> Any:
+        """Returns the log-sum-exp of each row."""
+        index = torch.zeros(self.rows.shape[:-1], dtype=torch.int64, device=self.rows.device)
+        if others or dim not in self.dims() or not self.is_index("logsumexp", index):
+            return None
+        results = self.results if self.has_results() else self.row_results(index)
+        result = results[..., LSE].to(self.dtype_after(torch.logsumexp), copy=True)
+        return result.unsqueeze(dim) if keepdim else result
+
+    def row_results(self, index: Tensor) -> Any:
+        """Returns the log-probability of a class, the entropy and the log-sum-exp of each row."""
+        options = {"temperature": 1 / self.scale, "ignore_index": _NO_INDEX}
+        self.results = self.call.run(LINEAR_LOG_PROBS, self, index, **options).movedim(0, -1)
+        return self.results
+
+    def has_results(self) -> bool:
+        """Returns whether `row_results` has been called in the same gradient mode."""
+        return self.results is not None and self.results.requires_grad == self.records_grad()
+
+    def linear_at(self, rows: Tensor, index: Tensor) -> Tensor:
+        """Returns the logit of one class of each row in float64, before a scale and a cap."""
+        hidden, weight, _ = self.call.inputs
+        dtype = self.call.autocast or hidden.dtype
+        wide = accumulate_dtype(dtype)
+        rows, weight = (x.to(dtype).to(wide) for x in (rows, F.embedding(index, weight)))
+        result = (rows * weight).sum(-1)
+        if self.bias is not None:
+            result = result + self.bias[index].to(dtype)
+        return result.to(dtype).double()
+
+    def scaled(self, linear: Tensor) -> Tensor:
+        """Returns logits with the scale and the cap."""
+        capped = linear if self.cap is None else self.cap * (linear / self.cap).tanh()
+        return self.scale * capped
+
+    def is_index(self, reader: str, index: Any) -> bool:
+        """Returns whether a fused operator can take a class index for each row."""
+        self.call.check(reader)
+        return (
+            type(index) in PLAIN
+            and index.dtype is torch.int64
+            and index.shape == self.rows.shape[:-1] != ()
+            # A checkpoint of the loss alone has other hooks.
+            and self.call.hooks == torch_internals.saved_tensors_hooks(True)
+        )
+
+    def records_grad(self) -> bool:
+        """Returns whether a result of this value requires a gradient."""
+        return torch.is_grad_enabled() and self.needs_grad
+
+    def dtype_after(self, function: Any, **kwargs: Any) -> torch.dtype:
+        """Returns the dtype of an operator's result, on which autocast may decide."""
+        example = torch.empty(1, dtype=self.example.dtype, device=self.rows.device)
+        return function(example, 0, **kwargs).dtype  # type: ignore[no-any-return]
+
+    def casts_to(self, dtype: torch.dtype) -> bool:
+        """Returns whether a cast to a dtype keeps logits lazy."""
+        before = self.example.dtype
+        return dtype is before or (dtype is torch.float32 and before is not torch.float64)
 
     def dtype_of_loss(self) -> torch.dtype:
         """Returns the dtype of torch's loss, which autocast computes in float32."""
@@ -480,7 +577,7 @@ def _operand(args: Any, kwargs: Any) -> Any:
     return values[0] if len(values) == 1 and kwargs.keys() <= {"other"} else None
 
 
-def _view(value: _Value, function: Any, args: Any, kwargs: Any) -> Any:  # noqa: ARG001
+def _view(*_: Any) -> Any:
     return {}
 
 
@@ -523,14 +620,16 @@ def _index(value: _Value, function: Any, args: Any, kwargs: Any) -> Any:
     return {"dim": -1, "move": lambda x: x[indices], "operation": (function, (indices,), {})}
 
 
-def _log_softmax(value: _Value, function: Any, args: Any, kwargs: Any) -> Any:  # noqa: ARG001
-    """A log_softmax over the classes whose result has the dtype of its input."""
+def _log_softmax(value: _Value, function: Any, args: Any, kwargs: Any) -> Any:
+    """A log_softmax over the classes."""
     dim, *others = args or (kwargs.get("dim"),)
-    of_classes = type(dim) is int and dim in value.dims()
-    keeps_dtype = value.dtype_of_loss() is value.example.dtype
-    if others or not of_classes or not keeps_dtype or kwargs.get("dtype") is not None:
+    if others or type(dim) is not int or dim not in value.dims():
         return None
-    return {"log": True}
+    dtype = value.dtype_after(_original(function), dtype=kwargs.get("dtype"))
+    if not value.casts_to(dtype):
+        return None
+    operation = lambda x: x.to(dtype).log_softmax(dim)  # noqa: E731
+    return {"log": True, "dtype": dtype, "operation": (operation, (), {})}
 
 
 def _add(value: _Value, function: Any, args: Any, kwargs: Any) -> Any:  # noqa: ARG001
@@ -545,17 +644,16 @@ def _add(value: _Value, function: Any, args: Any, kwargs: Any) -> Any:  # noqa: 
         return None
     call.watch(bias)
     bias = bias.reshape(-1)
-    return {"shift": bias if value.shift is None else value.shift + bias}
+    return {"bias": bias if value.bias is None else value.bias + bias, "results": None}
 
 
 def _cast(value: _Value, function: Any, args: Any, kwargs: Any) -> Any:
     """A cast to float32, or to the tensor's own dtype and device."""
     if kwargs.keys() - {"dtype", "device", "non_blocking"} or bool in map(type, args):
         return None
-    before, device = value.example.dtype, value.rows.device
-    cast = function(torch.empty(0, dtype=before, device=device), *args, **kwargs)
-    casts = cast.dtype is torch.float32 and before is not torch.float64
-    if cast.device != device or not (casts or cast.dtype is before):
+    device = value.rows.device
+    cast = function(torch.empty(0, dtype=value.example.dtype, device=device), *args, **kwargs)
+    if cast.device != device or not value.casts_to(cast.dtype):
         return None
     return {"dtype": cast.dtype, "operation": (Tensor.to, (cast.dtype,), {})}
 
@@ -567,14 +665,15 @@ def _scale(value: _Value, function: Any, args: Any, kwargs: Any) -> Any:
     scale = value.scale / number if function in _QUOTIENTS else value.scale * number
     if not 0 < scale < math.inf:
         return None
-    return {"scale": 1.0 if math.isclose(scale, 1.0) else scale}
+    return {"scale": 1.0 if math.isclose(scale, 1.0) else scale, "results": None}
 
 
-def _tanh(value: _Value, function: Any, args: Any, kwargs: Any) -> Any:  # noqa: ARG001
-    return None if value.cap or args or kwargs else {"cap": 1 / value.scale}
+def _tanh(value: _Value, _: Any, *arguments: Any) -> Any:
+    changes = {"cap": 1 / value.scale, "results": None}
+    return None if value.cap or any(arguments) else changes
 
 
-def _clone(value: _Value, function: Any, args: Any, kwargs: Any) -> Any:  # noqa: ARG001
+def _clone(*_: Any) -> Any:
     """A copy without a gradient, as DistributedDataParallel makes of a model's outputs."""
     return None if torch.is_grad_enabled() else {}
 
@@ -584,7 +683,19 @@ def _original(function: Any) -> Any:
     return getattr(function, "__wrapped__", function)
 
 
-_CROSS_ENTROPY, _NLL_LOSS = _original(F.cross_entropy), _original(F.nll_loss)
+# Operators whose results are known without the logits, or without their log_softmax.
+_RESULTS: dict[bool, dict[Any, Any]] = {
+    False: {
+        _original(F.cross_entropy): _Value.cross_entropy,
+        **dict.fromkeys((Tensor.gather, torch.gather), _Value.gather),
+        **dict.fromkeys((Tensor.logsumexp, torch.logsumexp), _Value.logsumexp),
+    },
+    True: {
+        _original(F.nll_loss): _Value.cross_entropy,
+        **dict.fromkeys((Tensor.gather, torch.gather), _Value.gather),
+        Tensor.__getitem__: _Value.selected,
+    },
+}
 _MOVES = _view, _index, _movement
 _QUOTIENTS = Tensor.div, Tensor.__truediv__, torch.div, torch.true_divide
 _NAMES_OF_RULES: dict[Callable[..., Any], str] = {

@@ -150,7 +150,7 @@ class CrossEntropyLoss(RowLoss):
         backend = backend_of(target)
         counts = definitions.counted(target, options.ignore_index, token_weight)
         computed = counts
-        if options.with_metrics:  # rows of weight 0 also have metrics
+        if options.with_metrics and token_weight is not None:  # rows of weight 0 also have metrics
             computed = definitions.counted(target, options.ignore_index, None)
         rows = ALL_ROWS if computed is None else rows_that_count(computed, backend)
         if computed is not counts and counts is not None:

@@ -51,6 +51,7 @@ class Doubled(torch.autograd.Function):
 
 X, TARGET = torch.arange(64).view(4, 16) % 50, torch.arange(64) % 40
 PLACES = TARGET.view(4, 16)
+CLASS, ROWS = PLACES.unsqueeze(-1), torch.arange(4).unsqueeze(-1)
 INDEX = torch.tensor([1, 0, 1])
 FACTORS = 2, 0.5, 3.0, 1.25, 1, 0.1
 
@@ -105,6 +106,7 @@ LAZY: list[Callable[[Tensor, float], Tensor]] = [
     lambda x, _: x.float(),
     lambda x, _: x.to(x.device, x.dtype),
     lambda x, _: x.double(),
+    lambda x, by: by * [*x][-1] if x.dim() > 2 else x,
 ]
 READERS: list[Callable[[Tensor], Tensor]] = [
     lambda x: x.argmax(-1),
@@ -144,6 +146,12 @@ def drawn_loss(x: Tensor, draw: random.Random) -> Tensor:
         lambda: nn.CrossEntropyLoss(**options)(rows, index),
         lambda: F.cross_entropy(input=rows, target=index, **options),
         lambda: pyfused.functional.cross_entropy(rows, index, **options),
+    ]
+    classes_of_rows = index.clamp(min=0).unsqueeze(-1)
+    losses += [
+        lambda: rows.gather(-1, classes_of_rows).squeeze(-1) - rows.logsumexp(-1),
+        lambda: rows.logsumexp(-1, keepdim=True).square() - torch.gather(rows, 1, classes_of_rows),
+        lambda: F.log_softmax(rows, -1)[torch.arange(len(rows)), index.clamp(min=0)],
     ]
     if "label_smoothing" not in options:
         losses += [
@@ -345,8 +353,8 @@ def untold() -> None:
 def losses(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
     """Counts the losses that were computed without logits."""
     found: list[Tensor] = []
-    loss = HeadCall.loss
-    monkeypatch.setattr(HeadCall, "loss", lambda *a, **k: found.append(loss(*a, **k)) or found[-1])
+    loss = HeadCall.run
+    monkeypatch.setattr(HeadCall, "run", lambda *a, **k: found.append(loss(*a, **k)) or found[-1])
     return found
 
 
@@ -557,20 +565,6 @@ def of_rows(change: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return lambda m, x: F.cross_entropy(change(m, x).reshape(-1, 40), TARGET)
 
 
-def of_channels(move: Callable[[Tensor], Tensor]) -> Callable[..., Tensor]:
-    """Returns the losses of logits whose classes are behind the first dimension, with options."""
-
-    def loss_of(model: Any, logits: Tensor) -> Tensor:
-        moved = move(logits)
-        target = PLACES.reshape(moved.shape[0], *moved.shape[2:])
-        options = {"weight": 1.5 + model.bias[0], "ignore_index": 3, "label_smoothing": 0.1}
-        losses = F.cross_entropy(moved, target, **options, reduction="none")
-        assert losses.shape == target.shape
-        return (losses.flatten() * torch.linspace(0, 1, 64, dtype=losses.dtype)).sum()
-
-    return loss_of
-
-
 # Losses of a model's logits, and the operator that reads the logits; None if the loss is fused.
 OPERATORS: dict[str, tuple[Callable[..., Tensor], str | None]] = {
     "bias": (of_rows(lambda m, x: x + m.bias), None),
@@ -580,10 +574,14 @@ OPERATORS: dict[str, tuple[Callable[..., Tensor], str | None]] = {
     "mul": (of_rows(lambda m, x: x.mul(other=0.5)), None),
     "div": (of_rows(lambda m, x: torch.true_divide(x, other=2.0)), None),
     "to": (of_rows(lambda m, x: x.to(x.device, x.dtype, non_blocking=True)), None),
-    "transpose": (of_channels(lambda x: x.transpose(1, 2)), None),
-    "permute": (of_channels(lambda x: torch.permute(x, (0, 2, 1))), None),
-    "movedim": (of_channels(lambda x: x.view(4, 4, 4, 40).movedim(3, 1).contiguous()), None),
-    "t": (of_channels(lambda x: x.view(-1, 40).t().unsqueeze(0)), None),
+    "permute": (lambda m, x: F.cross_entropy(torch.permute(x, (0, 2, 1)), PLACES), None),
+    "movedim": (
+        lambda m, x: F.cross_entropy(
+            x.view(4, 4, 4, 40).movedim(3, 1), TARGET.view(4, 4, 4), 1.5 + m.bias[0]
+        ),
+        None,
+    ),
+    "t": (lambda m, x: F.cross_entropy(x.view(-1, 40).t().unsqueeze(0), TARGET[None]), None),
     "moved log_softmax": (lambda m, x: F.nll_loss(x.mT.log_softmax(1), PLACES), None),
     "moved, sliced": (lambda m, x: F.cross_entropy(x.mT[..., :-1], PLACES[:, 1:]), None),
     "moved bias": (
@@ -595,7 +593,10 @@ OPERATORS: dict[str, tuple[Callable[..., Tensor], str | None]] = {
     "rounded": (of_rows(lambda m, x: x.div(2.0, rounding_mode="trunc") + x), "div"),
     "alpha": (of_rows(lambda m, x: torch.add(x, m.bias, alpha=2)), "add"),
     "NumPy": (of_rows(lambda m, x: np.float32(0.5) * x), "r?mul"),
-    "unpacked": (of_rows(lambda m, x: torch.cat([*x])), "unbind"),
+    "unpacked": (lambda m, x: F.cross_entropy([*x][2], PLACES[2]), None),
+    "unbind": (lambda m, x: F.cross_entropy(x.unbind(1)[-1], PLACES[:, -1]), None),
+    "unbind of classes": (lambda m, x: torch.stack(x.unbind(-1)).sum(), "unbind"),
+    "unbind of rows": (of_rows(lambda m, x: torch.stack([*x.view(-1, 40)])), "unbind"),
     "add of a gradient": (of_rows(lambda m, x: x + m.emb.weight[:40, 0]), "add"),
     "nll_loss": (lambda m, x: F.nll_loss(x.view(-1, 40), TARGET), "nll_loss"),
     "cross_entropy": (of_rows(lambda m, x: x.log_softmax(-1)), "cross_entropy"),
@@ -603,6 +604,28 @@ OPERATORS: dict[str, tuple[Callable[..., Tensor], str | None]] = {
     "view": (of_rows(lambda m, x: x.view(torch.int64).view(torch.float64)), "view"),
     "indexing": (of_rows(lambda m, x: x[:, :, None][:, :, 0]), "indexing"),
     "slice of all classes": (of_rows(lambda m, x: x[..., :40]), "indexing"),
+    "gather": (lambda m, x: (x.gather(-1, CLASS)[..., 0] - x.logsumexp(-1)).sum(), None),
+    "logsumexp": (lambda m, x: (torch.logsumexp(x, 2, True) - x.gather(2, CLASS)).sum(), None),
+    "gather of log_softmax": (lambda m, x: (x / 2).log_softmax(-1).gather(-1, CLASS).sum(), None),
+    "index of log_softmax": (
+        lambda m, x: x.log_softmax(-1)[ROWS, ROWS.t(), PLACES[:, :4] - 40].square().sum(),
+        None,
+    ),
+    "shifted gather": (
+        lambda m, x: torch.gather(F.log_softmax(x[:, :-1], -1), 2, CLASS[:, 1:]).sum(),
+        None,
+    ),
+    "moved gather": (lambda m, x: (x.mT.gather(1, CLASS.mT) - x.mT.logsumexp(1)).sum(), None),
+    "z-loss": (
+        lambda m, x: F.cross_entropy(x.mT, PLACES) + (x + m.bias).logsumexp(-1).square().mean(),
+        None,
+    ),
+    "gathers": (lambda m, x: x.gather(-1, torch.cat([CLASS, CLASS], -1)).sum(), "gather"),
+    "gather of positions": (lambda m, x: x.gather(1, CLASS.expand(4, 16, 40) % 16).sum(), "gather"),
+    "gather of some rows": (lambda m, x: x.gather(-1, CLASS[:2]).sum(), "gather"),
+    "logsumexp of dimensions": (lambda m, x: x.logsumexp((1, 2)).sum(), "logsumexp"),
+    "logsumexp of log_softmax": (lambda m, x: x.log_softmax(-1).logsumexp(-1).sum(), "logsumexp"),
+    "entropy": (lambda m, x: (x.softmax(-1) * x.log_softmax(-1)).sum(), "softmax"),
 }
 
 
@@ -629,42 +652,108 @@ def test_operators(name: str, losses: list[Tensor]) -> None:
     assert bool(losses) == (reader is None)
 
 
+# Log-probabilities of one class of each row.
+LOG_PROBS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "gather": lambda x, index: (x.gather(-1, index) - x.logsumexp(-1, keepdim=True)).squeeze(-1),
+    "logsumexp": lambda x, index: -(x.logsumexp(-1) - x.gather(-1, index).squeeze(-1)),
+    "log_softmax": lambda x, index: x.log_softmax(-1).gather(-1, index).squeeze(-1),
+    "loop": lambda x, index: (  # as in TRL
+        x.gather(-1, index).squeeze(-1) - torch.stack([each.logsumexp(-1) for each in x])
+    ),
+}
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("name", LOG_PROBS)
+def test_preference_optimization(name: str, dtype: torch.dtype, losses: list[Tensor]) -> None:
+    """A loop of DPO computes the log-probabilities of two models in one pass for each."""
+
+    def step(policy: Any, reference: Any) -> list[Tensor]:
+        sums, padded = [], X[:, 1:] % 5 == 0
+        for model in (policy, reference):
+            with torch.set_grad_enabled(model is policy):
+                logits = model(X)[:, :-1].to(max(dtype, torch.float32, key=lambda d: d.itemsize))
+                log_p = LOG_PROBS[name](logits, CLASS[:, 1:])
+                sums.append(log_p.masked_fill(padded, 0).sum(-1))
+        chosen, rejected = (sums[0] - sums[1]).chunk(2)
+        loss = -F.logsigmoid(0.5 * (chosen - rejected)).mean()
+        return [loss, *torch.autograd.grad(loss, [*policy.parameters()])]
+
+    policy, reference = Model().to(dtype), Model().to(dtype)
+    reference.head.weight.data.neg_()
+    expected = step(policy, reference)
+    pyfused.convert(policy, head="head")
+    pyfused.convert(reference, head="head", evaluation=True)
+    tolerance = 2e-2 if dtype.itemsize == 2 else 1e-5
+    assert_close(step(policy, reference), expected, rtol=tolerance, atol=tolerance)
+    assert len(losses) == 2
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("name", LOG_PROBS)
+def test_log_probabilities_are_not_positive(name: str, dtype: torch.dtype) -> None:
+    """Otherwise log(1 - p) would be NaN."""
+    model = Model().to(dtype)
+    model.head.weight.data *= 20
+    index = model(X).argmax(-1, keepdim=True)
+    log_p = LOG_PROBS[name](pyfused.convert(model, head="head")(X), index)
+    assert (log_p <= 0).all()
+    assert (log_p > -1e-3).any()
+
+
+# Results of logits and a weight of each class.
+OF_DTYPES: tuple[Callable[[Tensor, Tensor], Any], ...] = (
+    lambda x, weight: [F.cross_entropy(x, TARGET, weight)],
+    lambda x, weight: [F.nll_loss(x.log_softmax(-1), TARGET, weight)],
+    lambda x, _: [x.gather(1, TARGET[:, None]), x.logsumexp(1), x.logsumexp(1, True)],
+    lambda x, _: [x.logsumexp(1), torch.gather(x, 1, TARGET[:, None])],
+    lambda x, _: [F.log_softmax(x, -1, dtype=torch.float32).gather(1, TARGET[:, None])],
+)
+
+
 @pytest.mark.parametrize("casts", [False, True])
 @pytest.mark.parametrize("of_loss", [None, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("of_model", [None, torch.bfloat16])
 @pytest.mark.filterwarnings("ignore:pyfused.convert")
-def test_class_weights_of_any_dtype(
-    of_model: Any, of_loss: Any, casts: bool, losses: list[Tensor]
-) -> None:
+def test_dtypes(of_model: Any, of_loss: Any, casts: bool, losses: list[Tensor]) -> None:
     """Compares dtypes, values and errors; the model and its loss may be in autocast."""
     autocasts = [torch.autocast("cpu", d or torch.half, d is not None) for d in (of_model, of_loss)]
 
-    def outcome(model: Any, weight: Tensor, logs: bool) -> Any:
+    def outcome(model: Any, weight: Tensor, of_logits: Callable[..., Any]) -> Any:
         with autocasts[0]:
             logits = model(X).view(-1, 40)
-        logits = logits.float() if casts else logits
         with autocasts[1]:
             try:
-                loss = F.nll_loss if logs else F.cross_entropy
-                return loss(logits.log_softmax(-1) if logs else logits, TARGET, weight)
+                results = of_logits(logits.float() if casts else logits, weight)
             except RuntimeError as error:
                 return str(error)
+        losses = [x.double().mean() for x in results]
+        return results, torch.autograd.grad(losses, [*model.parameters()], losses)
 
     for dtype, of_weight in itertools.product((torch.float32, torch.bfloat16), FLOATS):
         weight = torch.linspace(0.5, 1.5, 40).to(of_weight)
         losses.clear()
-        for logs in (False, True):
-            found = outcome(pyfused.convert(Model().to(dtype), head="head"), weight, logs)
-            expected = outcome(Model().to(dtype), weight, logs)
-            if isinstance(expected, Tensor):
-                assert_close(found, expected, rtol=2e-2, atol=1e-2)
-            else:
+        for of_logits in OF_DTYPES:
+            found = outcome(pyfused.convert(Model().to(dtype), head="head"), weight, of_logits)
+            expected = outcome(Model().to(dtype), weight, of_logits)
+            if isinstance(expected, str):
                 assert found == expected
-        assert losses or of_weight is not torch.float32 or not (casts or of_loss)
+            else:
+                assert_close(found, expected, rtol=2e-2, atol=1e-2)
+        fuses_weights = of_weight is torch.float32 and (casts or of_loss)
+        assert len(losses) >= (5 if fuses_weights else 3)
 
 
 @pytest.mark.filterwarnings("ignore:pyfused.convert")
-def test_torchs_errors() -> None:
+def test_torchs_errors(losses: list[Tensor]) -> None:
+    for invalid in (-100, -1, 40):
+        index = TARGET.index_fill(0, TARGET[3], invalid).unsqueeze(-1)
+        logits = pyfused.convert(Model(), head="head")(X).flatten(0, 1)
+        for _ in range(2):
+            with pytest.raises(IndexError, match=r"expected class indices in|out of range"):
+                logits.gather(-1, index)
+            logits.logsumexp(-1)
+    assert len(losses) == 3
     for target, options in ((TARGET.int(), {}), (TARGET, {"ignore_index": None})):
         errors = []
         for model in (Model(), pyfused.convert(Model(), head="head")):
@@ -753,7 +842,7 @@ def test_hooks_after_the_loss(read: bool) -> None:
     logits.register_hook(called.append)
     model.head.weight.register_hook(lambda _: called.append("weight"))
     assert logits.grad_fn is not None
-    (loss + logits.logsumexp(-1).sum() if read else loss).backward(retain_graph=True)
+    (loss + logits.exp().sum() if read else loss).backward(retain_graph=True)
     assert called == [None, "weight"]
     if read:
         logits.sum().backward(retain_graph=True)
@@ -885,20 +974,6 @@ def test_meta(mode: str, options: dict[str, bool]) -> None:
     if loss.requires_grad:
         loss.backward()
         assert model.head.weight.grad.shape == (40, 8)
-
-
-def test_a_loss_after_autocast(losses: list[Tensor]) -> None:
-    """accelerate wraps only the model's forward."""
-    found = []
-    for model in (Model(), pyfused.convert(Model(), head="head")):
-        with torch.autocast("cpu", torch.bfloat16):
-            logits = model(X)
-            loss = F.cross_entropy(logits.flatten(0, 1), TARGET)
-        loss = loss + F.cross_entropy(logits.float().flatten(0, 1), TARGET)
-        assert (logits.dtype, loss.dtype) == (torch.bfloat16, torch.float32)
-        found.append([loss, *torch.autograd.grad(loss, [*model.parameters()])])
-    assert_close(found[1], found[0], rtol=0.02, atol=4e-3)
-    assert len(losses) == 2
 
 
 def test_metrics() -> None:
