@@ -33,8 +33,8 @@ import pyfused
 import pyfused.functional
 
 WAYS = ("torch", "torch.compile", "patch", "convert", "linear_cross_entropy")
-# Patched and converted models run torch's functions in compiled programs.
-COMPILED_WAY = f"{WAYS[-1]}, torch.compile"
+# Patched models run torch's functions in compiled programs.
+COMPILED_WAYS = tuple(f"{way}, torch.compile" for way in WAYS[-2:])
 KEEP = ", keep"  # appended to the name of a way
 RATIO = ("ratio, lower quartile", "ratio, median", "ratio, upper quartile")
 WARM_UP, SECONDS = 1, 0.5  # steps; the least time of a measurement
@@ -322,8 +322,8 @@ def groups_of(ways: Sequence[str], named: bool) -> list[list[str]]:
     compiled = [way for way in ways if "torch.compile" in way]
     eager = [way for way in ways if way not in compiled]
     if not named:
-        kept = [way + KEEP for way in ("torch", *eager)]
-        return [eager, kept, [*compiled, *[way + KEEP for way in compiled]]]
+        kept = [[way + KEEP for way in group] for group in (["torch", *eager], compiled)]
+        return [eager, kept[0], compiled, kept[1]]
     return [group for group in (eager, compiled) if group]
 
 
@@ -335,9 +335,10 @@ def measure(options: Namespace, machine: str, file: Path | None) -> list[dict[st
         name = f"{case.name} {case.dtype}"
         if options.only not in name or time.perf_counter() - started > options.seconds:
             continue
-        ways = options.ways or [*WAYS[1:], COMPILED_WAY]
-        if case.model is UNet:
-            ways = [way for way in ways if not way.startswith("linear_cross_entropy")]
+        ways = options.ways or [*WAYS[1:], *COMPILED_WAYS]
+        if case.model is UNet:  # its head is a convolution
+            of_heads = "linear_cross_entropy", *COMPILED_WAYS
+            ways = [way for way in ways if not way.startswith(of_heads)]
         groups = [ways] if on_gpu else groups_of(ways, named=bool(options.ways))
         described = {
             "model": case.name,

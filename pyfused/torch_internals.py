@@ -204,24 +204,16 @@ def _checkpoint() -> Any:
 # ---- functions -----------------------------------------------------------------------------------
 
 
-def run_while_tracing(function: Any) -> Any:
-    """Makes torch.compile run a function once while it traces a call, instead of tracing it.
-
-    Like ``torch.compiler.assume_constant_result``, without importing torch's compiler.
-    """
-    vars(function)["_dynamo_marked_constant"] = True
-    return function
-
-
-def skip_frames(function: Any) -> None:
+def skip_frames(function: Any, *, and_calls: bool = True) -> None:
     """Makes torch.compile leave the frames of a function, and of what it calls, as they are.
 
     It still traces calls of the function in a compiled program.
     """
     frames: Any = getattr(torch._C._dynamo, "eval_frame", None)
     if hasattr(frames, "set_code_exec_strategy"):
-        skip = frames._FrameAction.SKIP
-        frames.set_code_exec_strategy(function.__code__, frames._FrameExecStrategy(skip, skip))
+        action = frames._FrameAction
+        strategy = action.SKIP, action.SKIP if and_calls else action.DEFAULT
+        frames.set_code_exec_strategy(function.__code__, frames._FrameExecStrategy(*strategy))
 
 
 def never_traced(function: Function) -> Function:
@@ -242,6 +234,52 @@ def called_while_tracing(function: Function) -> Function:
     """
     vars(function)["_dynamo_marked_constant"] = True
     return function
+
+
+def _tracer() -> Any:
+    """Returns what Dynamo traces in this thread, None if it traces nothing."""
+    translator = sys.modules.get("torch._dynamo.symbolic_convert")
+    current = getattr(getattr(translator, "InstructionTranslator", None), "current_tx", None)
+    try:
+        return current and current()
+    except AttributeError:  # nothing is traced
+        return None
+
+
+@called_while_tracing
+def graph_is_whole() -> bool:
+    """Returns whether the program that Dynamo traces has to be one graph, or whether it may be."""
+    return _is_whole(_tracer())
+
+
+def _is_whole(tracer: Any) -> bool:
+    try:
+        is_part = tracer.output.current_tracer.parent is not None  # of a higher-order operator
+        whole = tracer.one_graph or tracer.export or tracer.error_on_graph_break
+    except AttributeError:  # in another version of torch
+        return True
+    return bool(whole or is_part or functorch_is_active())
+
+
+def size_hint(size: int) -> int:
+    """Returns a size in a program that Dynamo traces.
+
+    A symbol has the value that it has now, which does not restrict the program; 0 if unknown.
+    """
+    from torch.fx.experimental import symbolic_shapes  # imported late because it is slow to import
+
+    hint = getattr(symbolic_shapes, "optimization_hint", None)
+    if hint is not None:
+        return hint(size, 0)
+    known = symbolic_shapes.statically_known_true(size == size)
+    return size if known else 0
+
+
+def leave_traced_frame() -> None:
+    """Makes Dynamo leave the frame that it traces in this thread to Python, unless in one graph."""
+    tracer = _tracer()
+    if tracer is not None and not _is_whole(tracer):
+        raise sys.modules["torch._dynamo.exc"].SkipFrame("lazy logits are not traced")
 
 
 _jit_builtins: Any = getattr(torch.jit, "_builtins", None)

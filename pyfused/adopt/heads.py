@@ -18,10 +18,19 @@ from pyfused import torch_internals
 from pyfused.adopt import subclass
 from pyfused.adopt.lazy_logits import HeadCall, active_autocast, tell
 from pyfused.adopt.subclass import MARK
+from pyfused.backends import takes_triton
 from pyfused.dispatch.operator import needs_grad
-from pyfused.dispatch.sizes import is_small
+from pyfused.dispatch.run import head_elements
+from pyfused.dispatch.sizes import COMPILED, is_small
 from pyfused.ops.operators import LINEAR_CROSS_ENTROPY
-from pyfused.torch_internals import PLAIN, active_mode, has_compiled_call, has_own_hooks
+from pyfused.torch_internals import (
+    PLAIN,
+    active_mode,
+    graph_is_whole,
+    has_compiled_call,
+    has_own_hooks,
+    size_hint,
+)
 
 ALREADY = "is already converted"
 SILENT = ""  # a reason without a warning
@@ -46,8 +55,12 @@ def _linear_of(kind: Any) -> Any:
             return kind.forward(head, input)
         if options.metrics:
             head.pyfused_metrics = None
-        if is_dynamo_compiling():
+        if is_dynamo_compiling() and _stays_in_graph(head, input, options):
             return kind.forward(head, input)
+        return output(head, input, options)
+
+    @torch_internals.never_traced
+    def output(head: Any, input: Tensor, options: Options) -> Any:
         weight, bias = head.weight, head.bias
         reason = _reason(head, input, weight, bias)
         if reason is None:
@@ -57,6 +70,13 @@ def _linear_of(kind: Any) -> Any:
         return kind.forward(head, input)
 
     return forward
+
+
+def _stays_in_graph(head: Any, input: Tensor, options: Options) -> bool:
+    """Returns whether a program that Dynamo traces computes the logits, without a graph break."""
+    limit = COMPILED[LINEAR_CROSS_ENTROPY.name][int(takes_triton(input))]
+    is_small = size_hint(head_elements(input, head.weight)) < limit
+    return is_small or graph_is_whole() or not (options.evaluation or torch.is_grad_enabled())
 
 
 def _reason(head: Any, input: Tensor, weight: Tensor, bias: Tensor | None) -> str | None:
@@ -133,13 +153,20 @@ def _forward_of(kind: Any) -> Any:
     @wraps(kind.forward)
     def forward(model: Any, *args: Any, **kwargs: Any) -> Any:
         output = kind.forward(model, *args, **kwargs)
-        name, metrics = vars(model).get(MARK, (None, False))
-        if metrics:
-            found = [head.pyfused_metrics for head in _heads_of(model, name)]
-            model.pyfused_metrics = next((each for each in found if each is not None), None)
+        _find_metrics(model)
         return output
 
     return forward
+
+
+def _find_metrics(model: Any) -> None:
+    name, metrics = vars(model).get(MARK, (None, False))
+    if metrics:
+        found = [head.pyfused_metrics for head in _heads_of(model, name)]
+        model.pyfused_metrics = next((each for each in found if each is not None), None)
+
+
+torch_internals.skip_frames(_find_metrics)  # `forward` is not traced, but what it calls
 
 
 def has_head(module: Any) -> bool:

@@ -736,6 +736,12 @@ class LazyLogits(Tensor):
 
     value: _Value
 
+    def __getattr__(self, name: str) -> Any:
+        """Is called by Dynamo, which looks for a method of subclasses that it can trace."""
+        if name == "__tensor_flatten__":
+            torch_internals.leave_traced_frame()
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+
     @classmethod
     def __torch_function__(
         cls, function: Any, types: Any, args: Any = (), kwargs: Any = None

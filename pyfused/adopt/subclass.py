@@ -7,6 +7,8 @@ from functools import cache
 from types import new_class
 from typing import Any
 
+from pyfused.torch_internals import skip_frames
+
 MARK = "_converted_by_pyfused"  # an attribute of modules; copies and saved models keep it
 ForwardOf = Callable[[Any], Callable[..., Any]]  # returns the forward of a class's subclass
 
@@ -48,6 +50,7 @@ def _subclass(kind: Any, forward_of: ForwardOf) -> Any:
     forward: Any = forward_of(kind)
     # Dynamo counts recompilations, and skips code that it failed to compile, per code object.
     forward.__code__ = forward.__code__.replace()
+    skip_frames(forward, and_calls=False)
     members = {name: getattr(kind, name) for name in ("__module__", "__qualname__", "__doc__")}
     members |= {"forward": forward, "_original": kind, "_forward_of": (forward_of,)}
     return new_class(kind.__name__, (Fused, kind), {}, lambda body: body.update(members))

@@ -15,7 +15,7 @@ from torch import Tensor
 from pyfused.backends import cpu
 from pyfused.backends.protocol import Backend as Backend
 from pyfused.backends.versions import unsupported_triton
-from pyfused.torch_internals import run_while_tracing
+from pyfused.torch_internals import called_while_tracing
 
 DTYPES = tuple(cpu.DTYPES)  # the dtypes that the kernels of all devices support
 
@@ -37,7 +37,7 @@ def backend_of(input: Tensor) -> Backend:
 
 def takes_triton(input: Tensor) -> bool:
     """Returns whether Triton kernels are used for tensors of this device."""
-    return not input.is_cpu or FORCED == "triton"
+    return input.is_cuda or FORCED == "triton"
 
 
 def unsupported_device(name: str, tensor: Tensor, input: Tensor) -> str | None:
@@ -62,7 +62,7 @@ def unsupported_device(name: str, tensor: Tensor, input: Tensor) -> str | None:
     return missing
 
 
-@run_while_tracing  # Dynamo cannot trace the lookup of Triton's version
+@called_while_tracing  # Dynamo cannot trace the lookup of Triton's version
 def without_triton(device: torch.device) -> str | None:
     """Returns why the Triton kernels cannot run on a device, None if they can."""
     return _without_triton(device)

@@ -237,7 +237,7 @@ def _compiler_reason(op: Operator, tensors: Tensors, options: Options) -> str | 
     from torch.fx.experimental.symbolic_shapes import statically_known_true
 
     # An unknown size counts as large: a guard would restrict the sizes of the program.
-    if statically_known_true(_head_elements(*tensors[:2]) < limits[int(takes_triton(tensors[0]))]):
+    if statically_known_true(head_elements(*tensors[:2]) < limits[int(takes_triton(tensors[0]))]):
         return "torch.compile: Inductor is faster at this size"
     if functorch_is_active():
         return "torch.func"
@@ -255,7 +255,7 @@ def _compiler_reason(op: Operator, tensors: Tensors, options: Options) -> str | 
 # ---- fallbacks -----------------------------------------------------------------------------------
 
 
-def _head_elements(input: Tensor, weight: Tensor) -> Any:
+def head_elements(input: Tensor, weight: Tensor) -> Any:
     """Returns the number of a head's logits, which may be symbolic."""
     return math.prod((*input.shape[:-1], *weight.shape[:-1]))
 
@@ -271,7 +271,7 @@ def report_fallback(op: Operator, tensors: Tensors, reason: str) -> None:
     input, weight = tensors[:2]
     if any(type(x) not in PLAIN or x.is_nested for x in (input, weight)):
         return  # they may have no shape
-    elements = _head_elements(input, weight)
+    elements = head_elements(input, weight)
     if type(elements) is not int:  # comparing a symbolic size would restrict a traced program
         return
     megabytes = elements * input.element_size() >> 20
