@@ -235,7 +235,8 @@ def test_errors_of_every_loss(loss: Loss, given: dict[str, Any], size: str) -> N
         check_outcome(lambda f: getattr(f, name)(**given))
         return
     expected, found = (outcome(lambda f=f: getattr(f, name)(**given)) for f in (TORCH, fused))
-    if isinstance(found, Exception):
+    is_wrong = any(given.get(x.name) in ("a", x.low - 1) for x in loss.op.numbers)  # torch computes
+    if isinstance(expected, Exception) or is_wrong:
         assert isinstance(found, (RuntimeError, TypeError, ValueError)), found
     else:
         torch.testing.assert_close(found, expected)
