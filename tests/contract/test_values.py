@@ -31,7 +31,7 @@ from check_calls import ERRORS, check_call, converted, largest, natively, run
 from compare import DEVICE, FLOATS, HALF, Errors, operators_of_torch
 from conftest import ISAS, KernelCalls, fused_always
 from grid import grid
-from layouts import LAYOUTS, SAME_VALUES, Layout, contiguous
+from layouts import LAYOUTS, SAME_VALUES, Layout
 
 import pyfused
 from pyfused import nn
