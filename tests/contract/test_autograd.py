@@ -43,10 +43,8 @@ from torch.utils.checkpoint import CheckpointError, checkpoint
 
 import pyfused
 from pyfused import functional as fused
-from pyfused.layout import loss_shape
 from pyfused.ops.activation import Activation
 from pyfused.ops.contrastive import Contrastive
-from pyfused.ops.elementwise import SIGMOID_FOCAL_LOSS
 from pyfused.ops.log_probs import LogProbsOperator
 
 # torch compiles its forward-mode decompositions with torch.jit at their first use.
@@ -158,47 +156,6 @@ def test_without_gradients(example: Example, kernel_calls: KernelCalls) -> None:
         assert value.is_inference()
         assert not value.requires_grad
         close(value.clone(), expected)
-
-
-OF_ROWS = "input", "inputs", "logits", "teacher_logits", "teacher_input", "teacher_log_probs"
-NOT_COUNTED = [
-    pytest.param(example, why, id=f"{example.id}-{why}")
-    for example in TRIED.values()
-    for why, needed in (("ignored", "ignore_index"), ("weight 0", "token_weight"))
-    if needed in parameters(example.op) and not (why == "ignored" and example.soft)
-    if example.op is not SIGMOID_FOCAL_LOSS or needed in example.options
-    if example.name in ("", "probabilities", "everything")
-]
-
-
-@pytest.mark.interpreted
-@pytest.mark.parametrize("create_graph", [False, True], ids=["kernels", "definition"])
-@pytest.mark.parametrize(("example", "why"), NOT_COUNTED)
-def test_nan_in_rows_that_do_not_count(example: Example, why: str, create_graph: bool) -> None:
-    """test_options.py and test_sequences.py cover small calls."""
-    for rows in (slice(2), slice(None)):
-        found = []
-        for number in (0.5, math.nan):
-            call = example.call()
-            given = call.given
-            target = given.get("target", given.get("targets"))
-            if why == "ignored":
-                target[rows] = given.get("ignore_index", -100)
-            else:
-                leading = next(iter(call.tensors.values())).shape[:-1]
-                shape = leading if target is None or example.soft else target.shape
-                shape = loss_shape(given["input"], "none") if example.soft else shape
-                given["token_weight"] = torch.linspace(0.5, 1, math.prod(shape)).view(shape)
-                given["token_weight"][rows] = 0
-            for name in call.tensors:
-                if name in OF_ROWS or (name == "target" and example.soft):
-                    with torch.no_grad():
-                        given[name][rows] = number
-            value, leaves = call.ours(), [*call.leaves.values()]
-            found.append(
-                [value, *torch.autograd.grad(value.sum(), leaves, create_graph=create_graph)]
-            )
-        close(*found, equal_nan=rows == slice(None))  # a mean over no rows is NaN
 
 
 SEVERAL = {n: e for n, e in SOME.items() if len(e.call().tensors) > 1}

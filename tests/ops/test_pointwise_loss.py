@@ -252,12 +252,17 @@ def test_ignored_targets_are_compared_in_their_dtype(
 ) -> None:
     x, target = torch.randn(40, dtype=of_input), (torch.rand(40) < 0.5).to(dtype)
     target[::2] = float(ignored)
+    x[::4] = NAN  # ignored, too
     numbers = 0.25, 2.0, None
     for reduction in ("mean", "sum", "none"):
-        loss = functional.sigmoid_focal_loss(x, target, reduction=reduction, ignore_index=ignored)
+        leaf, options = x.clone().requires_grad_(), {"ignore_index": ignored}
+        loss = functional.sigmoid_focal_loss(leaf, target, reduction=reduction, **options)
         if math.isnan(ignored):  # equals no target
             assert loss.isnan().any()
             continue
         each = definitions.sigmoid_focal_loss(x[1::2], target[1::2], None, (*numbers, reduction))
         torch.testing.assert_close(loss[1::2] if reduction == "none" else loss, each)
         assert reduction != "none" or not loss[::2].any()
+        for create_graph in (False, True):  # by the kernel, and by the definition
+            args = loss.sum(), leaf, None, True, create_graph
+            assert not torch.autograd.grad(*args)[0][::2].any()
