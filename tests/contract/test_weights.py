@@ -80,21 +80,6 @@ def compare(found: list[Tensor], expected: list[Tensor]) -> None:
         torch.testing.assert_close(x.double(), y, rtol=2e-5, atol=1e-5 * float(y.abs().max()))
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", [(), (1,)])
-def test_denominators(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
-    for op in OPERATORS.values():
-        if not op.factors:
-            continue
-        call = Example(op, "", {"reduction": "mean"}).call()
-        wide = dtype in (torch.float32, torch.float64, torch.int64)
-        denominator = torch.full(shape, 70_001.0 if wide else 1.0).to(dtype)
-        given: dict[str, Any] = {"denominator": denominator}
-        total = step(replace(call, given=call.given | {"reduction": "sum"}))
-        expected = [x.double() / float(denominator) for x in total]
-        compare(step(replace(call, given=call.given | given)), expected)
-
-
 @pytest.mark.parametrize("softcap", [None, 5.0])
 def test_rows_of_weight_0_may_be_nan_if_metrics_are_computed(softcap: float | None) -> None:
     """Metrics read all rows, but the loss of a row of weight 0 is 0."""
