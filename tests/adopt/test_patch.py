@@ -368,22 +368,6 @@ def test_compiled_programs_have_torchs_functions(imports: str) -> None:
     assert done.returncode == 0, done.stderr
 
 
-@as_users_run_it
-def test_a_compiled_program_has_no_guard_of_a_size() -> None:
-    graphs: list[Any] = []
-
-    def backend(graph: torch.fx.GraphModule, _: Any) -> Any:
-        graphs.append(graph)
-        return graph
-
-    torch.compiler.reset()
-    compiled = torch.compile(lambda x: F.gelu(x), dynamic=True, backend=backend)
-    with pyfused.patch():
-        for rows in (10, 20000, 50):  # kernels run from 2 ** 14 elements on
-            compiled(torch.zeros(rows, 3))
-    assert len(graphs) == 1
-
-
 # ---- lifetime of a patch -------------------------------------------------------------------------
 
 
