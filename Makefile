@@ -91,7 +91,7 @@ TRITONS = $(if $(filter all,$(TRITON)),$(SUPPORTED),$(TRITON))
 
 gpu-compile: $(BUILD) $(TOOLS) $(TRITON_STAMP) $(TRITONS:%=.venv/triton-%) ## compile the GPU kernels, without a GPU (TRITON=3.6.0 or all)
 	for version in $(or $(TRITONS),installed); do PYTHONPATH=.venv/triton-$$version \
-		$(BIN)/python tests/gpu/compile_ahead.py $(AHEAD_ARGS) || exit 1; done
+		$(BIN)/python -m pytest -n auto --full tests/gpu/test_compile_ahead.py $(AHEAD_ARGS) || exit 1; done
 
 .venv/triton-%: | $(ENVIRONMENT)
 	@$(PIP) install --no-deps --target $@ triton==$*

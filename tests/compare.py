@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import os
+import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -130,6 +131,24 @@ def products() -> Iterator[list[tuple[int, int, int]]]:
     for shapes in found:  # addmm's factors follow an operand
         (m, k), (_, n) = shapes[len(shapes) > 3 :][:2]
         sizes.append((m, k, n))
+
+
+def python_calls(step: Callable[[], Any]) -> int:
+    """Returns the number of Python functions that a step calls, the same on every machine."""
+    count = 0
+
+    def profile(_frame: Any, event: str, _argument: Any) -> None:
+        nonlocal count
+        count += event == "call"
+
+    for _ in range(3):
+        step()
+    sys.setprofile(profile)
+    try:
+        step()
+    finally:
+        sys.setprofile(None)
+    return count
 
 
 def rounding(largest: float, dtype: torch.dtype) -> float:

@@ -3,6 +3,7 @@
 SHARED = (
     "contract/test_autograd.py",
     "contract/test_fuzz.py",
+    "contract/test_options.py",
     "contract/test_values.py",
     "formula/test_formula.py",
     "kernels/test_arithmetic.py",

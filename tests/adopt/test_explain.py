@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import re
 import threading
-import warnings
 from typing import Any
 
 import pytest
 import torch
-from catalogue import Example, every_example
-from conftest import KernelCalls, fused_always
+from conftest import KernelCalls
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.overrides import BaseTorchFunctionMode
@@ -84,31 +81,6 @@ def test_explanations_match_the_calls(
         assert explanation[1] == "cpu"
         assert explanation[3:] == (cpu.capability, 1)
         assert cpu.capability in str(explanation)
-
-
-@every_example
-@pytest.mark.thresholds
-@pytest.mark.parametrize("always", [False, True])
-def test_explain_agrees_with_the_report(
-    example: Example, always: bool, kernel_calls: KernelCalls
-) -> None:
-    """On both sides of the sizes."""
-    call = example.call()
-    given = {name: x for name, x in call.given.items() if name != "with_metrics"}
-    name = call.op.name + "_with_metrics" * ("with_metrics" in call.given)
-    with fused_always() if always else contextlib.nullcontext(), warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)
-        with pyfused.report() as report:
-            explanation = pyfused.explain(name, **given)
-    counted = report.to_dict()
-    assert explanation.op == call.op.name
-    if explanation.backend == "torch":
-        assert not kernel_calls.total()
-        # A function leaves the smallest calls to torch in its first line.
-        assert counted["left_to_torch"] in ({}, {call.op.name: {explanation.reason: 1}})
-    else:
-        assert kernel_calls.total()
-        assert counted["operators"][call.op.name]["calls"] == 1
 
 
 @pytest.mark.thresholds

@@ -6,14 +6,14 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.util
+import importlib
 import inspect
 import logging
 import math
-import os
 import pickle
 import re
 import warnings
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from types import ModuleType
@@ -24,7 +24,6 @@ import pytest
 import torch
 from conftest import KernelCalls
 from language_models import are_computed
-from processes import run_checks
 from torch import Tensor
 
 import pyfused
@@ -94,17 +93,10 @@ NO_DROPOUT = dict.fromkeys(
     ),
     0.0,
 )
-LANGUAGE_MODELS: dict[str, dict[str, Any]] = {
-    "Llama": {},
-    "Mixtral": {"output_router_logits": True},
-    "Gemma2": {"final_logit_softcapping": 2.0, "tie_word_embeddings": True},
-    "GPT2": NO_DROPOUT,
-}
 
 
-def language_model(kind: str, **more: Any) -> Any:
-    name = "GPT2LMHeadModel" if kind == "GPT2" else f"{kind}ForCausalLM"
-    return language_models.tiny(name, **more)
+def llama(**more: Any) -> Any:
+    return language_models.tiny("LlamaForCausalLM", **more)
 
 
 def batch() -> dict[str, Tensor]:
@@ -138,7 +130,21 @@ def bert_to_bert() -> tuple[Any, dict[str, Any]]:
     return transformers.EncoderDecoderModel(both).train(), batch()
 
 
-PARTS = {"Whisper": whisper, "BERT": bert_pretraining, "two BERTs": bert_to_bert}
+def causal(name: str, items: Any = None, **more: Any) -> tuple[Any, dict[str, Any]]:
+    inputs = batch() if items is None else batch() | {"num_items_in_batch": items}
+    return language_models.tiny(name, **more), inputs
+
+
+GEMMA: dict[str, Any] = {"final_logit_softcapping": 2.0, "tie_word_embeddings": True}
+LANGUAGE_MODELS: dict[str, Callable[[], tuple[Any, dict[str, Any]]]] = {
+    "Llama": partial(causal, "LlamaForCausalLM", torch.tensor(9)),
+    "Mixtral": partial(causal, "MixtralForCausalLM", 7, output_router_logits=True),
+    "Gemma2": partial(causal, "Gemma2ForCausalLM", 7, **GEMMA),
+    "GPT2": partial(causal, "GPT2LMHeadModel", **NO_DROPOUT),
+    "Whisper": whisper,
+    "BERT": bert_pretraining,
+    "two BERTs": bert_to_bert,
+}
 
 
 def step(model: Any, **inputs: Any) -> tuple[Tensor, dict[str, Tensor], bool]:
@@ -162,18 +168,9 @@ def assert_same_steps(found: Any, expected: Any, logits: bool = False) -> None:
 
 
 @as_users_run_it
-@pytest.mark.parametrize(
-    ("kind", "items"),
-    [(kind, n) for kind in LANGUAGE_MODELS for n in (None, 7, torch.tensor(9))]
-    + [(kind, None) for kind in PARTS],
-    ids=str,
-)
-def test_language_models(kind: str, items: Any, kernel_calls: KernelCalls) -> None:
-    if kind in PARTS:
-        model, inputs = PARTS[kind]()
-    else:
-        model, inputs = language_model(kind, **LANGUAGE_MODELS[kind]), batch()
-    inputs |= {} if items is None else {"num_items_in_batch": items}
+@pytest.mark.parametrize("name", LANGUAGE_MODELS)
+def test_language_models(name: str, kernel_calls: KernelCalls) -> None:
+    model, inputs = LANGUAGE_MODELS[name]()
     expected = step(model, **inputs)
     pyfused.convert(model)
     kernel_calls.clear()
@@ -185,7 +182,7 @@ def test_language_models(kind: str, items: Any, kernel_calls: KernelCalls) -> No
 
 @as_users_run_it
 def test_language_models_that_return_logits() -> None:
-    model = language_model("Llama")
+    model = llama()
     assert "." in pyfused.plan_conversion(model).swapped
     pyfused.convert(model)
     assert pyfused.plan_conversion(model).left[0].reason == "is already converted"
@@ -221,8 +218,8 @@ def offloaded(how: str, folder: Path, model: Any) -> Any:
 @pytest.mark.parametrize("how", ["cpu_offload", "disk_offload", "dispatch_model"])
 def test_offloaded_language_models(how: str, when: str, tmp_path: Path) -> None:
     """accelerate replaces the head's forward, and moves its weight to meta."""
-    expected = offloaded(how, tmp_path / "expected", language_model("Llama"))
-    model = language_model("Llama")
+    expected = offloaded(how, tmp_path / "expected", llama())
+    model = llama()
     if when == "before":
         offloaded(how, tmp_path / "model", model)
         left = pyfused.plan_conversion(model).left
@@ -242,7 +239,7 @@ def test_offloaded_language_models(how: str, when: str, tmp_path: Path) -> None:
 @as_users_run_it
 def test_outputs_of_language_models() -> None:
     """The output has the plain model's entries, in the same order."""
-    plain, model = language_model("Llama"), pyfused.convert(language_model("Llama"))
+    plain, model = llama(), pyfused.convert(llama())
     expected, output = plain(**batch()), model(**batch())
     assert list(output) == list(expected)
     torch.testing.assert_close(output[:2], expected[:2])
@@ -274,16 +271,16 @@ def test_compiled_language_models(name: str) -> None:
 
 
 def test_a_converted_language_model_is_saved_under_its_own_name(tmp_path: Path) -> None:
-    model = pyfused.convert(language_model("Llama"))
+    model = pyfused.convert(llama())
     model.save_pretrained(tmp_path)
-    again = type(language_model("Llama")).from_pretrained(tmp_path)
+    again = type(llama()).from_pretrained(tmp_path)
     assert again.config.architectures == ["LlamaForCausalLM"]
     assert inspect.signature(model.forward) == inspect.signature(again.forward)
 
 
 @as_users_run_it
 def test_calls_with_shifted_labels_and_kept_logits() -> None:
-    plain, model = language_model("Llama"), pyfused.convert(language_model("Llama"))
+    plain, model = llama(), pyfused.convert(llama())
     tokens, labels = batch().values()
     shifted = torch.nn.functional.pad(labels, (0, 1), value=-100)[:, 1:].contiguous()
     last, keep = shifted[:, -9:].contiguous(), {"logits_to_keep": 9}
@@ -299,10 +296,10 @@ def test_calls_with_shifted_labels_and_kept_logits() -> None:
 def test_a_checked_conversion(monkeypatch: pytest.MonkeyPatch) -> None:
     from pyfused.adopt import lazy_logits
 
-    model = pyfused.convert(language_model("Llama"), check=batch())
+    model = pyfused.convert(llama(), check=batch())
     assert not step(model)[2]
     with pytest.raises(TypeError, match="check: expected a batch for which the model returns a"):
-        pyfused.convert(language_model("Llama"), check={"input_ids": batch()["input_ids"]})
+        pyfused.convert(llama(), check={"input_ids": batch()["input_ids"]})
     right = lazy_logits.run
     for name, change in (
         ("the loss", lambda loss, _: 1.01 * loss),
@@ -314,7 +311,7 @@ def test_a_checked_conversion(monkeypatch: pytest.MonkeyPatch) -> None:
             return change(loss, tensors[0]), prediction
 
         monkeypatch.setattr(lazy_logits, "run", wrong)
-        model = language_model("Llama")
+        model = llama()
         with pytest.raises(RuntimeError, match=f"check: expected an equal loss .*({name})"):
             pyfused.convert(model, check=batch())
         assert step(model)[2]
@@ -323,7 +320,7 @@ def test_a_checked_conversion(monkeypatch: pytest.MonkeyPatch) -> None:
 def trainer(model: Any = None, kind: Any = None, **options: Any) -> Any:
     import transformers
 
-    model = language_model("Llama", vocab_size=512) if model is None else model
+    model = llama(vocab_size=512) if model is None else model
     texts = example("with_transformers").Texts()
     arguments = transformers.TrainingArguments(
         "unused", max_steps=3, logging_steps=1, use_cpu=True, report_to=[], save_strategy="no",
@@ -390,7 +387,6 @@ def in_fabric(model: Any, optimizer: Any, **options: Any) -> Any:
     from lightning import Fabric
 
     fabric = Fabric(accelerator="cpu", devices=1, **options)
-    fabric.launch()
     model, optimizer = fabric.setup(model, optimizer)
     return model, fabric.backward, optimizer
 
@@ -403,30 +399,19 @@ def in_accelerate(model: Any, optimizer: Any) -> Any:
     return model, accelerator.backward, optimizer
 
 
-def in_deepspeed(model: Any, optimizer: Any, stage: int) -> Any:
-    import deepspeed
-
-    config = {"train_micro_batch_size_per_gpu": 8, "zero_optimization": {"stage": stage}}
-    config["zero_allow_untested_optimizer"] = True
-    deepspeed.init_distributed("gloo", auto_mpi_discovery=False)
-    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
-    return engine, engine.backward, engine
-
-
 WRAPPERS: dict[str, Any] = {
     "Fabric": in_fabric,
     "Fabric, bf16": partial(in_fabric, precision="bf16-mixed"),
-    "Fabric, DDP": partial(in_fabric, strategy="ddp"),
     "accelerate": in_accelerate,
 }
-if importlib.util.find_spec("deepspeed"):  # it has only sources, so the tests do not install it
-    WRAPPERS |= {f"ZeRO {stage}": partial(in_deepspeed, stage=stage) for stage in range(3)}
 
 
-def check_wrapper(name: str) -> None:
+@pytest.mark.parametrize("name", WRAPPERS)
+def test_wrappers_that_register_hooks(name: str) -> None:
+    """Three steps have the same losses as without convert, and checks of the wrappers work."""
     found: list[list[float]] = []
     for convert in (False, True):
-        model = language_model("Llama", vocab_size=512)
+        model = llama(vocab_size=512)
         model = pyfused.convert(model) if convert else model
         call, backward, optimizer = WRAPPERS[name](model, torch.optim.SGD(model.parameters(), 0.1))
         found.append([])
@@ -442,22 +427,6 @@ def check_wrapper(name: str) -> None:
             found[-1].append(output.loss.item())
     assert found[1] == pytest.approx(found[0], rel=1e-2 if "bf16" in name else 1e-5)
     assert found[0][2] < found[0][0]
-
-
-def wrapper_checks(rank: int) -> dict[str, Any]:
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": "1", "LOCAL_RANK": "0", "DS_ACCELERATOR": "cpu"}
-    return {name: partial(check_wrapper, name) for name in WRAPPERS}
-
-
-@pytest.fixture(scope="module")
-def failures() -> dict[str, str]:
-    return run_checks(wrapper_checks, 1)
-
-
-@pytest.mark.parametrize("name", WRAPPERS)
-def test_wrappers_that_register_hooks(name: str, failures: dict[str, str]) -> None:
-    """Three steps have the same losses as without convert, and checks of the wrappers work."""
-    assert name not in failures, failures[name]
 
 
 # ---- heads that PEFT has wrapped -----------------------------------------------------------------
@@ -479,8 +448,8 @@ def test_a_trained_copy_of_the_head(when: str) -> None:
         {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},
         "before" in when,
     )
-    expected = step(with_adapters(language_model("Llama"), **options))
-    inner = language_model("Llama")
+    expected = step(with_adapters(llama(), **options))
+    inner = llama()
     model = with_adapters(pyfused.convert(inner) if plain else inner, **options)
     if not plain:
         pyfused.convert(model if when == "the PEFT model" else model.base_model.model)
@@ -494,15 +463,15 @@ def test_a_trained_copy_of_the_head(when: str) -> None:
 def test_torch_computes_the_logits_of_a_head_with_an_adapter(when: str) -> None:
     pytest.importorskip("peft")
     options = {"target_modules": ["q_proj", "lm_head"]}
-    expected = step(with_adapters(language_model("Llama"), **options))
+    expected = step(with_adapters(llama(), **options))
     reason = "its head has an adapter, peft.tuners.lora.layer.Linear"
     reasons._reported.clear()
     if when == "before":
-        model = with_adapters(pyfused.convert(language_model("Llama")), **options)
+        model = with_adapters(pyfused.convert(llama()), **options)
         with pytest.warns(RuntimeWarning, match="its logits are read by add"):
             step(model)
     else:
-        model = with_adapters(language_model("Llama"), **options)
+        model = with_adapters(llama(), **options)
         inner, head = model.base_model.model, {} if when == "after" else {"head": "lm_head"}
         assert pyfused.plan_conversion(inner, **head).left[0].reason == reason
         with pytest.warns(RuntimeWarning, match=reason):
@@ -522,7 +491,7 @@ def test_a_head_whose_trained_copy_is_disabled() -> None:
     """PEFT then calls the original head, whose logits are lazy, too."""
     peft = pytest.importorskip("peft")
     config = peft.LoraConfig(target_modules=["q_proj"], modules_to_save=["lm_head"])
-    model = peft.get_peft_model(language_models.tiny("LlamaForCausalLM"), config)
+    model = peft.get_peft_model(llama(), config)
     pyfused.convert(model.eval(), evaluation=True)
     copied = model.base_model.model.lm_head.modules_to_save["default"]
     tokens, losses = torch.arange(24).view(2, 12), []

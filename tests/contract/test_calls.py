@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import functools
 import gc
-import sys
 import tracemalloc
 from collections.abc import Callable
-from types import FrameType
-from typing import Any
 
 import pytest
 import torch
 from catalogue import EXAMPLES, Example
+from compare import python_calls
 from conftest import KernelCalls
 from processes import python
 from torch import Tensor
-from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -55,24 +51,6 @@ def test_caches_are_bounded(example: Example) -> None:
 # ---- overhead of a call --------------------------------------------------------------------------
 
 
-def python_calls(step: Callable[[], Any]) -> int:
-    """Returns the number of Python functions that a step calls, the same on every machine."""
-    count = 0
-
-    def profile(_frame: FrameType, event: str, _argument: Any) -> None:
-        nonlocal count
-        count += event == "call"
-
-    for _ in range(3):
-        step()
-    sys.setprofile(profile)
-    try:
-        step()
-    finally:
-        sys.setprofile(None)
-    return count
-
-
 # The maximum number of functions per step, without autograd's.
 CALLS: dict[str, tuple[Callable[[Tensor], Tensor], int]] = {
     "mse_loss": (lambda x: fused.mse_loss(x, OTHER), 37),
@@ -95,15 +73,6 @@ def test_a_step_calls_few_python_functions(name: str) -> None:
     x = torch.randn(6, 5, requires_grad=True)
     of_autograd = python_calls(lambda: x.sum().backward())
     assert python_calls(lambda: call(x).backward()) - of_autograd <= most
-
-
-@pytest.mark.cpu
-@pytest.mark.thresholds
-@pytest.mark.skipif(not hasattr(F, "linear_cross_entropy"), reason="torch lacks the function")
-def test_a_small_head_calls_few_python_functions() -> None:
-    x, bias = torch.randn(6, 5, requires_grad=True), torch.zeros(6)
-    call = functools.partial(fused.linear_cross_entropy, x, OTHER, CLASSES, linear_bias=bias)
-    assert python_calls(call) <= 11
 
 
 @pytest.mark.cpu

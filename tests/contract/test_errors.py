@@ -32,18 +32,15 @@ TOP, LOGP = torch.arange(3).expand(4, 3), torch.full((4, 3), -2.0)
 
 Wrong = dict[str, str]
 
-# Calls of torch's functions with arguments that are wrong, or that few kernels support.
+# Calls of torch's functions with arguments that are wrong, or that few kernels support. Other
+# tests try dtypes, shapes and reductions that are wrong.
 TORCHS = [
     "binary_cross_entropy(P, P.long())", "binary_cross_entropy(P, P.cfloat())",
     "binary_cross_entropy(X, P)", "binary_cross_entropy(P, P + 1)",
     'binary_cross_entropy(X, P, reduction="none")',
     'binary_cross_entropy(P, P - 1, reduction="sum")', "binary_cross_entropy(P, P, P * NAN)",
-    "binary_cross_entropy_with_logits(X, P, torch.ones(4))",
-    "binary_cross_entropy_with_logits(X, P, pos_weight=torch.ones(4))",
     "binary_cross_entropy_with_logits(X, P, GRAD)", "cosine_embedding_loss(X, X, X)",
-    "cosine_embedding_loss(X, X[:, :2], X[:, 0])",
-    'cosine_embedding_loss(X, X, X[:, 0], reduction="max")', "cross_entropy(X, Y[:, None])",
-    "cross_entropy(X[0], Y[:2])", "cross_entropy(K, KY[:, :3])", "cross_entropy(X, P[:, :4])",
+    'cosine_embedding_loss(X, X, X[:, 0], reduction="max")', "cross_entropy(X[0], Y[:2])",
     "cross_entropy(X, Y.float())", "cross_entropy(X, Y.view(2, 2))", "cross_entropy(X, P.cfloat())",
     "cross_entropy(X, Y, torch.ones(4))", "cross_entropy(X, Y, torch.ones(5).double())",
     "cross_entropy(X, Y, [1.0] * 5)", 'cross_entropy(X, Y, reduction="avg")',
@@ -54,28 +51,23 @@ TORCHS = [
     "cross_entropy(X.long(), Y)", "cross_entropy(Y, X)", 'cross_entropy(X, Y.to("meta"))',
     'cross_entropy(X, Y, torch.ones(5, device="meta"))', "cross_entropy(K.mT, KY)",
     "cross_entropy(X)", "cross_entropy(X, Y, weights=None)",
-    "cross_entropy(X.bfloat16(), Y, torch.ones(5))", "gaussian_nll_loss(X, X, torch.ones(5))",
-    "gaussian_nll_loss(X, X, -1.0)", 'gaussian_nll_loss(X, X, -P, reduction="none")',
-    "gaussian_nll_loss(X, X, -P)", "gaussian_nll_loss(X, X, P[:, :3])",
+    "cross_entropy(X.bfloat16(), Y, torch.ones(5))", "gaussian_nll_loss(X, X, -1.0)",
+    'gaussian_nll_loss(X, X, -P, reduction="none")', "gaussian_nll_loss(X, X, -P)",
     "gaussian_nll_loss(X * NAN, X, P)", "gelu(X.long())", 'gelu(X, approximate="foo")',
-    "gelu(X, approximate=3)", "hinge_embedding_loss(X, X[:, :3])", "huber_loss(X, X, delta=0.0)",
-    'kl_div(X, X[:3], reduction="sum")', "l1_loss(X, X, weight=X[:3])", 'leaky_relu(X, "a")',
-    "linear_cross_entropy(X, W[:, :4], Y)", "linear_cross_entropy(X, W, Y.view(2, 2))",
-    "linear_cross_entropy(X, W, Y, linear_bias=B[:3])",
+    "gelu(X, approximate=3)", "huber_loss(X, X, delta=0.0)", 'leaky_relu(X, "a")',
+    "linear_cross_entropy(X, W, Y.view(2, 2))", "linear_cross_entropy(X, W, Y, linear_bias=B[:3])",
     "linear_cross_entropy(X, W, torch.ones(4, 7) / 7, ignore_index=-100)",
     "linear_cross_entropy(torch.ones(9, 5), X, Y)", "linear_cross_entropy(X, W.double(), Y)",
-    "margin_ranking_loss(X, X[0], Y.float())", "mse_loss(X, X[:3])",
-    "mse_loss(X, X, weight=torch.ones(5))", 'mse_loss(X, X, reduction="avg", weight=X)',
-    'mse_loss(X, X.to("meta"))', "mse_loss(X.long(), X.long())", "mse_loss(X, 1.0)",
-    "mse_loss(X, X, factor=2)", "nll_loss(X[0, 0], Y[0])", "nll_loss(X, Y[:3])",
-    "nll_loss(X, Y.int())", "nll_loss(X, Y, torch.ones(4))", 'nll_loss(X, Y, reduction="avg")',
-    "nll_loss(X, Y, ignore_index=True)", "cross_entropy(X, Y, ignore_index=2**70)",
-    "nll_loss(X, Y, ignore_index=-2**63 - 1)", "softmax(X, 2**70)", "elu(X, -2**70)",
-    "leaky_relu(X, 10**400)", "relu(X.bool())", "relu([1.0])",
-    "relu(GRAD, inplace=True)", "smooth_l1_loss(X, X, beta=P)", "smooth_l1_loss(X, X, beta=NAN)",
-    "softmax(X, 2)", "softmax(X, 1.0)", "softmax(X, True)", "softmax(X, -3)", 'softmax(X, "1")',
-    "triplet_margin_loss(X, X, X, margin=0.0)", "triplet_margin_loss(X, X[0], X)",
-    "triplet_margin_loss(X, X, X[:, :2])", 'triplet_margin_loss(X, X, X, p=0.5, swap="x")',
+    "margin_ranking_loss(X, X[0], Y.float())", 'mse_loss(X, X, reduction="avg", weight=X)',
+    'mse_loss(X, X.to("meta"))', "mse_loss(X, 1.0)", "mse_loss(X, X, factor=2)",
+    "nll_loss(X[0, 0], Y[0])", "nll_loss(X, Y.int())", "nll_loss(X, Y, torch.ones(4))",
+    'nll_loss(X, Y, reduction="avg")', "nll_loss(X, Y, ignore_index=True)",
+    "cross_entropy(X, Y, ignore_index=2**70)", "nll_loss(X, Y, ignore_index=-2**63 - 1)",
+    "softmax(X, 2**70)", "elu(X, -2**70)", "leaky_relu(X, 10**400)", "relu(X.bool())",
+    "relu([1.0])", "relu(GRAD, inplace=True)", "smooth_l1_loss(X, X, beta=P)",
+    "smooth_l1_loss(X, X, beta=NAN)", "softmax(X, 2)", "softmax(X, 1.0)", "softmax(X, True)",
+    "softmax(X, -3)", 'softmax(X, "1")', "triplet_margin_loss(X, X, X, margin=0.0)",
+    'triplet_margin_loss(X, X, X, p=0.5, swap="x")',
 ]  # fmt: skip
 # Class indices that are out of range, and strings in the message of the kernels.
 BOUNDS: Wrong = {
@@ -235,7 +227,8 @@ def test_errors_of_every_loss(loss: Loss, given: dict[str, Any], size: str) -> N
         check_outcome(lambda f: getattr(f, name)(**given))
         return
     expected, found = (outcome(lambda f=f: getattr(f, name)(**given)) for f in (TORCH, fused))
-    if isinstance(found, Exception):
+    is_wrong = any(given.get(x.name) in ("a", x.low - 1) for x in loss.op.numbers)  # torch computes
+    if isinstance(expected, Exception) or is_wrong:
         assert isinstance(found, (RuntimeError, TypeError, ValueError)), found
     else:
         torch.testing.assert_close(found, expected)
@@ -292,23 +285,6 @@ def test_arguments_that_are_not_tensors(op: Operator, wrong: Any, got: str, size
             continue
         with pytest.raises(TypeError, match=rf"{operand.name}: expected .*{got}"):
             getattr(fused, op.name)(**given)
-
-
-@pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
-def test_an_out_of_range_target_has_no_side_effects(reduction: str) -> None:
-    """It returns nothing, does not modify arguments, and does not affect later calls."""
-    logits, target = torch.randn(100, 7, requires_grad=True), torch.zeros(100, dtype=torch.int64)
-    target[99] = 7
-    tensors = logits, target, torch.ones(7)
-    before = [(t._version, t.detach().clone()) for t in tensors]
-    for smoothing in (0.0, 0.1):
-        with pytest.raises(IndexError):
-            fused.cross_entropy(*tensors, reduction=reduction, label_smoothing=smoothing)
-    assert logits.grad is None
-    for tensor, (version, copy) in zip(tensors, before, strict=True):
-        assert tensor._version == version
-        assert torch.equal(tensor, copy)
-    torch.testing.assert_close(fused.cross_entropy(X, Y), F.cross_entropy(X, Y))
 
 
 # ---- shapes --------------------------------------------------------------------------------------

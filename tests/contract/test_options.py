@@ -1,10 +1,10 @@
 """Options that torch lacks, compared with closed forms in float64.
 
 Rows are drawn with masked classes, a certain class, an infinite logit, a target that is ignored, or
-a weight of 0; logits of rows that do not count may be NaN. Weights, masks and divisors have any
-dtype, operands any strides, and heads any memory budget. Each call runs as a small one, by the
-kernels and by the definition, and its backward pass runs twice. With ``HYPOTHESIS_PROFILE=search``,
-1,500 calls of each function are drawn.
+a weight of 0; logits, teachers and probabilities of rows that do not count may be NaN. Weights,
+masks and divisors have any dtype, operands any strides, and heads any memory budget. Each call runs
+as a small one, by the kernels and by the definition, and its backward pass runs twice. With
+``HYPOTHESIS_PROFILE=search``, 1,500 calls of each function are drawn.
 """
 
 from __future__ import annotations
@@ -217,7 +217,7 @@ def draw_options(rng: Random, name: str, rows: int, classes: int) -> dict[str, A
             shape, dtype = rng.choice([(), (1,)]), rng.choice(FACTOR_DTYPES)
             given["denominator"] = rng.choice([2.5, torch.full(shape, 2.5).to(dtype)])
         if rng.random() < 0.5:
-            weight = (torch.rand(rows) - 0.3).clamp(min=0)
+            weight = (torch.rand(rows) - rng.choice([0.3, 0.3, 0.3, 1.0])).clamp(min=0)
             dtype = rng.choice(FACTOR_DTYPES)
             given["token_weight"] = (weight if dtype.is_floating_point else weight > 0).to(dtype)
     if name.startswith("linear"):
@@ -324,9 +324,14 @@ def check(name: str, seed: int) -> None:
     elif name == "linear_kl_div":
         operands = {"teacher_input": torch.randn(rows, features).to(dtype)}
         operands["teacher_linear_weight"] = torch.randn(classes, features).to(dtype)
-        teacher = operands["teacher_input"].double() @ operands["teacher_linear_weight"].double().T
     elif "kl_div" in name:
         operands = {"teacher_logits": teacher}
+    for operand in ("teacher_logits", "teacher_input", "teacher_log_probs", "target"):
+        x = (operands | given).get(operand)
+        if x is not None and x.is_floating_point():
+            x[~counts] = rng.choice([NAN, 0.5])
+    if name == "linear_kl_div":
+        teacher = operands["teacher_input"].double() @ operands["teacher_linear_weight"].double().T
     wide = {leaf: x.double() for leaf, x in leaves.items()}
     if is_linear:
         z = wide["input"] @ wide["linear_weight"].T + wide["linear_bias"]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import sys
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -11,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from compare import python_calls
 
 import pyfused
 from pyfused import functional as fused
@@ -196,21 +196,6 @@ SMALL_CALLS: dict[str, Callable[[Any], torch.Tensor]] = {
 }
 
 
-def python_calls(call: Callable[[], Any]) -> list[str]:
-    names: list[str] = []
-
-    def profile(frame: Any, event: str, _: Any) -> None:
-        if event == "call":
-            names.append(frame.f_code.co_name)
-
-    sys.setprofile(profile)
-    try:
-        call()
-    finally:
-        sys.setprofile(None)
-    return names
-
-
 @pytest.mark.parametrize("name", SMALL_CALLS)
 def test_a_small_call_by_torch(name: str) -> None:
     """It adds the call of pyfused's function and of the comparison, which asks the compiler."""
@@ -218,12 +203,12 @@ def test_a_small_call_by_torch(name: str) -> None:
         pytest.skip("this version of torch lacks the function")
     call = SMALL_CALLS[name]
     assert call(fused).equal(call(F))
-    added = len(python_calls(lambda: call(fused))) - len(python_calls(lambda: call(F)))
+    added = python_calls(lambda: call(fused)) - python_calls(lambda: call(F))
     assert added == (4 if name == "linear_cross_entropy" else 3)
     with pyfused.patch():
         assert call(F).equal(call(fused))
         if name != "linear_cross_entropy":  # torch's calls cross_entropy, which is patched
-            assert len(python_calls(lambda: call(F))) == len(python_calls(lambda: call(fused)))
+            assert python_calls(lambda: call(F)) == python_calls(lambda: call(fused))
 
 
 @pytest.mark.filterwarnings("ignore:size_average and reduce:UserWarning")

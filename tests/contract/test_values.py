@@ -8,7 +8,6 @@ from __future__ import annotations
 import copy
 import io
 import pickle
-import random
 from collections.abc import Callable
 from typing import Any
 
@@ -32,13 +31,12 @@ from check_calls import ERRORS, check_call, converted, largest, natively, run
 from compare import DEVICE, FLOATS, HALF, Errors, operators_of_torch
 from conftest import ISAS, KernelCalls, fused_always
 from grid import grid
-from layouts import LAYOUTS, SAME_VALUES, Layout, contiguous
+from layouts import LAYOUTS, SAME_VALUES, Layout
 
 import pyfused
 from pyfused import nn
 from pyfused.ops.contrastive import Contrastive
 from pyfused.ops.distillation import Divergence
-from pyfused.ops.elementwise import LOGSIGMOID
 from pyfused.ops.operators import (
     COSINE_EMBEDDING_LOSS,
     LINEAR_CROSS_ENTROPY,
@@ -175,16 +173,20 @@ def test_layouts(
         of_rows = isinstance(example.op, Contrastive) or example.op is COSINE_EMBEDDING_LOSS
         of_matrices = example.op in (LINEAR_CROSS_ENTROPY, LINEAR_LOG_PROBS)
         runs_torch = (of_rows or of_matrices) and len(shape) == 3
-        assert kernel_calls.total() or runs_torch or example.op is LOGSIGMOID
+        assert kernel_calls.total() or runs_torch
 
 
 @every_operator
-def test_views_of_results_that_torch_supports(example: Example) -> None:
-    call = example.call()
+@pytest.mark.parametrize("shape", [(6, 5), (2, 5, 3)], ids=str)
+def test_strides_of_results(example: Example, shape: tuple[int, ...]) -> None:
+    """Users may call view() on a result where torch's is contiguous."""
     for layout in SAME_VALUES.values():
-        moved = rearranged(call, layout)
-        if moved.reference().is_contiguous():
-            assert moved.ours().is_contiguous()
+        moved = rearranged(example.call(shape=shape), layout)
+        try:
+            expected = moved.reference()
+        except ERRORS:
+            continue
+        assert moved.ours().stride() == expected.stride()
 
 
 @every_operator
@@ -259,7 +261,9 @@ def test_a_module_and_its_copies(example: Example, kernel_calls: KernelCalls) ->
         return
     for name, x in layer.items():
         setattr(module.linear, name, x if x is None else torch.nn.Parameter(x.detach()))
-    assert pyfused.explain(module, *tensors, **by_name) == pyfused.explain(op.name, **call.given)
+    explanation = pyfused.explain(module, *tensors, **by_name)
+    assert bool(kernel_calls) == (explanation.backend != "torch")
+    assert explanation == pyfused.explain(op.name, **call.given)
     kernel_calls.clear()
     file = io.BytesIO()
     torch.save(module, file)
@@ -282,14 +286,3 @@ def test_both_sides_of_the_size_limit(example: Example, kernel_calls: KernelCall
     close(small, run(call, catalogue.reference), **bits, equal_nan=True)
     with fused_always():
         close(run(call, ours), small, equal_nan=True)
-
-
-@every_operator
-def test_fresh_shapes(example: Example) -> None:
-    """Other numbers of rows and classes, and other layouts of the input, in any order."""
-    draw, shapes = random.Random(0), [(n, classes) for n in (6, 1, 40, 7) for classes in (5, 9)]
-    for shape in draw.sample(2 * shapes, 4 if interpreter.ON else 16):
-        call = example.call(shape=shape)
-        if DEVICE == "cpu" and not interpreter.ON:
-            call = rearranged(call, draw.choice([*SAME_VALUES.values()]), contiguous)
-        close(run(call, ours), natively(call), rtol=1e-4, atol=1e-5)

@@ -1,36 +1,25 @@
-"""Compiles the Triton kernels for GPUs, without a GPU, and checks how much they spill.
-
-    python tests/gpu/compile_ahead.py                       # same as `make gpu-compile`
-    python tests/gpu/compile_ahead.py --targets sm_90 --match "cross_entropy bfloat16" --all
+"""Calls of the Triton kernels, which test_compile_ahead.py compiles for GPUs, without a GPU.
 
 The backend is called with fake tensors and a fake driver for another GPU, so the compiled kernels
-are those that would be launched. Exits with 1 if a kernel does not compile, or spills more than
-`SPILLED` bytes per thread (except float64), or if a call needs more launches than its case allows.
+are those that would be launched.
 """
 
 from __future__ import annotations
 
-import argparse
-import os
 import re
 import subprocess
 import sys
 import tempfile
-import time
-import warnings
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
-from functools import partial
+from functools import cache, partial
 from itertools import product
-from multiprocessing import get_context
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 from unittest.mock import patch
 
 import torch
-import triton
 from torch import Tensor
 from triton import knobs
 from triton.backends.compiler import GPUTarget
@@ -57,10 +46,10 @@ TARGETS = {
 }
 ALL, SOME = tuple(TARGETS), ("sm_90", "gfx942")  # for rare cases: one GPU of each vendor
 BF16, F16, F32, F64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
-SPILLED = 16  # bytes per thread
+# The bytes per thread that a kernel may spill.
 # At 32,000 classes, softmax spills, but two passes would take 1.3 times as long on an H100.
 # The sine of large numbers needs many digits of pi.
-MAY_SPILL = {"": SPILLED, "softmax_backward_kernel": 80, "formula snake": 40}
+MAY_SPILL = {"": 16, "softmax_backward_kernel": 80, "formula snake": 40}
 # A case of each kind, which tests compile.
 QUICK = (
     "cross_entropy bfloat16 4096x1000", "cross_entropy bfloat16 4096x32000",
@@ -247,8 +236,10 @@ def pointwise_cases() -> Iterator[Case]:
         yield new("scale", x, partial(backend.scale_, x, total))
 
 
-def all_cases() -> list[Case]:
-    return [*pointwise_cases(), *cross_entropy_cases(), *class_cases(), *embedding_cases()]
+@cache
+def cases() -> dict[str, Case]:
+    found = *pointwise_cases(), *cross_entropy_cases(), *class_cases(), *embedding_cases()
+    return {case.name: case for case in found}
 
 
 # ---- compiling -----------------------------------------------------------------------------------
@@ -300,83 +291,15 @@ def spilled_by(kernel: Any) -> int:
     return sum(int(size) for size in re.findall(r"\b(?:STACK|LOCAL):(\d+)", usage))
 
 
-class Found(NamedTuple):
-    """The result of a kernel of a case."""
-
-    target: str
-    case: str
-    kernel: str = ""
-    spilled: int = 0  # bytes per thread
-    wrong: str = ""
-
-
-def inspect(target: str, case: Case, kernel: Any) -> Found:
-    spilled, name = spilled_by(kernel), kernel.name
-    allowed = max(n for key, n in MAY_SPILL.items() if key in ("", name) or key in case.name)
-    wrong = "spills" if spilled > allowed and case.dtype is not F64 else ""
-    return Found(target, case.name, name, spilled, wrong)
-
-
-def compile_cases(target: str, cases: Sequence[Case]) -> list[Found]:
-    """Compiles the kernels of cases; a kernel that several cases launch is checked once."""
-    found: list[Found] = []
-    seen = set()
-    for case in cases:
-        try:
-            with compiling(target) as launched, warnings.catch_warnings():
-                warnings.simplefilter("error")
-                case.run()
-        except Exception as error:
-            while error.__cause__ is not None:
-                error = error.__cause__
-            wrong = f"{type(error).__name__}: {str(error).strip().splitlines()[-1]}"
-            found.append(Found(target, case.name, wrong=wrong))
-            continue
-        if len(launched) > case.launches:
-            wrong = f"{len(launched)} launches, not {case.launches}"
-            found.append(Found(target, case.name, wrong=wrong))
-        for each in launched:
-            if each.hash not in seen:
-                seen.add(each.hash)
-                found.append(inspect(target, case, each))
+def problems(case: Case, target: str) -> list[str]:
+    """Compiles the kernels of a case for a target, and returns what is wrong with them."""
+    with compiling(target) as launched:
+        case.run()
+    allowed = case.launches
+    found = [f"{len(launched)} launches, not {allowed}"] if len(launched) > allowed else []
+    for kernel in launched:
+        spilled, name = spilled_by(kernel), kernel.name
+        allowed = max(n for key, n in MAY_SPILL.items() if key in ("", name) or key in case.name)
+        if spilled > allowed and case.dtype is not F64:
+            found.append(f"{name} spills {spilled} bytes")
     return found
-
-
-def compile_piece(target: str, names: Sequence[str]) -> list[Found]:
-    """Compiles cases, given by name because they cannot be pickled, in a worker process."""
-    return compile_cases(target, [case for case in all_cases() if case.name in names])
-
-
-def show(found: Sequence[Found]) -> None:
-    print(f"{'Triton ' + triton.__version__:88} spilled")
-    for f in found:
-        print(f"{f.target:8}{f.case:60}{f.kernel:20}{f.spilled:8} {f.wrong}")
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--targets", nargs="+", choices=TARGETS, default=ALL)
-    parser.add_argument("--match", default="", help="only cases whose name contains these words")
-    parser.add_argument("--every", type=int, default=1, metavar="N", help="only every Nth case")
-    parser.add_argument("--all", action="store_true", help="print every kernel")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count())
-    arguments = parser.parse_args()
-
-    started, words = time.perf_counter(), arguments.match.split()
-    pieces = []
-    for target in arguments.targets:
-        names = [c.name for c in all_cases() if target in c.targets]
-        names = [name for name in names if set(words) <= set(name.split())][:: arguments.every]
-        pieces += [(target, names[i::8]) for i in range(8)]
-    with ProcessPoolExecutor(arguments.jobs, mp_context=get_context("spawn")) as pool:
-        found = [f for piece in pool.map(compile_piece, *zip(*pieces, strict=True)) for f in piece]
-    found.sort(key=lambda f: (arguments.targets.index(f.target), f.case, f.kernel))
-    wrong = [f for f in found if f.wrong]
-    show(found if arguments.all else wrong)
-    seconds = time.perf_counter() - started
-    print(f"{len(found)} kernels in {seconds:.0f} s, {len(wrong)} with problems")
-    sys.exit(bool(wrong))
-
-
-if __name__ == "__main__":
-    main()

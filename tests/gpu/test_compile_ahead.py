@@ -1,4 +1,7 @@
-"""Some kernels compile ahead of time, and compile_ahead.py detects bad kernels."""
+"""Kernels compile for GPUs, without a GPU, and spill few registers: all of them with `--full`.
+
+`make gpu-compile AHEAD_ARGS="-k 'sm_90 and softmax'"` selects some.
+"""
 
 from __future__ import annotations
 
@@ -25,13 +28,14 @@ from pyfused.types import (
     RowOptions,
 )
 
+CHOSEN = [("sm_90", name) for name in ahead.QUICK]
+if grid.FULL:
+    CHOSEN = [(target, case.name) for case in ahead.cases().values() for target in case.targets]
 
-@pytest.mark.parametrize("target", ahead.TARGETS if grid.FULL else ["sm_90"])
-def test_kernels_compile_well(target: str) -> None:
-    found = ahead.compile_piece(target, ahead.QUICK)
-    assert {kernel.case for kernel in found} == set(ahead.QUICK)
-    for kernel in found:
-        assert not kernel.wrong, kernel
+
+@pytest.mark.parametrize(("target", "name"), CHOSEN, ids=map(" ".join, CHOSEN))
+def test_kernels_compile_well(target: str, name: str) -> None:
+    assert ahead.problems(ahead.cases()[name], target) == []
 
 
 @triton.jit
@@ -47,20 +51,17 @@ def copy_kernel(x, out, block: tl.constexpr):  # noqa: ANN001, ANN201
 def test_bad_kernels_are_detected(target: str) -> None:
     def found(block: int) -> list[str]:
         x, options = empty(F32, 1 << 20), {"num_warps": 1, "enable_fp_fusion": True}
-        case = Case("copy", F32, lambda: copy_kernel[(1,)](x, x, block=block, **options))
-        return [each.wrong for each in ahead.compile_cases(target, [case])]
+        run = lambda: copy_kernel[(1,)](x, x, block=block, **options)  # noqa: E731
+        return ahead.problems(Case("copy", F32, run), target)
 
-    assert found(512) == [""]
-    assert found(1 << (13 if target == "sm_90" else 15)) == ["spills"]
+    assert found(512) == []
+    (problem,) = found(1 << (13 if target == "sm_90" else 15))
+    assert problem.startswith("copy_kernel spills ")
 
 
-def test_too_many_launches_and_compilation_errors_are_detected() -> None:
-    softmax = next(case for case in ahead.all_cases() if case.name == "softmax float32 4096x1000")
-    unwanted = softmax._replace(launches=0)
-    assert [f.wrong for f in ahead.compile_cases("sm_90", [unwanted])] == ["1 launches, not 0", ""]
-    failing = softmax._replace(run=lambda: copy_kernel[(1,)](1, 2))
-    (failed,) = ahead.compile_cases("sm_90", [failing])
-    assert "missing" in failed.wrong
+def test_too_many_launches_are_detected() -> None:
+    softmax = ahead.cases()["softmax float32 4096x1000"]
+    assert ahead.problems(softmax._replace(launches=0), "sm_90") == ["1 launches, not 0"]
 
 
 @pytest.mark.parametrize("classes_contiguous", [False, True])

@@ -63,7 +63,7 @@ def described(arguments: Any) -> Any:
 
 @pytest.mark.parametrize("name", ahead.QUICK)
 def test_arguments_equal_those_of_triton(name: str, gpu: Any) -> None:
-    case = next(case for case in ahead.all_cases() if case.name == name)
+    case = ahead.cases()[name]
     by_triton = lambda run, programs, *arguments: run.by_triton(programs, arguments)  # noqa: E731
     with patch.object(launch.Launch, "__call__", by_triton):
         case.run()

@@ -31,6 +31,8 @@ def test_any_thread_detects_an_out_of_range_target(count: int, threads: Threads)
     target[[5, 40_000, 70_002]] = torch.tensor([-1, 9, 3])
     with pytest.raises(IndexError, match=r"got -1 at position \(5,\)"):
         cross_entropy(logits, target)
+    assert logits._version == 0
+    cross_entropy(logits, target.zero_())  # later calls are not affected
 
 
 def test_threads_that_start_in_a_kernel_do_not_flush_subnormals(threads: Threads) -> None:
