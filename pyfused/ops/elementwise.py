@@ -105,6 +105,7 @@ MSE_LOSS = PointwiseLoss(
     denominators={"mean": weight_or_elements},
     fallback_reason=_weight_differs_in_shape,
     formula=lambda input, target: (input - target) ** 2,
+    torch_backward=lambda grad, operands, _: torch.ops.aten.mse_loss_backward(grad, *operands, 0),
 )
 
 
@@ -132,6 +133,7 @@ L1_LOSS = PointwiseLoss(
     denominators={"mean": weight_or_elements},
     fallback_reason=_weight_differs_in_shape,
     formula=lambda input, target: (input - target).abs(),
+    torch_backward=lambda grad, operands, _: grad * (operands[0] - operands[1]).sign(),
 )
 
 
@@ -157,6 +159,9 @@ SMOOTH_L1_LOSS = PointwiseLoss(
     numbers=(Scalar("beta", low=0.0),),
     formula=_smooth_l1_loss,
     gradient=_gradient_of_smooth_l1_loss,
+    torch_backward=lambda grad, operands, options: torch.ops.aten.smooth_l1_loss_backward(
+        grad, *operands, 0, options.beta
+    ),
 )
 
 
@@ -184,6 +189,9 @@ HUBER_LOSS = PointwiseLoss(
     fallback_reason=lambda *call: _differ_in_dtype(*call) or _weight_differs_in_shape(*call),
     formula=_huber_loss,
     gradient=_gradient_of_huber_loss,
+    torch_backward=lambda grad, operands, options: torch.ops.aten.huber_loss_backward(
+        grad, *operands, 0, options.delta
+    ),
 )
 
 
@@ -222,13 +230,21 @@ def _binary_cross_entropy_with_logits(
     return (1 - target) * input + softplus
 
 
+def _slope_of_binary_cross_entropy_with_logits(
+    input: Tensor, target: Tensor, pos_weight: Tensor | None = None
+) -> Tensor:
+    if pos_weight is None:
+        return input.sigmoid() - target
+    positive = pos_weight * target
+    return (positive + 1 - target) * input.sigmoid() - positive
+
+
 def _gradient_of_binary_cross_entropy_with_logits(
     input: Tensor, target: Tensor, pos_weight: Tensor | None = None
 ) -> Gradients:
+    of_input = _slope_of_binary_cross_entropy_with_logits(input, target, pos_weight)
     if pos_weight is None:
-        return input.sigmoid() - target, -input
-    positive = pos_weight * target
-    of_input = (positive + 1 - target) * input.sigmoid() - positive
+        return of_input, -input
     return of_input, pos_weight * _softplus(-input) - _softplus(input), None
 
 
@@ -248,6 +264,9 @@ BINARY_CROSS_ENTROPY_WITH_LOGITS = PointwiseLoss(
     fallback_reason=_differ_in_shape,
     formula=_binary_cross_entropy_with_logits,
     gradient=_gradient_of_binary_cross_entropy_with_logits,
+    torch_backward=lambda grad, operands, _: (
+        grad * _slope_of_binary_cross_entropy_with_logits(*operands)
+    ),
 )
 
 
@@ -299,10 +318,16 @@ def _poisson_nll_loss(
     return loss
 
 
+def _slope_of_poisson_nll_loss(
+    input: Tensor, target: Tensor, eps: Tensor, log_input: bool
+) -> Tensor:
+    return input.exp() - target if log_input else 1 - target / (input + eps)
+
+
 def _gradient_of_poisson_nll_loss(
     input: Tensor, target: Tensor, eps: Tensor, log_input: bool, full: bool
 ) -> Gradients:
-    of_input = input.exp() - target if log_input else 1 - target / (input + eps)
+    of_input = _slope_of_poisson_nll_loss(input, target, eps, log_input)
     of_target = -input if log_input else -(input + eps).log()
     if full:
         of_target = of_target + torch.where(target <= 1, 0, target.log() + 0.5 / target)
@@ -320,6 +345,9 @@ POISSON_NLL_LOSS = PointwiseLoss(
     numbers=(Scalar("eps"),),
     formula=_poisson_nll_loss,
     gradient=_gradient_of_poisson_nll_loss,
+    torch_backward=lambda grad, operands, options: (
+        grad * _slope_of_poisson_nll_loss(operands[0], operands[1], options.eps, options.log_input)
+    ),
 )
 
 

@@ -319,12 +319,16 @@ class PointwiseLoss(TensorLoss):
             numbers and the choices that have their own kernels.
         gradient: Takes the same arguments, and returns the derivative by each operand, or None for
             no derivative. If it is None, derivatives are derived from the formula.
+        torch_backward: Takes the gradient of the unreduced loss, the operands and the options, and
+            returns the gradient of the input in torch's operators, for second derivatives. None
+            calls torch's function and differentiates it twice, which takes longer.
         clamps: Whether the formula's derivative depends on torch's derivative of clamp at a bound.
         masks: The indices of the operands that are bool in the formula.
     """
 
     formula: Callable[..., Tensor]
     gradient: Callable[..., Gradients] | None = None
+    torch_backward: Callable[..., Tensor] | None = None
     clamps: bool = False
     masks: tuple[int, ...] = ()
 
@@ -415,6 +419,21 @@ class PointwiseLoss(TensorLoss):
         return backend_of(operands[0]).pointwise_loss(
             kernel, *inputs, outputs, divisor, grad_output, on_nan
         )
+
+    def define(
+        self, saved: Tensors, options: Options, needs: Needs, grad_output: Tensor, *_: Any
+    ) -> Gradients:
+        *operands, weight, divisor = saved
+        is_wide = operands[0].dtype in (torch.float32, torch.float64)
+        if self.torch_backward is None or not is_wide or True in needs[1:]:
+            return super().define(saved, options, needs, grad_output)
+        if divisor is None and options.reduction in self.denominators:
+            divisor = self.denominators[options.reduction](operands, None, options)
+        if divisor is not None:
+            grad_output = (grad_output / divisor).to(grad_output.dtype)
+        grad_output = self.expanded(grad_output, operands)
+        grad_output = grad_output if weight is None else grad_output * weight
+        return self.torch_backward(grad_output, operands, options), *[None] * (len(operands) - 1)
 
     def _by_formula(self, *arguments: Any) -> Tensor:
         """Returns the result, for an operator that torch lacks."""
