@@ -1,11 +1,12 @@
 """Logits that are computed only when something other than their cross-entropy reads them.
 
 The head of a converted model returns `LazyLogits`, a tensor without memory. Its cross-entropy is
-``linear_cross_entropy`` of the hidden states. The results of a few operators are lazy as well,
-because they follow from the hidden states: views that keep rows whole, permutations of dimensions,
-selections of rows, a cast to float32, a constant bias, a positive factor, a cap by tanh,
-log_softmax. The pass over a loss records the predictions of its rows. Any other operator reads the
-logits, which are then computed once.
+``linear_cross_entropy`` of the hidden states, and the gather of a class and the log-sum-exp of each
+row are ``linear_log_probs``. The results of a few operators are lazy as well, because they follow
+from the hidden states: views that keep rows whole, permutations of dimensions, selections of rows,
+a cast to float32, a constant bias, a positive factor, a cap by tanh, log_softmax. The pass over a
+loss records the predictions of its rows. Any other operator reads the logits, which are then
+computed once.
 
 The tensor is a wrapper subclass with torch's own autograd graph, which begins with `_Head`.
 ``__torch_function__`` replaces the cross-entropy, and passes a plain view of the tensor to other
@@ -528,10 +529,9 @@ class _Value:
             result = result + self.bias[index].to(dtype)
         return result.to(dtype).double()
 
-    def scaled(self, linear: Tensor) -> Tensor:
+    def scaled(self, x: Tensor) -> Tensor:
         """Returns logits with the scale and the cap."""
-        capped = linear if self.cap is None else self.cap * (linear / self.cap).tanh()
-        return self.scale * capped
+        return self.scale * (x if self.cap is None else self.cap * (x / self.cap).tanh())
 
     def is_index(self, reader: str, index: Any) -> bool:
         """Returns whether a fused operator can take a class index for each row."""
