@@ -19,7 +19,7 @@ from pyfused.ops.row_sources import LogitRows, row_source
 from pyfused.ops.rows import (
     RowLoss,
     RowOperator,
-    kept_logits,
+    index_of_saved_logits,
     loss_forward,
     state_backward,
     state_forward,
@@ -328,7 +328,7 @@ class LinearCrossEntropy(RowOperator):
 
     flattens = True
     tiles = True
-    overwritten = kept_logits
+    overwritten = index_of_saved_logits
 
     def by_torch(self, tensors: Tensors, options: Options) -> Any:
         """Returns the result; torch's function does not check the budget and `filter_eps`."""
@@ -355,8 +355,8 @@ class LinearCrossEntropy(RowOperator):
             target = target.to(torch.int64).flatten()
         wide = self.wide_dtype((input, *tensors[1:]))
         values = metrics.from_state(state, target, options.ignore_index, wide)
-        named = metrics.Metrics(*[with_leading_dims(x, leading) for x in values])
-        return with_leading_dims(loss, leading).to(dtype), named
+        fields = metrics.Metrics(*[with_leading_dims(x, leading) for x in values])
+        return with_leading_dims(loss, leading).to(dtype), fields
 
     def loop(self, tensors: Tensors, options: Options, needs: Needs) -> HeadLoop:
         """Returns the loop over blocks of rows with all classes."""

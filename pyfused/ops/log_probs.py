@@ -18,7 +18,7 @@ from torch import Tensor
 
 from pyfused.dispatch.operator import Forward, Needs, Operand, Options, Tensors
 from pyfused.ops.row_sources import row_source
-from pyfused.ops.rows import RowOperator, kept_logits, state_backward, state_forward
+from pyfused.ops.rows import RowOperator, index_of_saved_logits, state_backward, state_forward
 from pyfused.ops.shards import class_range
 from pyfused.types import (
     INDEX,
@@ -105,7 +105,7 @@ class LogProbsOperator(RowOperator):
 
     factors: ClassVar[tuple[Operand, ...]] = ()
     strategy = "row by row"
-    overwritten = kept_logits
+    overwritten = index_of_saved_logits
 
     def forward(
         self, tensors: Tensors, options: Options, needs: Needs, shard: Any = None

@@ -128,19 +128,19 @@ class HeadRows:
     def state(self, fields: int, _results: int, keeps_logits: bool) -> RowState:
         all_classes, backend = self.layer.weight.shape[0], self.loop.backend
         state = self.target.new_empty((fields, self.target.shape[0]), dtype=torch.float64)
-        kept: Tensor | None = None
+        saved: Tensor | None = None
 
         def step(logits: Tensor, rows: slice, classes: slice) -> None:
-            nonlocal kept
+            nonlocal saved
             if keeps_logits and logits.shape[1] == all_classes:
-                kept = logits.as_strided((logits.shape[0] * logits.stride(0),), (1,))
+                saved = logits.as_strided((logits.shape[0] * logits.stride(0),), (1,))
             block = self.block(logits, rows, classes)
             backend.row_state(block, state[:, rows], continues=classes.start > 0)
 
         self.loop.run(self.layer, step, backwards=True)  # the logits of the first rows come last
         if self.rows.indices is not None:
             state = self.rows.spread(state, 1)
-        return state.view(fields, *self.shape), None, kept
+        return state.view(fields, *self.shape), None, saved
 
     def gradients(
         self,

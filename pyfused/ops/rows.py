@@ -368,8 +368,8 @@ def state_forward(
     return (result, state) if options.with_metrics else result, saved, ()
 
 
-def kept_logits(op: RowOperator, saved: Tensors, *_: Any) -> int | None:
-    """Returns the index of the logits that `state_forward` has kept; see `Operator.overwritten`."""
+def index_of_saved_logits(op: RowOperator, saved: Tensors, *_: Any) -> int | None:
+    """Returns the index of the logits that `state_forward` saved; see `Operator.overwritten`."""
     index = len(op.all_operands) + 1
     return index if len(saved) > index else None
 
