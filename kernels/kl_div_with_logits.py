@@ -97,8 +97,7 @@ def kl_div_kernel(
     of_y = y_rows, first_pass(y_rows, classes, read, BLOCK, scale)
     grad_scale = loss_scale if scale is None else loss_scale * scale
     grad_scale = gradient_scale(grad_scale, grad_output, rows, in_bounds, EACH)
-    of_teacher = tl.zeros([ROWS, BLOCK], A)
-    of_student = tl.zeros([ROWS, BLOCK], A)
+    of_teacher, of_student = tl.zeros([ROWS, BLOCK], A), tl.zeros([ROWS, BLOCK], A)
     tl.debug_barrier()  # inplace: all threads have finished the first pass
     for start in range(0, classes, BLOCK):
         c, mask = class_block(start, classes, in_bounds, BLOCK)

@@ -138,8 +138,8 @@ class Launch:
                 self.compiled[key] = compiled
             return
         grid_and_stream = programs, 1, 1, active.get_current_stream(device)
-        found = compiled.function, compiled.packed_metadata
-        compiled.run(*grid_and_stream, *found, None, None, None, *arguments, *self.last)
+        kernel = compiled.function, compiled.packed_metadata
+        compiled.run(*grid_and_stream, *kernel, None, None, None, *arguments, *self.last)
 
     def by_triton(self, programs: int, arguments: tuple[Any, ...]) -> Any:
         warps = max(1, self.choice.threads // warp_size())

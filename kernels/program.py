@@ -88,17 +88,17 @@ def power(x, y):
     """Returns x**y, computed in float64, because the error of exp(y log(x)) grows with y log(x)."""
     base, exponent = x.to(tl.float64), y.to(tl.float64)
     size, half = tl.abs(base), 0.5 * exponent
-    found = tl.where(size == 1.0, 1.0, tl.exp(exponent * tl.log(size)))  # inf * 0 is NaN
+    result = tl.where(size == 1.0, 1.0, tl.exp(exponent * tl.log(size)))  # inf * 0 is NaN
     of_zero = tl.where(exponent < 0.0, float("inf"), 0.0 * exponent)  # NaN if the exponent is NaN
     of_zero = tl.where(exponent > 0.0, 0.0, of_zero)
-    found = tl.where(size == 0.0, of_zero, found)
+    result = tl.where(size == 0.0, of_zero, result)
     # Triton computes -x as 0 - x, which is never -0.0.
-    of_whole = tl.where(tl.floor(half) != half, -1.0 * found, found)
-    of_part = tl.where(base == 0.0, found, tl.where(size < float("inf"), float("nan"), found))
+    of_whole = tl.where(tl.floor(half) != half, -1.0 * result, result)
+    of_part = tl.where(base == 0.0, result, tl.where(size < float("inf"), float("nan"), result))
     of_negative = tl.where(tl.floor(exponent) == exponent, of_whole, of_part)
     negative = tl.where(base == 0.0, 1.0 / base, base) < 0.0  # includes -0.0
-    found = tl.where(negative, of_negative, found)
-    return tl.where(exponent == 0.0, 1.0, found).to(x.dtype)
+    result = tl.where(negative, of_negative, result)
+    return tl.where(exponent == 0.0, 1.0, result).to(x.dtype)
 
 
 # The Triton expression of each instruction.

@@ -120,10 +120,10 @@ def class_weight(weight, c, classes, first_class):
 @triton.jit
 def weight_at(weight, i, mask, A: tl.constexpr):
     """Returns the weights at indices i, 1 if weight is None; 0 outside of the mask."""
-    found = tl.where(mask, 1.0, 0.0)
+    value = tl.where(mask, 1.0, 0.0)
     if weight is not None:
-        found = tl.load(weight + i, mask=mask, other=0.0)
-    return found.to(A)
+        value = tl.load(weight + i, mask=mask, other=0.0)
+    return value.to(A)
 
 
 @triton.jit

@@ -201,17 +201,17 @@ def _step(model: Module, batch: Any) -> dict[str, torch.Tensor]:
         losses = [x for x in tensors if x.dim() == 0 and x.requires_grad]
         if not losses:
             raise TypeError("check: expected a batch for which the model returns a loss, got none")
-        named = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        gradients = torch.autograd.grad(losses[0], [*named.values()], allow_unused=True)
-        found = {name: x for name, x in zip(named, gradients, strict=True) if x is not None}
-    return {"the loss": losses[0].detach()} | found
+        parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        gradients = torch.autograd.grad(losses[0], [*parameters.values()], allow_unused=True)
+        pairs = zip(parameters, gradients, strict=True)
+    return {"the loss": losses[0].detach()} | {name: x for name, x in pairs if x is not None}
 
 
-def _difference(found: dict[str, Any], expected: dict[str, Any]) -> str | None:
+def _difference(result: dict[str, Any], expected: dict[str, Any]) -> str | None:
     """Returns what differs by more than rounding, None if nothing does."""
     largest = max(float(x.abs().max()) for x in expected.values())
-    for name in dict.fromkeys((*expected, *found)):
-        x, y = found.get(name), expected.get(name)
+    for name in dict.fromkeys((*expected, *result)):
+        x, y = result.get(name), expected.get(name)
         if x is None or y is None:
             return f"a gradient of {name} only {'before' if x is None else 'after'} the conversion"
         tolerance = max(1e-3, 16 * torch.finfo(y.dtype).eps)
@@ -225,8 +225,8 @@ def _warn(plan: Conversion, modules: dict[str, Module], head: str | None, option
     """Warns if `convert` changed nothing, left a language model as is, or ignored an option."""
     messages = []
     for name, kind, reason in plan.left:
-        module, named = modules[name], head is not None and name == "."
-        if named or (heads.has_head(module) and not heads.shares_head(module)):
+        module, is_named = modules[name], head is not None and name == "."
+        if is_named or (heads.has_head(module) and not heads.shares_head(module)):
             messages += [f"{kind} computes all of its logits: {reason}"] * (reason not in _ALREADY)
     if not messages and plan.is_empty():
         messages = [str(plan)]

@@ -15,14 +15,12 @@ from pyfused.layout import accumulate_dtype, with_leading_dims
 from pyfused.ops import definitions, metrics
 from pyfused.ops.head_loop import ALL_ROWS, HeadLoop, Rows, rows_that_count
 from pyfused.ops.heads import BlockResult, HeadBlocks, cap_backward, capped
-from pyfused.ops.row_sources import LogitRows, row_source
+from pyfused.ops.row_sources import LogitRows
 from pyfused.ops.rows import (
     RowLoss,
     RowOperator,
-    kept_logits,
+    index_of_saved_logits,
     loss_forward,
-    state_backward,
-    state_forward,
 )
 from pyfused.ops.shards import class_range
 from pyfused.types import (
@@ -52,7 +50,7 @@ class CrossEntropyLoss(RowLoss):
     weight of each class; and the factors.
     """
 
-    # ---- from states of rows: see `rows.state_forward` -------------------------------------------
+    # ---- from states of rows: see `RowOperator.state_forward` ------------------------------------
 
     def fields(self, options: Options) -> int:
         if options.label_smoothing != 0:
@@ -252,8 +250,7 @@ class CrossEntropy(RowOperator):
     ) -> Forward:
         dtype, state = definitions.dtype_of_loss(options, *tensors[:3]), None
         if self.needs_state(options, shard):
-            source = row_source(self, tensors, options, needs, shard, bool(options.with_metrics))
-            return state_forward(self, source, tensors, options, needs, dtype)
+            return self.state_forward(tensors, options, needs, shard, dtype=dtype)
         if options.with_metrics:
             state = metrics_state(tensors[0], tensors[1], options, METRICS_FIELDS)
         kernel = backend_of(tensors[0]).cross_entropy
@@ -266,8 +263,7 @@ class CrossEntropy(RowOperator):
         self, saved: Tensors, options: Options, needs: Needs, grad_output: Tensor, shard: Any = None
     ) -> Gradients:
         if self.needs_state(options, shard):
-            source = row_source(self, saved, options, needs, shard)
-            return state_backward(self, source, saved, options, needs, grad_output)
+            return super().backward(saved, options, needs, grad_output, shard)
         outputs = Outputs(False, tuple(needs), options.inplace)
         return backend_of(saved[0]).cross_entropy(saved, options, outputs, grad_output)[1]
 
@@ -328,7 +324,7 @@ class LinearCrossEntropy(RowOperator):
 
     flattens = True
     tiles = True
-    overwritten = kept_logits
+    overwritten = index_of_saved_logits
 
     def by_torch(self, tensors: Tensors, options: Options) -> Any:
         """Returns the result; torch's function does not check the budget and `filter_eps`."""
@@ -355,8 +351,8 @@ class LinearCrossEntropy(RowOperator):
             target = target.to(torch.int64).flatten()
         wide = self.wide_dtype((input, *tensors[1:]))
         values = metrics.from_state(state, target, options.ignore_index, wide)
-        named = metrics.Metrics(*[with_leading_dims(x, leading) for x in values])
-        return with_leading_dims(loss, leading).to(dtype), named
+        fields = metrics.Metrics(*[with_leading_dims(x, leading) for x in values])
+        return with_leading_dims(loss, leading).to(dtype), fields
 
     def loop(self, tensors: Tensors, options: Options, needs: Needs) -> HeadLoop:
         """Returns the loop over blocks of rows with all classes."""
@@ -370,11 +366,9 @@ class LinearCrossEntropy(RowOperator):
         self, tensors: Tensors, options: Options, needs: Needs, shard: Any = None
     ) -> Forward:
         if (blocks := self.blocks(tensors, options, needs, shard)) is None:
-            all_rows = bool(options.with_metrics)
-            # The backward pass does not have rows of weight 0.
-            keeps = shard is not None and not (all_rows and tensors[-2] is not None)
-            source = row_source(self, tensors, options, needs, shard, all_rows)
-            return state_forward(self, source, tensors, options, needs, keeps_logits=keeps)
+            # With metrics, the forward pass also has rows of weight 0.
+            keeps = shard is not None and not (options.with_metrics and tensors[-2] is not None)
+            return self.state_forward(tensors, options, needs, shard, keeps_logits=keeps)
         needs = needs if self.in_forward(tensors, options, needs) else ()
         loss, gradients, state = blocks.compute(needs)
         if state is None:
@@ -386,8 +380,7 @@ class LinearCrossEntropy(RowOperator):
     ) -> Gradients:
         if blocks := self.blocks(saved[: len(self.all_operands)], options, needs, shard):
             return blocks.compute(needs, grad_output)[1]
-        source = row_source(self, saved, options, needs, shard)
-        return state_backward(self, source, saved, options, needs, grad_output)
+        return super().backward(saved, options, needs, grad_output, shard)
 
     def blocks(
         self, tensors: Tensors, options: Options, needs: Needs, shard: Any

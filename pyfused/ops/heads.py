@@ -76,10 +76,11 @@ class HeadBlocks:
         if is_mean:
             options = options._replace(reduction="sum", denominator=None)
         results = list[Any]()
+        sliced = row_operands if self.size.rows < input.shape[0] else []
 
         def step(logits: Tensor, block: slice, _: slice) -> Tensor | None:
             part, grad = [*operands], grad_output
-            for i in row_operands:
+            for i in sliced:
                 part[i] = None if part[i] is None else part[i][block]
             grad = grad[block] if unreduced and grad is not None else grad
             result = loss.block(logits, part, grad, options, outputs)

@@ -17,8 +17,7 @@ import torch
 from torch import Tensor
 
 from pyfused.dispatch.operator import Forward, Needs, Operand, Options, Tensors
-from pyfused.ops.row_sources import row_source
-from pyfused.ops.rows import RowOperator, kept_logits, state_backward, state_forward
+from pyfused.ops.rows import RowOperator, index_of_saved_logits
 from pyfused.ops.shards import class_range
 from pyfused.types import (
     INDEX,
@@ -27,7 +26,6 @@ from pyfused.types import (
     SMOOTH,
     SMOOTHING_FIELDS,
     STATE_FIELDS,
-    Gradients,
 )
 
 
@@ -74,7 +72,7 @@ def named(
 
 
 class LogProbsLoss:
-    """Log-probabilities, entropies and log-sum-exps from states of rows; see `rows.state_forward`.
+    """Log-probabilities, entropies and log-sum-exps from states of rows; see `RowOperator`.
 
     The tensors of a call are the logits, or a layer's input, weight and bias; and the target.
     """
@@ -105,20 +103,13 @@ class LogProbsOperator(RowOperator):
 
     factors: ClassVar[tuple[Operand, ...]] = ()
     strategy = "row by row"
-    overwritten = kept_logits
+    overwritten = index_of_saved_logits
 
     def forward(
         self, tensors: Tensors, options: Options, needs: Needs, shard: Any = None
     ) -> Forward:
-        source = row_source(self, tensors, options, needs, shard)
         results = 1 if options.alone else len(RESULTS)
-        return state_forward(self, source, tensors, options, needs, results=results)
-
-    def backward(
-        self, saved: Tensors, options: Options, needs: Needs, grad_output: Tensor, shard: Any = None
-    ) -> Gradients:
-        source = row_source(self, saved, options, needs, shard)
-        return state_backward(self, source, saved, options, needs, grad_output)
+        return self.state_forward(tensors, options, needs, shard, results=results)
 
     def fake(self, tensors: Tensors, options: Options) -> tuple[Tensor, Tensor]:
         input, rows = tensors[0], tensors[-1].shape

@@ -15,11 +15,8 @@ import torch
 from torch import Tensor
 
 from pyfused.backends import backend_of
-from pyfused.dispatch.operator import Needs, Options, Tensors
 from pyfused.layout import feature_rows
-from pyfused.ops.collectives import LocalShard
 from pyfused.ops.head_loop import HeadLoop, Layer, rows_that_count
-from pyfused.ops.shards import ShardedRows, class_range
 from pyfused.types import STATE_FIELDS, ClassRange, Gradients, RowBlock, RowOptions
 
 # The state, of shape (fields, *target.shape); its first fields in the accumulation dtype, or None;
@@ -128,19 +125,19 @@ class HeadRows:
     def state(self, fields: int, _results: int, keeps_logits: bool) -> RowState:
         all_classes, backend = self.layer.weight.shape[0], self.loop.backend
         state = self.target.new_empty((fields, self.target.shape[0]), dtype=torch.float64)
-        kept: Tensor | None = None
+        saved: Tensor | None = None
 
         def step(logits: Tensor, rows: slice, classes: slice) -> None:
-            nonlocal kept
+            nonlocal saved
             if keeps_logits and logits.shape[1] == all_classes:
-                kept = logits.as_strided((logits.shape[0] * logits.stride(0),), (1,))
+                saved = logits.as_strided((logits.shape[0] * logits.stride(0),), (1,))
             block = self.block(logits, rows, classes)
             backend.row_state(block, state[:, rows], continues=classes.start > 0)
 
         self.loop.run(self.layer, step, backwards=True)  # the logits of the first rows come last
         if self.rows.indices is not None:
             state = self.rows.spread(state, 1)
-        return state.view(fields, *self.shape), None, kept
+        return state.view(fields, *self.shape), None, saved
 
     def gradients(
         self,
@@ -167,34 +164,3 @@ class HeadRows:
         if grad_input is not None:
             grad_input = rows.spread(grad_input).view(*self.leading, grad_input.shape[-1])
         return grad_input, *others
-
-
-def row_source(
-    op: Any,
-    tensors: Tensors,
-    options: Options,
-    needs: Needs,
-    shard: LocalShard | None,
-    all_rows: bool = False,
-) -> Any:
-    """Returns the source of the rows of a call's logits, or of its layer's.
-
-    Args:
-        op: A `rows.RowOperator`.
-        tensors: The arranged tensors of the call, or the saved ones, of which they are the first.
-        all_rows: Whether to include rows of weight 0.
-    """
-    tensors, layer = tensors[: len(op.all_operands)], tensors[op.layer]
-    target, weight, row_options = op.loss.inputs(tensors, options, all_rows)
-    inputs = target, weight, row_options, class_range(layer, shard)
-    source: Any
-    if op.is_linear:
-        sizes, backend = op.head_sizes(tensors, options), backend_of(tensors[0])
-        size = sizes.tile if op.tiles and shard is None else sizes.state_blocks
-        loop = HeadLoop(backend, sizes.dtype, size, needs)
-        source = HeadRows(loop, layer, *inputs)
-    else:
-        source = LogitRows(layer[0], *inputs)
-    if shard is None:
-        return source
-    return ShardedRows(source, shard, layer, target, op.loss.merges_entropy(options), needs)

@@ -37,8 +37,9 @@ from pyfused.layout import accumulate_dtype
 from pyfused.ops import custom_operators, definitions
 from pyfused.ops.chunk_sizes import HeadSizes, head_sizes
 from pyfused.ops.collectives import LocalShard
-from pyfused.ops.head_loop import ALL_ROWS, Rows, rows_that_count
-from pyfused.ops.shards import class_range, local_shard, sharded_results
+from pyfused.ops.head_loop import ALL_ROWS, HeadLoop, Rows, rows_that_count
+from pyfused.ops.row_sources import HeadRows, LogitRows
+from pyfused.ops.shards import ShardedRows, class_range, local_shard, sharded_results
 from pyfused.types import (
     SMOOTH,
     Gradients,
@@ -108,7 +109,8 @@ class RowOperator(Operator):
 
     Attributes:
         check_arguments: Raises for invalid shapes, dtypes and options.
-        loss: Computes the result and its gradients.
+        loss: Computes the result and its gradients, from states of rows, as
+            `cross_entropy.CrossEntropyLoss` does, or in blocks of rows with all classes.
         reference: Computes the result by torch's operators, from arranged tensors. NaN in rows that
             do not count does not reach gradients. By default ``torch``.
         student: The number of differentiated tensors, which come first.
@@ -222,6 +224,70 @@ class RowOperator(Operator):
         converts = dtype is not tensors[0].dtype
         limits: Any = tensors[1].shape, dtype, backend, options.memory_budget
         return head_sizes(*limits, None, converts)
+
+    # ---- states of rows --------------------------------------------------------------------------
+
+    def source(
+        self, tensors: Tensors, options: Options, needs: Needs, shard: Any, all_rows: bool = False
+    ) -> Any:
+        """Returns the source of the rows of a call's logits, or of its layer's.
+
+        Args:
+            tensors: The arranged tensors of the call, or the saved ones, which begin with them.
+            all_rows: Whether to include rows of weight 0.
+        """
+        tensors, layer = tensors[: len(self.all_operands)], tensors[self.layer]
+        target, weight, row_options = self.loss.inputs(tensors, options, all_rows)
+        inputs = target, weight, row_options, class_range(layer, shard)
+        source: Any
+        if self.is_linear:
+            sizes, backend = self.head_sizes(tensors, options), backend_of(tensors[0])
+            size = sizes.tile if self.tiles and shard is None else sizes.state_blocks
+            source = HeadRows(HeadLoop(backend, sizes.dtype, size, needs), layer, *inputs)
+        else:
+            source = LogitRows(layer[0], *inputs)
+        if shard is None:
+            return source
+        return ShardedRows(source, shard, layer, target, self.loss.merges_entropy(options), needs)
+
+    def state_forward(
+        self,
+        tensors: Tensors,
+        options: Options,
+        needs: Needs,
+        shard: Any,
+        *,
+        dtype: torch.dtype | None = None,
+        results: int = 0,
+        keeps_logits: bool = True,
+    ) -> Forward:
+        """Computes the forward pass of a loss from the state of each row.
+
+        Args:
+            dtype: The dtype of the result, None for the accumulation dtype.
+            results: As in `LogitRows.state`.
+            keeps_logits: Whether to keep logits that have been computed for the backward pass.
+        """
+        loss, keeps = self.loss, keeps_logits and True in needs
+        source = self.source(tensors, options, needs, shard, all_rows=bool(options.with_metrics))
+        state, result, logits = source.state(loss.fields(options), results, keeps)
+        if result is None:
+            # Users may change the result in place, so it does not share the state's memory.
+            result = loss.result_from(state, tensors, options, source.classes.total)
+            result = result.to(dtype or self.wide_dtype(tensors), copy=True)
+        saved = *tensors, state, logits
+        return (result, state) if options.with_metrics else result, saved, ()
+
+    def backward(
+        self, saved: Tensors, options: Options, needs: Needs, grad_output: Tensor, shard: Any = None
+    ) -> Gradients:
+        """Computes the gradients from the states that `state_forward` has saved."""
+        source, count = self.source(saved, options, needs, shard), len(self.all_operands)
+        tensors, (state, logits) = saved[:count], (*saved[count:], None)[:2]
+        call = tensors, options, source.classes.total, grad_output
+        grads, below = self.loss.grad_results(state, *call)
+        gradients = source.gradients(state, grads, logits, below)
+        return *gradients, *[None] * (len(needs) - len(gradients))
 
     # ---- definitions -----------------------------------------------------------------------------
 
@@ -338,54 +404,7 @@ def loss_forward(
     return loss, tensors, gradients if in_forward else ()
 
 
-def state_forward(
-    op: RowOperator,
-    source: Any,
-    tensors: Tensors,
-    options: Options,
-    needs: Needs,
-    dtype: torch.dtype | None = None,
-    *,
-    results: int = 0,
-    keeps_logits: bool = True,
-) -> Forward:
-    """Returns the forward pass of a loss that is computed from the state of each row.
-
-    Args:
-        op: Its loss has the methods of `cross_entropy.CrossEntropyLoss` for states.
-        source: A source of rows, made by `row_source`.
-        dtype: The dtype of the result, None for the accumulation dtype.
-        results: As in `LogitRows.state`.
-        keeps_logits: Whether to keep logits that have been computed for the backward pass.
-    """
-    loss, keeps = op.loss, keeps_logits and True in needs
-    state, result, logits = source.state(loss.fields(options), results, keeps)
-    if result is None:
-        # Users may change the result in place, so it does not share the state's memory.
-        result = loss.result_from(state, tensors, options, source.classes.total)
-        result = result.to(dtype or op.wide_dtype(tensors), copy=True)
-    saved = *tensors, state, logits
-    return (result, state) if options.with_metrics else result, saved, ()
-
-
-def kept_logits(op: RowOperator, saved: Tensors, *_: Any) -> int | None:
-    """Returns the index of the logits that `state_forward` has kept; see `Operator.overwritten`."""
+def index_of_saved_logits(op: RowOperator, saved: Tensors, *_: Any) -> int | None:
+    """Returns the index of the logits that `state_forward` saved; see `Operator.overwritten`."""
     index = len(op.all_operands) + 1
     return index if len(saved) > index else None
-
-
-def state_backward(
-    op: RowOperator,
-    source: Any,
-    saved: Tensors,
-    options: Options,
-    needs: Needs,
-    grad_output: Tensor,
-) -> Gradients:
-    """Returns the backward pass of `state_forward`."""
-    count = len(op.all_operands)
-    tensors, (state, logits) = saved[:count], (*saved[count:], None)[:2]
-    call = tensors, options, source.classes.total, grad_output
-    grads, below = op.loss.grad_results(state, *call)
-    gradients = source.gradients(state, grads, logits, below)
-    return *gradients, *[None] * (len(needs) - len(gradients))
