@@ -864,7 +864,7 @@ def of_closures() -> tuple[Callable[[Tensor], Tensor], Callable[[], None]]:
 reads_closures, rebind_closures = of_closures()
 REACHED: tuple[Callable[[Tensor], Tensor], ...] = (
     lambda x: formulas.F.silu(x) * formulas.mish(x) + F.mish(x) + torch.relu(x),
-    lambda x: Settings.tripled(x) + Settings.absolute(x),
+    lambda x: Settings.tripled(x) + (lambda settings: settings.absolute(x))(Settings),
     lambda x: softplus_of_2(x) * pi * math.e * numpy.pi,
     lambda x: partial(torch.clamp, min=-1.0)(x) + partial(Settings.tripled)(x),
     lambda x: torch.log(x.abs() + torch.finfo(torch.float32).eps),
