@@ -23,7 +23,7 @@ from pyfused import checks, nn
 from pyfused.backends.protocol import Parameters
 from pyfused.dispatch import run as dispatch
 from pyfused.dispatch.explanation import Explanation, explanation_of
-from pyfused.dispatch.operator import Operand, Options, Tensors, grad_enabled
+from pyfused.dispatch.operator import Operand, Options, Tensors, grad_enabled, requires_grad
 from pyfused.dispatch.reasons import SMALL
 from pyfused.dispatch.report import recorded
 from pyfused.dispatch.sizes import is_small
@@ -179,18 +179,12 @@ class FormulaOperator(PointwiseLoss):
         numbers, dtypes = (0.5,) * len(self.numbers), self.dtypes(len(shapes))
         return trace.broadcasts(functions, shapes, dtypes, numbers)
 
-    def with_masks(self, operands: Sequence[Tensor]) -> list[Tensor]:
-        """Returns the operands of the formula, masks as bool."""
-        return [x.bool() if k in self.masks else x for k, x in enumerate(operands)]
-
     def by_operands(self, operands: Sequence[Tensor], options: Options) -> Tensor:
-        return super().by_operands(self.with_masks(operands), options)
+        masked = [x.bool() if k in self.masks else x for k, x in enumerate(operands)]
+        return super().by_operands(masked, options)
 
     def check_options(self, options: Options) -> None:
-        self.check_choices(options)  # functions take any numbers
-
-    def check_choices(self, options: Options) -> None:
-        checks.reduction(options.reduction)
+        checks.reduction(options.reduction)  # functions take any numbers
 
     def check(self, tensors: Tensors, options: Options) -> None:
         """Does nothing: `_reason_of_shapes` looks at the shapes."""
@@ -212,14 +206,13 @@ def _exponents(kernel: Kernel) -> set[int]:
 
 def _located(error: Exception, formula: Formula) -> str:
     """Returns an error's message, with the line of the formula that raised it."""
-    frames, message = extract_tb(error.__traceback__), str(error)
-    for function in formula.functions_of_formula:
-        code = inspect.unwrap(function).__code__
-        lines = [x.lineno for x in frames if x.filename == code.co_filename]
-        if lines:
-            return f"line {lines[-1]} of {code.co_filename}: {message}"
-    code = inspect.unwrap(formula.written).__code__  # its result or its derivative
-    return f"line {code.co_firstlineno} of {code.co_filename}: {message}"
+    functions = [x for x in (formula.written, formula.slopes) if x is not None]
+    codes = [inspect.unwrap(function).__code__ for function in functions]
+    files = [code.co_filename for code in codes]
+    lines = [(x.lineno, x.filename) for x in extract_tb(error.__traceback__) if x.filename in files]
+    # Its result or its derivative may be wrong.
+    line, file = [(codes[0].co_firstlineno, files[0]), *lines][-1]
+    return f"line {line} of {file}: {error}"
 
 
 def _returning_slopes(slopes: Any, operands: int) -> Callable[..., tuple[Any, ...]]:
@@ -301,10 +294,6 @@ def _read_signature(function: Callable[..., Any]) -> tuple[list[str], dict[str, 
     return operands, parameters
 
 
-def _needs_grad(operands: Sequence[Any]) -> bool:
-    return torch.is_grad_enabled() and any(getattr(x, "requires_grad", False) for x in operands)
-
-
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 
@@ -340,11 +329,6 @@ class Formula:
             added = [inspect.Parameter(n, kind, default=self.arguments[n]) for n in _CALL_OPTIONS]
             self.__signature__ = self.__signature__.replace(parameters=[*parameters, *added])
         self._declare()
-
-    @property
-    def functions_of_formula(self) -> tuple[Any, ...]:
-        """Returns the user's function and, if there is one, the gradient."""
-        return (self.written,) if self.slopes is None else (self.written, self.slopes)
 
     @never_traced
     def gradient(self, slopes: Function) -> Function:
@@ -473,7 +457,7 @@ class Formula:
         if parameters:
             parameters = self.with_tensors(operands, parameters)
         is_compiled = is_dynamo_compiling()
-        if not self.kinds or (is_compiled and not _needs_grad(operands)):
+        if not self.kinds or (is_compiled and not any(map(requires_grad, operands))):
             value: Tensor = self.captured(*operands, **parameters)
             return value
         for name, value in parameters.items():

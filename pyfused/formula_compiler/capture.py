@@ -185,8 +185,9 @@ def _known() -> dict[int, Any]:
 
 def _unpatched(function: Any) -> Any:
     """Returns torch's function for one that pyfused.patch has replaced."""
-    is_patched = getattr(function, "__globals__", {}).get("__package__") == "pyfused"
-    return getattr(function, "__wrapped__", function) if is_patched else function
+    if isinstance(function, FunctionType) and function.__globals__.get("__package__") == "pyfused":
+        return getattr(function, "__wrapped__", function)
+    return function
 
 
 def _is_constant(value: Any, owner: Any) -> bool:
