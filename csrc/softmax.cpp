@@ -158,11 +158,7 @@ class SoftmaxColumns : Columns<T, kColumns, kTileClasses> {
             y[b] = powers[b] * last[b];
             lowest = y[b] < lowest ? y[b] : lowest;
           }
-          if (lowest < kExact<A>) {
-            add_subnormals(
-                y, kColumns, [=](int64_t b) { return logits[b] - max[b]; },
-                [&](int64_t b) { return last[b]; });
-          }
+          if (lowest < kExact<A>) add_subnormals_of_columns<T>(logits, max, last, y, kColumns);
         }
       });
     });
@@ -209,17 +205,25 @@ class SoftmaxColumns : Columns<T, kColumns, kTileClasses> {
   }
 };
 
+// Whether the stride of classes is a multiple of a page: then narrow columns would map to a
+// few cache sets, and classes would evict each other.
+template <class T> bool far_apart(const Softmax<T>& softmax) {
+  return softmax.input.inner == 1 && softmax.inner >= 128 &&
+         softmax.input.classes * int64_t(sizeof(T)) % 4096 == 0;
+}
+
 // ---- the gradient along a middle dimension ------------------------------------------------------
 
 #ifdef PYFUSED_HAS_REGISTERS
 // At most kMost contiguous positions, which are loaded directly into registers: 1.2 to 3 times
-// faster than through tiles. Prefetching would cost more time than it saves.
+// faster than through tiles. The next strip is prefetched only where classes are far apart: there,
+// tensors that exceed the cache take 0.8 to 0.9 times as long, but others take up to 1.1 times.
 template <bool kLogarithm, class T> class SoftmaxStrip {
  public:
   static constexpr int64_t kMost = 4 * kPair;
 
-  SoftmaxStrip(const Softmax<T>& softmax, int64_t position)
-      : softmax(softmax), y(softmax.at(softmax.input, position)),
+  SoftmaxStrip(const Softmax<T>& softmax, int64_t position, bool prefetches)
+      : softmax(softmax), prefetches(prefetches), y(softmax.at(softmax.input, position)),
         dy(softmax.at(softmax.grad_output, position)), dx(softmax.at(softmax.output, position)) {}
 
   void backward(int64_t n) const {
@@ -232,8 +236,13 @@ template <bool kLogarithm, class T> class SoftmaxStrip {
   // The number of terms that are summed in a float. Few, because rounding errors add up.
   static constexpr int64_t kTerms = 32;
   const Softmax<T>& softmax;
+  const bool prefetches;
   const T *const y, *const dy;
   T* const dx;
+
+  static void prefetch_next(const T* strip) {
+    for (int64_t b = kMost; b < 2 * kMost; b += kLanes<T>) PYFUSED_PREFETCH(strip + b);
+  }
 
   // Only the first `last` elements of the last pair are positions.
   template <int kPairs> PYFUSED_INLINE void backward_of(int64_t last) const {
@@ -249,6 +258,11 @@ template <bool kLogarithm, class T> class SoftmaxStrip {
         const T *const y_k = y + k * softmax.input.classes, *const dy_k =
                                                                 dy +
                                                                 k * softmax.grad_output.classes;
+        if (prefetches) {
+          prefetch_next(y_k);
+          prefetch_next(dy_k);
+          prefetch_next(dx + k * softmax.output.classes);
+        }
         for (int p = 0; p < kPairs; ++p) {
           part[p] = part[p] + (kLogarithm ? load(dy_k, p) : load(dy_k, p) * load(y_k, p));
         }
@@ -281,9 +295,10 @@ template <class T> bool takes_strips(const Softmax<T>& softmax, bool streams) {
 template <bool kLogarithm, class T> void softmax_strips(const Softmax<T>& softmax) {
   using Strip = SoftmaxStrip<kLogarithm, T>;
   const int64_t strips = (softmax.inner + Strip::kMost - 1) / Strip::kMost;
+  const bool prefetches = far_apart(softmax);
   parallel_for<NoBuffers>(softmax.outer * strips, softmax.threads, [&](int64_t block, auto) {
     const int64_t begin = block % strips * Strip::kMost;
-    const Strip strip(softmax, block / strips * softmax.inner + begin);
+    const Strip strip(softmax, block / strips * softmax.inner + begin, prefetches);
     strip.backward(std::min(Strip::kMost, softmax.inner - begin));
   });
 }
@@ -438,13 +453,6 @@ template <class Block, class T> void softmax_columns(const Softmax<T>& softmax, 
         Block& columns = workspace.make(softmax, first, std::min(size, length - begin), streams);
         softmax.backward() ? columns.backward() : columns.forward();
       });
-}
-
-// Whether the stride of classes is a multiple of a page: then narrow columns would map to a
-// few cache sets, and classes would evict each other.
-template <class T> bool far_apart(const Softmax<T>& softmax) {
-  return softmax.input.inner == 1 && softmax.inner >= 128 &&
-         softmax.input.classes * int64_t(sizeof(T)) % 4096 == 0;
 }
 
 template <class T> void softmax(const Softmax<T>& softmax) {

@@ -107,9 +107,9 @@ template <class T, class To> void gather(const T* from, int64_t step, To* to, in
   }
 }
 
-// n elements of an operand from `first` on: in place if they are contiguous, else in the buffer.
+// n elements of an operand from `first` on, in the buffer or, if they are contiguous, in place.
 template <class T, class To>
-const To* elements(const Operand<T>& o, const Order& order, int64_t first, int64_t n, To* buffer) {
+const To* gather(const Operand<T>& o, const Order& order, int64_t first, int64_t n, To* buffer) {
   const T* from = o.data + first * o.step;
   if (o.in_rows()) {
     int64_t row = first / order.columns, column = first % order.columns;
@@ -128,6 +128,16 @@ const To* elements(const Operand<T>& o, const Order& order, int64_t first, int64
   }
   gather(from, o.step, buffer, n);
   return buffer;
+}
+
+// The same, without a call for the elements of a contiguous tensor.
+template <class T, class To>
+PYFUSED_INLINE const To* elements(const Operand<T>& o, const Order& order, int64_t first, int64_t n,
+                                  To* buffer) {
+  if constexpr (std::is_same_v<T, To>) {
+    if (o.step == 1 && !o.in_rows()) return o.data + first;
+  }
+  return gather(o, order, first, n, buffer);
 }
 
 }  // namespace pyfused

@@ -64,6 +64,13 @@ void probabilities_of_kept(const A* e, A rescale, const U* x, A pivot, A factor,
   store(wide, out, n);
 }
 
+// Recomputes results of columns y = exp(x - pivot) factor, with a pivot and a factor for each.
+template <class T, class A>
+void add_subnormals_of_columns(const A* x, const A* pivot, const A* factor, A* y, int64_t n) {
+  add_subnormals(
+      y, n, [=](int64_t b) { return x[b] - pivot[b]; }, [=](int64_t b) { return factor[b]; });
+}
+
 #ifdef PYFUSED_HAS_REGISTERS
 #ifdef __AVX512F__
 PYFUSED_INLINE bool any_zero(__m512 x) {
@@ -95,12 +102,12 @@ template <int N> PYFUSED_INLINE Registers<N> or_subnormal(Registers<N> x, Regist
 }
 
 // y = exp(x) factor, with subnormal numbers where y is 0. They are 0 in float16.
-template <class T, class V> PYFUSED_INLINE V with_subnormals(V y, V x, float factor) {
+template <class T, class V, class F> PYFUSED_INLINE V with_subnormals(V y, V x, F factor) {
   if (std::is_same_v<T, float16> || !any_zero(y)) return y;
   if (!any_zero(maximum(y, x * -1.0f + kUnderflow<float>))) return y;  // masked elements
   const V n = round_to_int(x * kLog2E);
   const V r = x - n * 0.693147182f;
-  const V p = polynomial(kExp, r, factor);
+  const V p = polynomial(kExp, r, 1.0f) * factor;
   return or_subnormal(y, times_power_of_2(p, n + 149.0f, x, kUnderflow<float>));
 }
 
@@ -119,6 +126,16 @@ void probabilities_of_kept(const float* e, float rescale, const U* x, float pivo
     return with_subnormals<T>(power * rescale, z - pivot, factor);
   };
   write_each(y, out, n, false, e, x);
+}
+
+// n is a multiple of kPair.
+template <class T>
+void add_subnormals_of_columns(const float* x, const float* pivot, const float* factor, float* y,
+                               int64_t n) {
+  for (int64_t b = 0; b < n; b += kPair) {
+    const Pair shifted = load_pair(x + b) - load_pair(pivot + b);
+    store_pair(with_subnormals<T>(load_pair(y + b), shifted, load_pair(factor + b)), y + b);
+  }
 }
 #endif
 
