@@ -111,18 +111,6 @@ def test_the_environment_chooses_the_instruction_set(isa: str) -> None:
     assert float(total) == 3.0
 
 
-@forks
-def test_fork_before_use() -> None:
-    """The parent has computed nothing before the fork, so its child may use threads."""
-    done = python(
-        "import os, torch; from pyfused.functional import relu; torch.set_num_threads(2)\n"
-        "child = os.fork()\n"
-        "if child: raise SystemExit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))\n"
-        "assert relu(-torch.ones(2**20)).count_nonzero() == 0; os._exit(17)"
-    )
-    assert done.returncode == 17, done.stderr
-
-
 ENDINGS = {
     "exit": "sys.exit(17)",
     "os._exit": "os._exit(17)",

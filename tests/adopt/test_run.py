@@ -369,26 +369,26 @@ def test_a_report_can_be_read_before_its_end() -> None:
 # ---- memory --------------------------------------------------------------------------------------
 
 KEEPS = "from pyfused import memory; print(memory.stats().keeps)"
+CAN_KEEP = memory.why_not_kept() is None
+KEPT_OR_NOT = "was kept; --no-keep" if CAN_KEEP else "was not kept: "
+CALLED = "was not kept: the program has called keep(False)\n"
+# The option of run, the program, and how the report says what is in effect when it ends.
+MEMORY: dict[str, tuple[tuple[str, ...], str, str]] = {
+    "default": ((), KEEPS, KEPT_OR_NOT),
+    "option": (("--no-keep",), KEEPS, ""),
+    "call": ((), f"{KEEPS}; memory.keep(False)", CALLED if CAN_KEEP else KEPT_OR_NOT),
+    "block": ((), f"{KEEPS}\nwith memory.keep(False): pass", KEPT_OR_NOT),
+}
 
 
-def test_freed_memory_is_kept_unless_told_otherwise(tmp_path: Path) -> None:
-    path, can_keep = script(tmp_path, KEEPS), memory.why_not_kept() is None
-    done = counted(path, folder=tmp_path)
-    assert done.stdout == f"{can_keep}\n", done.stderr
-    was_kept = "was kept; --no-keep" if can_keep else "was not kept: "
-    assert f"pyfused: freed memory {was_kept}" in done.stderr
-    done = counted("--no-keep", path, folder=tmp_path)
-    assert done.stdout == "False\n"
-    assert "freed memory" not in done.stderr
-
-
-@pytest.mark.skipif(memory.why_not_kept() is not None, reason="keep has no effect")
-def test_the_report_says_what_is_in_effect_when_the_program_ends(tmp_path: Path) -> None:
-    path = script(tmp_path, "from pyfused import memory; memory.keep(False)")
-    stderr = counted(path, folder=tmp_path).stderr
-    assert "pyfused: freed memory was not kept: the program has called keep(False)\n" in stderr
-    path = script(tmp_path, "from pyfused import memory\nwith memory.keep(False): pass")
-    assert "pyfused: freed memory was kept; --no-keep" in counted(path, folder=tmp_path).stderr
+@pytest.mark.parametrize(("options", "code", "words"), MEMORY.values(), ids=MEMORY)
+def test_freed_memory_is_kept_unless_told_otherwise(
+    options: tuple[str, ...], code: str, words: str, tmp_path: Path
+) -> None:
+    done = counted(*options, script(tmp_path, code), folder=tmp_path)
+    assert done.stdout == f"{CAN_KEEP and not options}\n", done.stderr
+    assert ("pyfused: freed memory " in done.stderr) == bool(words)
+    assert words in done.stderr
 
 
 def test_what_configures_malloc_is_named(tmp_path: Path) -> None:

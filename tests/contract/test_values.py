@@ -177,7 +177,7 @@ def test_layouts(
 
 
 @every_operator
-@pytest.mark.parametrize("shape", [(6, 5), (2, 5, 3)], ids=str)
+@pytest.mark.parametrize("shape", [(6, 5), (2, 5, 4, 3)], ids=str)
 def test_strides_of_results(example: Example, shape: tuple[int, ...]) -> None:
     """Users may call view() on a result where torch's is contiguous."""
     for layout in SAME_VALUES.values():

@@ -1,7 +1,7 @@
-"""Calls of the Triton kernels, which test_compile_ahead.py compiles for GPUs, without a GPU.
+"""Calls of all operators with fake tensors, which test_compile_ahead.py compiles for GPUs.
 
-The backend is called with fake tensors and a fake driver for another GPU, so the compiled kernels
-are those that would be launched.
+The calls run with a fake driver for another GPU, so the compiled kernels are those that would be
+launched. They need no GPU.
 """
 
 from __future__ import annotations
@@ -11,29 +11,32 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import cache, partial
-from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 from unittest.mock import patch
 
 import torch
+from catalogue import EXAMPLES, Example
+from conftest import fused_always
+from samples import OF_CLASSES
 from torch import Tensor
+from torch_reference import parameters
 from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from pyfused import types
+from pyfused import backends, functional
 from pyfused.backends import triton as backend
-from pyfused.formula_compiler.kernel import Kernel
+from pyfused.dispatch import run as run_module
 from pyfused.kernels import launch
-from pyfused.layout import accumulate_dtype
-from pyfused.ops.activation import Activation
-from pyfused.ops.elementwise import OPERATORS, PointwiseLoss
-from pyfused.types import Outputs
+from pyfused.ops.distillation import Divergence
+from pyfused.ops.embedding import EmbeddingLoss
+from pyfused.ops.operators import CROSS_ENTROPY
+from pyfused.ops.softmax import Softmax
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
 from formulas import FORMULAS
@@ -53,193 +56,105 @@ MAY_SPILL = {"": 16, "softmax_backward_kernel": 80, "formula snake": 40}
 # A case of each kind, which tests compile.
 QUICK = (
     "cross_entropy bfloat16 4096x1000", "cross_entropy bfloat16 4096x32000",
-    "cross_entropy float32 8x21x1000", "softmax bfloat16 4096x32000 backward",
-    "triplet_margin_loss bfloat16 4096x4096 p 2 swap", "cosine_embedding_loss float32 4096x128",
-    "binary_cross_entropy float32", "gelu bfloat16 backward",
+    "cross_entropy float32 8x21x1000", "softmax bfloat16 4096x32000",
+    "triplet_margin_loss-swap=True bfloat16 4096x4096", "cosine_embedding_loss float32 4096x128",
+    "binary_cross_entropy float32 4096x4096", "gelu bfloat16 4096x4096",
 )  # fmt: skip
 
 
 class Case(NamedTuple):
-    """A call of the backend with fake tensors."""
+    """A step with fake tensors."""
 
     name: str
     dtype: torch.dtype
     run: Callable[[], object]
-    targets: Sequence[str] = ALL
-    launches: int = 1  # the maximum number of launches
+    targets: Sequence[str] = SOME
+    launches: int = 1000  # see `launches_of`
 
 
 # ---- the calls -----------------------------------------------------------------------------------
+
+CLASSES = (10, 16, 100, 1000, 1013, 4096, 8192, 16_384, 32_000, 50_257, 128_256, 262_144)
+SHAPES = *((4096, n) for n in CLASSES), (8, 21, 1000), (8, 150, 4096), (16, 21, 512, 512)
+OF_ROWS = (4096, 1000), (4096, 32_000), (4096, 50_257), (8, 21, 4096)
+OF_EMBEDDINGS = (4096, 128), (4096, 4096), (4096, 16_384)
 
 
 def empty(dtype: torch.dtype, *shape: int) -> Tensor:
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
-def case(op: str, x: Tensor, run: Any, kind: str = "", **fields: Any) -> Case:
-    """Returns a case of an operator whose input is x, named by its dtype, shape and kind."""
-    size = "x".join(map(str, x.shape)) if x.dim() > 1 else ""
-    name = " ".join(filter(None, (op, str(x.dtype)[6:], size, kind)))
-    return Case(name, x.dtype, run, **fields)
+def differentiate(value: Tensor) -> None:
+    value.backward(torch.empty_like(value))
 
 
-def run_cross_entropy(options: Any, outputs: Outputs, grad_output: Any, *tensors: Any) -> None:
-    tensors = (*tensors, *[None] * (5 - len(tensors)))
-    backend.cross_entropy(tensors, options, outputs, grad_output)
+def step(example: Example, dtype: torch.dtype, shape: tuple[int, ...], **options: Any) -> None:
+    """Makes an example's call without gradients, and with its backward pass."""
+    with torch.device("meta"):
+        call = example.call(dtype, shape)
+    for name, x in call.given.items():
+        call.given[name] = x.to("meta") if name not in call.leaves and name in call.tensors else x
+    with torch.no_grad():
+        call.ours(**options)
+    differentiate(call.ours(**options))
 
 
-def cross_entropy(
-    dtype: torch.dtype, shape: tuple[int, ...], kind: str = "", targets: Sequence[str] = SOME
-) -> Case:
-    """Returns the case of a mean with its gradient; `kind` lists variations."""
-    words = kind.split()
-    x, indices = empty(dtype, *shape), empty(torch.int64, shape[0], *shape[2:])
-    target, launches = x if "probabilities" in words else indices, 1
-    many = x.numel() > backend.HOST_BOUND or indices.numel() > backend.COUNTED_BY_PROGRAMS
-    if target is not x and many and "grad_output" not in words:
-        launches = 2  # a separate kernel counts the class indices
-    names = {"smoothing": "label_smoothing", "focal": "gamma", "z_loss": "z_loss"}
-    coefficients = {names[word]: 0.1 for word in words if word in names}
-    options = types.CrossEntropyOptions(scale=16.0 if "scale" in words else 1.0, **coefficients)
-    outputs, grad_output = Outputs(True, ("forward" not in words, target is x)), None
-    outputs = outputs._replace(inplace="inplace" in words)
-    token_weight = empty(F32, *indices.shape) if "z_loss" in words else None
-    if "grad_output" in words:
-        options, outputs = options._replace(reduction="none"), outputs._replace(loss=False)
-        grad_output = empty(dtype, *indices.shape)
-    weight = empty(dtype, shape[1]) if "weight" in words else None
-    run = partial(run_cross_entropy, options, outputs, grad_output, x, target, weight, token_weight)
-    return case("cross_entropy", x, run, kind, targets=targets, launches=launches)
+def shapes_of(example: Example) -> Sequence[tuple[int, ...]]:
+    if isinstance(example.op, EmbeddingLoss):
+        return OF_EMBEDDINGS
+    if isinstance(example.op, Divergence):
+        return OF_ROWS[:3]
+    if isinstance(example.op, (*OF_CLASSES, Softmax)):
+        return SHAPES if example.id == "cross_entropy" else OF_ROWS
+    return ((4096, 4096),)
 
 
-CLASSES = (10, 16, 100, 1000, 1013, 4096, 8192, 16_384, 32_000, 50_257, 128_256, 262_144)
-SHAPES = *((4096, n) for n in CLASSES), (8, 21, 1000), (8, 150, 4096), (16, 21, 512, 512)
-KINDS = "forward", "grad_output", "inplace", "smoothing", "weight", "weight smoothing", "focal"
-KINDS += "z_loss", "scale", "probabilities", "probabilities weight smoothing"
+def launches_of(example: Example, dtype: torch.dtype) -> int:
+    """Returns the maximum number of launches of a step, without those that scale gradients."""
+    op, given = example.op, example.options
+    reduction = given.get("reduction", parameters(op).get("reduction", "none"))
+    passes = 3 if reduction == "none" or dtype is F16 else 2  # others compute gradients ahead
+    if op is CROSS_ENTROPY:  # counts the targets, and computes the metrics
+        return passes * (2 + ("with_metrics" in given))
+    return passes * (1 + isinstance(op, Divergence) * sum("softcap" in name for name in given) * 2)
 
 
-def cross_entropy_cases() -> Iterator[Case]:
-    """Yields every shape for all targets, and every kind at three shapes for some targets."""
-    for dtype, shape in product((BF16, F32, F16, F64), SHAPES):
-        yield cross_entropy(dtype, shape, targets=ALL if dtype in (BF16, F32) else SOME)
-    shapes = (4096, 1000), (4096, 32_000), (8, 21, 1000)
-    for dtype, kind, shape in product((BF16, F32), KINDS, shapes):
-        yield cross_entropy(dtype, shape, kind)
-    for dtype, kind in product((F16, F64), KINDS):
-        yield cross_entropy(dtype, (4096, 1000), kind, SOME[:1])
-
-
-def class_cases() -> Iterator[Case]:
-    """Yields softmax, and losses of class indices other than cross-entropy."""
-    shapes = (4096, 1000), (4096, 32_000), (4096, 50_257), (8, 21, 4096)
-    for dtype, shape in product((BF16, F32, F16, F64), shapes):
-        x, target = empty(dtype, *shape), empty(torch.int64, shape[0], *shape[2:])
-        common = shape[1] == 32_000 and dtype in (BF16, F32)
-        new = partial(case, targets=ALL if common else SOME)
-        for op in ("softmax", "log_softmax"):
-            yield new(op, x, partial(backend.softmax, op, x, 1))
-            yield new(op, x, partial(backend.softmax_backward, op, x, x, 1), "backward")
-        if len(shape) > 2:
+def examples() -> Iterator[Case]:
+    """Yields the cases of all examples: half precision and float32 with all of their shapes."""
+    for example in EXAMPLES.values():
+        if example.op.is_linear or example.op.name == "nll_loss":  # torch's on GPUs
             continue
-        range_, wide = types.ClassRange(0, shape[1]), accumulate_dtype(dtype)
-        weight, results = empty(wide, shape[1]), empty(wide, 3, shape[0])
-        fields = types.STATE_FIELDS, types.METRICS_FIELDS, types.SMOOTHING_FIELDS
-        few, metrics, smooth = (empty(F64, count, shape[0]) for count in fields)
-        for cap in (None, 30.0):
-            kind, rows = "softcap" * bool(cap), types.RowOptions(softcap=cap, temperature=0.7)
-            plain, weighted = (types.RowBlock(x, target, w, rows, range_) for w in (None, weight))
-            state = backend.row_state
-            first = partial(state, plain, few, results, continues=cap is not None)
-            yield new("row_state", x, first, kind)
-            if cap is None:
-                yield case("row_state", x, partial(state, plain, metrics), "metrics")
-            every = partial(state, weighted, smooth, continues=True)
-            yield new("row_state", x, every, f"all {kind}".strip())
-            for word, *call in (
-                ("", plain, few, results, x),
-                ("smoothing", weighted, smooth, smooth[:4], x),
-            ):
-                words = " ".join(filter(None, ("backward", word, kind)))
-                yield new("row_state", x, partial(backend.row_gradients, *call), words)
-        for beta in (0.0, 0.5):
-            options = types.DivergenceOptions(reduction="sum", temperature=2.0, beta=beta)
-            given = (x, x, None, None), options, Outputs(True, (True,))
-            run = partial(backend.kl_div_with_logits, *given)
-            yield new("kl_div_with_logits", x, run, f"beta {beta}")
+        for dtype in (BF16, F32, F16, F64):
+            for shape in shapes_of(example)[: None if dtype in (BF16, F32) else 4]:
+                common = example.name in ("", "none") and dtype in (BF16, F32)
+                name = f"{example.id} {str(dtype)[6:]} {'x'.join(map(str, shape))}"
+                run = partial(step, example, dtype, shape)
+                targets = ALL if common else SOME
+                yield Case(name, dtype, run, targets, launches_of(example, dtype))
 
 
-def embedding_cases() -> Iterator[Case]:
-    for dtype, shape in product((BF16, F32, F16, F64), ((4096, 128), (4096, 4096), (4096, 16_384))):
-        x, target = empty(dtype, *shape), empty(accumulate_dtype(dtype), shape[0], 1)
-        new = partial(case, targets=ALL if dtype in (BF16, F32) else SOME)
-        for euclidean, swap in product((True, False), (False, True)):
-            options = types.EmbeddingOptions(euclidean, swap)
-            given: Any = "triplet_margin_loss", (x, x, x), (1.0, 1e-6), options, "mean"
-            run = partial(backend.embedding_loss, *given, Outputs(True, (True,) * 3), len(x))
-            kind = f"p {2 if euclidean else 1}{' swap' * swap}"
-            yield new("triplet_margin_loss", x, run, kind)
-        given = (
-            "cosine_embedding_loss",
-            (x, x, target),
-            (0.5, 0.0),
-            types.EmbeddingOptions(),
-            "mean",
-        )
-        outputs = Outputs(True, (True, True, False))
-        yield new(
-            "cosine_embedding_loss", x, partial(backend.embedding_loss, *given, outputs, len(x))
-        )
+HEADS = "linear_cross_entropy", "linear_cross_entropy-everything", "linear_log_probs-everything"
 
 
-def pointwise_loss(kernel: Any, operands: tuple[Tensor, ...], numbers: Any, *given: Any) -> None:
-    weight, reduction, divisor, outputs, grad_output = (*given, None)[:5]
-    arguments = operands, weight, numbers, reduction, outputs, divisor, grad_output
-    backend.pointwise_loss(kernel, *arguments)
-
-
-def pointwise_cases() -> Iterator[Case]:
+def others() -> Iterator[Case]:
+    """Yields heads in blocks of classes, a broadcast operand, and formulas."""
     for dtype in (BF16, F32, F16, F64):
-        x, rows, total = empty(dtype, 1 << 24), empty(dtype, 4096, 4096), empty(F64)
-        row = empty(dtype, 4096).expand(4096, 4096)
-        new = partial(case, targets=ALL if dtype in (BF16, F32) else SOME)
-        both, after = Outputs(True, (True, True)), Outputs(False, (True, True))
-        mean = None, "mean", x.numel()
-        calls: dict[str, tuple[Any, ...]] = {
-            "mse_loss forward": ((x, x), (), None, "sum", None, Outputs()),
-            "mse_loss weight": ((x, x), (), x, "mean", total, both),
-            "mse_loss none": ((x, x), (), None, "none", None, Outputs()),
-            "mse_loss grad_output": ((x, x), (), None, "none", None, after, x),
-            "mse_loss broadcast": ((rows, row), (), *mean, both),
-        }
-        kernels: dict[str, Kernel] = {}
-        for op in OPERATORS:
-            if isinstance(op, Activation):
-                for name, kernel in op.kernels.items():
-                    yield new(name, x, partial(backend.activation, kernel, x, ()))
-                    backward = partial(backend.activation_backward, kernel, x, x, ())
-                    yield new(name, x, backward, "backward")
-            elif isinstance(op, PointwiseLoss):
-                kernels |= op.kernels
-                for name, kernel in op.kernels.items():
-                    variables = op.variables[: len(kernel.methods[0].operands)]
-                    outputs = Outputs(True, tuple(v.differentiated for v in variables))
-                    calls[name] = (x,) * len(variables), (1.0, 1.0, 1.0), *mean, outputs
-        for name, arguments in calls.items():
-            loss, _, kind = name.partition(" ")
-            yield new(loss, x, partial(pointwise_loss, kernels[loss], *arguments), kind)
+        new = partial(Case, dtype=dtype)
+        for name in HEADS:
+            run = partial(step, EXAMPLES[name], dtype, (16, 32_000), memory_budget=1 << 16)
+            yield new(f"{name} {str(dtype)[6:]} in blocks", run=run)
+        rows = empty(dtype, 4096, 4096).requires_grad_(), empty(dtype, 4096).expand(4096, 4096)
+        run = partial(lambda *x: differentiate(functional.mse_loss(*x)), *rows)
+        yield new(f"mse_loss {str(dtype)[6:]} broadcast", run=run)
         for name, formula in FORMULAS.items():
-            count, numbers = len(formula.op.variables), tuple(formula.defaults.values())
-            outputs = Outputs(True, (True,) * count)
-            program, parameters = formula.op.kernel(formula.op.cases_of(numbers), count, outputs)
-            given = program, (x,) * count, parameters(numbers), *mean, outputs
-            yield new(f"formula {name}", x, partial(pointwise_loss, *given))
-        yield new("scale", x, partial(backend.scale_, x, total))
+            x = [empty(dtype, 4096, 4096).requires_grad_() for _ in formula.op.variables]
+            run = partial(lambda f, *x: differentiate(f(*x)), formula, *x)
+            yield new(f"formula {name} {str(dtype)[6:]}", run=run)
 
 
 @cache
 def cases() -> dict[str, Case]:
-    found = *pointwise_cases(), *cross_entropy_cases(), *class_cases(), *embedding_cases()
-    return {case.name: case for case in found}
+    return {case.name: case for case in (*examples(), *others())}
 
 
 # ---- compiling -----------------------------------------------------------------------------------
@@ -250,6 +165,22 @@ def forget_gpu() -> None:
     of_backend = [x for x in vars(backend).values() if hasattr(x, "cache_clear")]
     for cached in (launch.warp_size, launch.backend, *of_backend):
         cached.cache_clear()
+
+
+@contextmanager
+def on_fake_gpu(fake: Any) -> Iterator[None]:
+    """Runs kernels of all sizes for fake tensors, with a fake driver."""
+    with ExitStack() as patches, fused_always():
+        for module in (backends, run_module):
+            patches.enter_context(patch.object(module, "unsupported_device", lambda *_: None))
+        patches.enter_context(patch.object(torch, "is_autocast_enabled", lambda _: False))
+        driver.set_active(fake)
+        forget_gpu()
+        try:
+            yield
+        finally:
+            driver.set_active(None)  # reset to the real driver
+            forget_gpu()
 
 
 @contextmanager
@@ -265,14 +196,8 @@ def compiling(target: str) -> Iterator[list[Any]]:
         get_current_device=lambda: str(gpu.arch),
         get_current_stream=lambda _: 0,
     )
-    with patch.object(JITFunction, "run", compile_only):
-        driver.set_active(named)
-        forget_gpu()
-        try:
-            yield launched
-        finally:
-            driver.set_active(None)  # reset to the real driver
-            forget_gpu()
+    with patch.object(JITFunction, "run", compile_only), on_fake_gpu(named):
+        yield launched
 
 
 # ---- checks --------------------------------------------------------------------------------------
@@ -295,9 +220,9 @@ def problems(case: Case, target: str) -> list[str]:
     """Compiles the kernels of a case for a target, and returns what is wrong with them."""
     with compiling(target) as launched:
         case.run()
-    allowed = case.launches
-    found = [f"{len(launched)} launches, not {allowed}"] if len(launched) > allowed else []
-    for kernel in launched:
+    count = sum(kernel.name != "scale_kernel" for kernel in launched)
+    found = [f"{count} launches, not {case.launches}"] * (count > case.launches)
+    for kernel in {id(kernel): kernel for kernel in launched}.values():
         spilled, name = spilled_by(kernel), kernel.name
         allowed = max(n for key, n in MAY_SPILL.items() if key in ("", name) or key in case.name)
         if spilled > allowed and case.dtype is not F64:

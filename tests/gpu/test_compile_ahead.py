@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import re
+from typing import Any
 
 import pytest
 import torch
@@ -16,17 +17,9 @@ import compile_ahead as ahead
 import grid
 import triton
 import triton.language as tl
-from compile_ahead import F32, F64, Case, compiling, empty
+from compile_ahead import F32, Case, compiling, empty
 
-from pyfused.types import (
-    STATE_FIELDS,
-    ClassRange,
-    CrossEntropyOptions,
-    DivergenceOptions,
-    Outputs,
-    RowBlock,
-    RowOptions,
-)
+from pyfused import functional
 
 CHOSEN = [("sm_90", name) for name in ahead.QUICK]
 if grid.FULL:
@@ -52,7 +45,7 @@ def test_bad_kernels_are_detected(target: str) -> None:
     def found(block: int) -> list[str]:
         x, options = empty(F32, 1 << 20), {"num_warps": 1, "enable_fp_fusion": True}
         run = lambda: copy_kernel[(1,)](x, x, block=block, **options)  # noqa: E731
-        return ahead.problems(Case("copy", F32, run), target)
+        return ahead.problems(Case("copy", F32, run, launches=1), target)
 
     assert found(512) == []
     (problem,) = found(1 << (13 if target == "sm_90" else 15))
@@ -61,7 +54,7 @@ def test_bad_kernels_are_detected(target: str) -> None:
 
 def test_too_many_launches_are_detected() -> None:
     softmax = ahead.cases()["softmax float32 4096x1000"]
-    assert ahead.problems(softmax._replace(launches=0), "sm_90") == ["1 launches, not 0"]
+    assert ahead.problems(softmax._replace(launches=2), "sm_90") == ["3 launches, not 2"]
 
 
 @pytest.mark.parametrize("classes_contiguous", [False, True])
@@ -69,10 +62,8 @@ def test_offsets_beyond_32_bits(classes_contiguous: bool) -> None:
     """Offsets of rows or classes that are more than 2**31 elements apart are 64-bit."""
     strides = (2**32, 1) if classes_contiguous else (1, 2**32)
     x = torch.empty_strided((2, 4096), strides, dtype=F32, device="meta")
-    options = CrossEntropyOptions()
-    target = empty(torch.int64, 2)
     with compiling("sm_90") as launched:
-        ahead.run_cross_entropy(options, Outputs(), None, x, target)
+        functional.cross_entropy(x, empty(torch.int64, 2))
     text = launched[0].asm["ttir"]
     offsets = re.findall(r"tt\.addptr (%\w+),.*ptr<f32>.*, (?:tensor<\w+x)?(i\d+)>? loc", text)
     assert {bits for pointer, bits in offsets if "%loss" not in pointer} == {"i64"}
@@ -80,23 +71,20 @@ def test_offsets_beyond_32_bits(classes_contiguous: bool) -> None:
 
 def test_numbers_do_not_select_kernels() -> None:
     """A temperature or a weight that changes in each step does not recompile kernels."""
-    x, target = empty(F32, 64, 1000), empty(torch.int64, 64)
-    both, classes = (x, x, None, None), ClassRange(0, 1000)
-    state, results = empty(F64, STATE_FIELDS, 64), empty(F32, 64)
+    x, target = empty(F32, 64, 1000).requires_grad_(), empty(torch.int64, 64)
 
-    def run(value: float) -> None:
-        options = CrossEntropyOptions(reduction="sum", scale=value, gamma=value, z_loss=value)
-        ahead.run_cross_entropy(options, Outputs(True, (True, False)), None, x, target)
-        smooth = CrossEntropyOptions(reduction="sum", label_smoothing=value / 8)
-        ahead.run_cross_entropy(smooth, Outputs(True, (True, False)), None, x, target)
-        divergence = DivergenceOptions(reduction="sum", temperature=value, beta=value / 8)
-        ahead.backend.kl_div_with_logits(both, divergence, Outputs(True, (True,)))
-        block = RowBlock(x, target, None, RowOptions(softcap=value, temperature=value), classes)
-        ahead.backend.row_state(block, state)
-        ahead.backend.row_gradients(block, state, results, x)
+    def losses(value: float) -> list[torch.Tensor]:
+        temperature: Any = {"temperature": value, "reduction": "sum"}
+        return [
+            functional.cross_entropy(x, target, gamma=value, z_loss=value, **temperature),
+            functional.cross_entropy(x, target, label_smoothing=value / 8, reduction="sum"),
+            functional.kl_div_with_logits(x, x.detach(), beta=value / 8, **temperature),
+            functional.log_probs(x, target, softcap=value, temperature=value)[0],
+        ]
 
     with compiling("sm_90") as launched:
         for value in (0.5, 2.0, 3.0, 7.0):
-            run(value)
-    assert len(launched) == 20
-    assert len({id(each) for each in launched}) == 5
+            for loss in losses(value):
+                ahead.differentiate(loss)
+    assert len(launched) == 32
+    assert len({id(each) for each in launched}) == 6

@@ -21,7 +21,7 @@ import compile_ahead as ahead
 import triton
 import triton.language as tl
 from triton import knobs
-from triton.runtime import JITFunction, driver
+from triton.runtime import JITFunction
 
 from pyfused import kernels
 from pyfused.backends.versions import is_tested
@@ -47,11 +47,8 @@ def gpu() -> Iterator[Any]:
     fake.get_current_device = lambda: fake.device
     fake.get_current_stream = lambda device: 100 + (device or 0)
     fake.map_python_to_cpp_type = lambda kind: kind
-    driver.set_active(fake)
-    ahead.forget_gpu()
-    yield fake
-    driver.set_active(None)  # reset to the real driver
-    ahead.forget_gpu()
+    with ahead.on_fake_gpu(fake):
+        yield fake
 
 
 def described(arguments: Any) -> Any:

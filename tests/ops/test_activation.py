@@ -10,7 +10,6 @@ import torch
 from compare import FLOATS
 from conftest import KernelCalls
 from grid import grid
-from layouts import SAME_VALUES
 from samples import ACTIVATIONS, SAMPLES
 from torch import Tensor
 from torch_reference import parameters, torch_function
@@ -120,12 +119,3 @@ def test_in_place_is_torchs(name: str, kernel_calls: KernelCalls) -> None:
     close(*[outcome[0] for outcome in outcomes], rtol=0, atol=0)
     assert str(outcomes[0][1]) == str(outcomes[1][1])
     assert not kernel_calls.total()
-
-
-# ---- fallbacks -----------------------------------------------------------------------------------
-
-
-@grid(op=ACTIVATIONS, layout=["contiguous", "classes_innermost", "transposed"])
-def test_activations_keep_the_layout_of_dense_memory(op: Activation, layout: str) -> None:
-    x = SAME_VALUES[layout](torch.randn(2, 8, 4, 3))
-    assert ours(op)(x).stride() == of_torch(op)(x).stride()
