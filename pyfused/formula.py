@@ -59,6 +59,7 @@ class FormulaOperator(PointwiseLoss):
         problem: Why the formula is not traced, "" if it is.
     """
 
+    check = None  # `_reason_of_shapes` looks at the shapes
     infers_dtype = True  # float32 masks promote half precision
     strategy = "a program, element by element"
 
@@ -99,7 +100,8 @@ class FormulaOperator(PointwiseLoss):
             masks=tuple([k for k, is_mask in enumerate(masks) if is_mask]),
         )
         self.family = formula.family
-        self.invalid_options = self._invalid_options  # not cached, as 0.0 == -0.0
+        self.invalid_numbers = self.invalid_options
+        self.invalid_options = self._reason_of_options  # not cached, as 0.0 == -0.0
         self.all_outputs = Outputs(True, (True,) * count)
         self.traced = lru_cache(_MOST_TRACES)(self._traced)  # by `cases_of`
         self.broadcasts = lru_cache(_MOST_TRACES)(self._broadcasts)
@@ -121,17 +123,17 @@ class FormulaOperator(PointwiseLoss):
 
     def cases_of(self, options: Options) -> tuple[Any, ...]:
         """Returns the case of each number: itself if it has its own kernel, else NUMBER."""
-        cases = list[Any]()
+        cases: list[Any] = []
         for scalar, x in zip(self.numbers, options, strict=False):
             is_special = x in scalar.special and (x or math.copysign(1.0, x) > 0)  # not -0.0
             cases.append(x if is_special else NUMBER)
         return tuple(cases)
 
-    def _invalid_options(self, *options: Any) -> str | None:
+    def _reason_of_options(self, *options: Any) -> str | None:
         if isinstance(self.generic, str):
             return self.generic
         kernel = self.traced(self.cases_of(options))
-        return kernel if isinstance(kernel, str) else super()._invalid_options(*options)
+        return kernel if isinstance(kernel, str) else self.invalid_numbers(*options)
 
     def _traced(self, cases: tuple[Any, ...]) -> Kernel | str:
         """Returns the kernel for the cases of the numbers, or why there is none."""
@@ -188,9 +190,6 @@ class FormulaOperator(PointwiseLoss):
 
     def check_choices(self, options: Options) -> None:
         checks.reduction(options.reduction)
-
-    def check(self, tensors: Tensors, options: Options) -> None:
-        """Does nothing: `_reason_of_shapes` looks at the shapes."""
 
 
 def _exponents(kernel: Kernel) -> set[int]:
@@ -451,7 +450,8 @@ class Formula:
 
     def _split(self, parameters: dict[str, Any]) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
         """Returns the numbers, and the name, the type and the value of each static parameter."""
-        numbers, static = list[Any](), list[Any]()
+        numbers: list[Any] = []
+        static: list[Any] = []
         for name, value in parameters.items():
             if isinstance(value, Tensor):
                 numbers.append(value)

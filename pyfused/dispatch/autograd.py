@@ -99,7 +99,9 @@ class Fused(torch.autograd.Function):
                 kept = []
                 break
         ctx.save_for_backward(*kept)
-        ctx.own = [x if x is None else save_apart(x, False) for x in own]
+        ctx.own = []
+        for x in own:
+            ctx.own.append(x if x is None else save_apart(x, False))
         ctx.state = in_forward, index, missing, saved_tensors_hooks(True) is not None
         if index == 0:
             ctx.input_is_overwritten = in_forward

@@ -98,8 +98,6 @@ class Operator(ABC):
         limits: The limits of sizes.py, by the number of threads, 0 for GPUs, and dtype.
         least: The smallest number of elements for which a kernel runs, on GPUs and on CPUs.
         strategy: Describes how CPU kernels traverse an input.
-        uniform: The number of tensors that kernels take as they are, if they have one shape and one
-            dtype and no others are passed; 0 if there are no such calls.
         student: The number of tensors of a kernel that may need a gradient; they come first.
     """
 
@@ -118,7 +116,6 @@ class Operator(ABC):
     fields: tuple[str, ...] = field(init=False)
     invalid_options: Callable[..., str | None] = field(init=False)
     compared: tuple[tuple[int, int], ...] = field(init=False)
-    uniform: int = field(init=False, default=0)
     student: int = field(init=False, default=1)
     family: str = field(init=False)
     broadcast: tuple[int, ...] = field(init=False, default=())
@@ -235,12 +232,16 @@ class Operator(ABC):
     # tensors, the options and the shard. 0 means that the gradient of the input overwrites it.
     overwritten: ClassVar[Any] = None
 
+    # Takes the tensors and the options, and raises for shapes and dtypes that neither kernels nor
+    # definitions take; None if `fallback_reason` looks at them.
+    check: ClassVar[Any] = None
+
     # ---- checks ----------------------------------------------------------------------------------
 
-    def misfit(self, tensors: Tensors, options: Options) -> str | None:
-        """Returns why no kernel takes the shapes and dtypes of a call, None if one does."""
+    def method_of(self, tensors: Tensors, options: Options) -> Any:
+        """Returns the method that computes a call, or why no kernel takes its shapes and dtypes."""
         reason = self.fallback_reason and self.fallback_reason(*tensors, options)
-        return reason or checks.reason(self.check, tensors, options)
+        return reason or (self.check and checks.reason(self.check, tensors, options)) or self.fused
 
     def by_torch(self, tensors: Tensors, options: Options) -> Any:
         """Returns the result of torch's operators, which raise their errors for invalid arguments.
@@ -256,11 +257,9 @@ class Operator(ABC):
     def check_call(self, tensors: Tensors, options: Options) -> None:
         self.check_tensors(tensors)
         self.check_options(options)
-        self.check(tensors, options)
+        if self.check is not None:
+            self.check(tensors, options)
         self.check_values(tensors, options)
-
-    def check(self, tensors: Tensors, options: Options) -> None:  # noqa: B027
-        """Raises for shapes and dtypes that neither kernels nor definitions take."""
 
     def check_values(self, tensors: Tensors, options: Options) -> None:  # noqa: B027
         """Raises for invalid values of tensors, unless reading them would synchronise a device."""

@@ -227,7 +227,7 @@ class CrossEntropy(RowOperator):
             return 0
         return super().overwritten(saved, options, shard)
 
-    def misfit(self, tensors: Tensors, options: Options) -> str | None:
+    def method_of(self, tensors: Tensors, options: Options) -> Any:
         input, target, weight, token_weight, denominator = tensors
         if (  # the common case, for which nothing else has to be checked
             target.dtype is torch.int64
@@ -236,8 +236,8 @@ class CrossEntropy(RowOperator):
             and target.shape == input.shape[:1]
             and input.shape[1] > 1
         ):
-            return None
-        return super().misfit(tensors, options)
+            return self.fused
+        return super().method_of(tensors, options)
 
     def arranged(self, tensors: Tensors, options: Options, shard: Any = None) -> Tensors:
         if options.inplace and not self.needs_state(options, shard):

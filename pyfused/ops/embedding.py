@@ -56,6 +56,7 @@ def _shape_reason(*inputs: Tensor, target: Tensor | None = None) -> str | None:
 class EmbeddingLoss(TensorLoss):
     """A loss of rows of features: three inputs (..., D), or two and a target of 1 or -1 per row."""
 
+    check = None  # the operators' `fallback_reason` looks at the shapes
     strategy = "row by row"
 
     def __post_init__(self) -> None:
@@ -63,9 +64,6 @@ class EmbeddingLoss(TensorLoss):
         self.has_target = self.operands[-1].sign
         self.inputs = self.operands[: len(self.operands) - self.has_target]
         self.broadcast, self.uniform = tuple(range(1, len(self.inputs))), 0
-
-    def check(self, tensors: Tensors, options: Options) -> None:
-        """Does nothing: the operators' `fallback_reason` looks at the shapes."""
 
     def by_operands(self, operands: Sequence[Tensor], options: Options) -> Tensor:
         if self.has_target:

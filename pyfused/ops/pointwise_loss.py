@@ -34,7 +34,7 @@ from pyfused.dispatch.reasons import stacklevel
 from pyfused.formula_compiler import trace
 from pyfused.formula_compiler.kernel import Kernel, Method
 from pyfused.formula_compiler.program import Program
-from pyfused.torch_internals import PLAIN
+from pyfused.torch_internals import PLAIN, any_autocast
 from pyfused.types import NUMBER, Gradients, Outputs
 
 _BROADCASTING = (
@@ -106,6 +106,8 @@ class TensorLoss(SpecializedOperator):
         variables: The operands of the formula: all except the weight.
         reduces: Whether the result is reduced: True for losses, False for activations.
         infers_dtype: Whether the result's dtype may differ even if all operands have one dtype.
+        uniform: The number of tensors that kernels take as they are, if they have one shape and one
+            dtype and no others are passed; 0 if there are no such calls.
     """
 
     warns: bool = False
@@ -115,6 +117,7 @@ class TensorLoss(SpecializedOperator):
     reads_values: bool = False
     arrange: Callable[..., Sequence[Tensor]] | None = None
     variables: tuple[Operand, ...] = field(init=False)
+    uniform: int = field(init=False, default=0)
     reduces: ClassVar[bool] = True
     infers_dtype: ClassVar[bool] = False
 
@@ -126,7 +129,7 @@ class TensorLoss(SpecializedOperator):
         self.broadcast = tuple(indices[1:]) if self.arrange is None else ()
         has_weight = len(self.variables) < len(self.operands)
         self._weight = self.names.index("weight") if has_weight else None
-        self._result_dtype = cache(self._dtype_of_result)
+        self._cached_dtypes = cache(self._inferred_dtypes)
         converts = self.arrange is not None or self.infers_dtype or self.reads_values
         warns = self.warning is not None and not self.warns
         required = [i for i, x in zip(indices, self.variables, strict=True) if not x.optional]
@@ -134,6 +137,23 @@ class TensorLoss(SpecializedOperator):
         self.uniform = len(required) if in_order and not (converts or warns) else 0
 
     # ---- calls -----------------------------------------------------------------------------------
+
+    def method_of(self, tensors: Tensors, options: Options) -> Any:
+        input, count = tensors[0], self.uniform
+        dtype, shape = input.dtype, input.shape
+        for i, x in enumerate(tensors):
+            if x is not input and x is not None:
+                if i >= count or x.dtype is not dtype or x.shape != shape:
+                    return super().method_of(tensors, options)
+        if not count or any_autocast():
+            return super().method_of(tensors, options)
+        return self.fused_uniform
+
+    def fused_uniform(self, tensors: Tensors, options: Options) -> Tensor:
+        """Returns the result of a call whose tensors kernels take as they are."""
+        inputs, count = (*tensors[: self.uniform], None, None), self.uniform
+        result: Tensor = compute(self, inputs, options, count)
+        return result
 
     def fused(self, tensors: Tensors, options: Options) -> Tensor:
         reduction = options.reduction if self.reduces else "none"
@@ -149,12 +169,6 @@ class TensorLoss(SpecializedOperator):
         inputs = *operands, weight, divisor if isinstance(divisor, Tensor) else None
         result: Tensor = compute(self, inputs, options, len(operands))
         return result if result.dtype is result_dtype else result.to(result_dtype)
-
-    def fused_uniform(self, tensors: Tensors, options: Options) -> Tensor:
-        """Returns the result of a call whose tensors kernels take as they are."""
-        inputs, count = (*tensors[: self.uniform], None, None), self.uniform
-        result: Tensor = compute(self, inputs, options, count)
-        return result
 
     def forward(self, tensors: Tensors, options: Options, needs: Needs, *_: Any) -> Forward:
         """Computes a loss.
@@ -276,46 +290,47 @@ class TensorLoss(SpecializedOperator):
     ) -> tuple[torch.dtype, torch.dtype]:
         """Returns the dtype in which kernels take the operands, and the dtype of the result."""
         dtype, device = input.dtype, input.device
-        autocast = torch.is_autocast_enabled(device.type)
-        is_equal = all([x.dtype is dtype for x in tensors if isinstance(x, Tensor)])  # noqa: C419
-        if is_equal and not autocast and not self.infers_dtype:
+        to = None
+        if torch.is_autocast_enabled(device.type):
+            to = torch.get_autocast_dtype(device.type)
+        kinds = tuple([
+            (x.dtype, x.dim() > 0) if isinstance(x, Tensor) else None for x in tensors
+        ])  # fmt: skip
+        if to is None and not self.infers_dtype and {kind[0] for kind in kinds if kind} == {dtype}:
             return dtype, dtype
-        indexed = [(i, x) for i, x in enumerate(tensors) if isinstance(x, Tensor)]
-        to = torch.get_autocast_dtype(device.type) if autocast else None
-        kinds = tuple([(i, tensor.dtype, min(tensor.dim(), 1)) for i, tensor in indexed])
-        modes = to, torch.get_default_dtype()
-        result = self._result_dtype(kinds, device, modes, reduction)
-        dtypes = [
-            torch.float32 if i == self._weight and dtype in _INTEGERS else dtype
-            for i, dtype, _ in kinds
-        ]
-        return reduce(torch.promote_types, dtypes, result), result
+        return self._cached_dtypes(kinds, device, (to, torch.get_default_dtype()), reduction)
 
-    def _dtype_of_result(
+    def _inferred_dtypes(
         self,
-        kinds: tuple[tuple[int, torch.dtype, int], ...],
+        kinds: tuple[tuple[torch.dtype, bool] | None, ...],
         device: torch.device,
         modes: tuple[torch.dtype | None, torch.dtype],  # noqa: ARG002 part of the key
         reduction: str,
-    ) -> torch.dtype:
-        """Returns the dtype of torch's result, by calling torch's operator with one element.
+    ) -> tuple[torch.dtype, torch.dtype]:
+        """Returns the dtypes of the operands and of torch's result.
 
-        No simple rule predicts it: autocast may widen some of the operators that a loss consists
-        of, and torch may overwrite an operand in another dtype.
+        It calls torch's operator with one element. No simple rule predicts the result's dtype:
+        autocast may widen some of the operators that a loss consists of, and torch may overwrite an
+        operand in another dtype.
 
         Args:
-            kinds: The index, the dtype and the number of dimensions, 0 or 1, of each tensor.
+            kinds: The dtype of each tensor, and whether it has dimensions.
             modes: The dtype of autocast, None if it is disabled, and the default dtype.
         """
         ones: list[Any] = [1.0 if operand.number else None for operand in self.operands]
-        for i, dtype, dim in kinds:
-            ones[i] = torch.ones([1] * dim, dtype=dtype, device=device)
+        dtypes = []
+        for i, kind in enumerate(kinds):
+            if kind is not None:
+                dtype, has_dimensions = kind
+                ones[i] = torch.ones([1] * has_dimensions, dtype=dtype, device=device)
+                is_integer_weight = i == self._weight and dtype in _INTEGERS
+                dtypes.append(torch.float32 if is_integer_weight else dtype)
         numbers = [None if number.optional else 1.0 for number in self.numbers]
         flags = [choice.values[0] for choice in self.choices if choice.values]
         with torch.no_grad():
             options = self.options(*numbers, *flags, *([reduction] if self.reduces else ()))
-            dtype_of_result: torch.dtype = self.torch(*ones, options).dtype
-        return dtype_of_result
+            result: torch.dtype = self.torch(*ones, options).dtype
+        return reduce(torch.promote_types, dtypes, result), result
 
 
 @dataclass(eq=False, kw_only=True, repr=False)
