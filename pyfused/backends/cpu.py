@@ -112,9 +112,7 @@ if not (native.runtime_file or MISSING):
 
 # A scalar of the accumulation dtype for each dtype. Losses are allocated by empty_like, because
 # torch.empty takes twice as long to parse a shape and a dtype.
-_SCALARS = {
-    dtype: torch.empty((), dtype=accumulate_dtype(dtype), device="cpu") for dtype in DTYPES
-}
+_SCALARS = {dtype: torch.empty((), dtype=accumulate_dtype(dtype), device="cpu") for dtype in DTYPES}
 _NO_VIEW = (0, 0, 0, 0)
 _NO_OPERAND = (0, 0, 0)
 _NO_TENSOR = (0, 0)

@@ -163,11 +163,7 @@ class Operator(ABC):
                 is_valid = is_valid and (value > 0 or not scalar.positive)
             if not is_valid:
                 return f"{scalar.name} is {value!r}"
-        try:
-            self.check_choices(self.options(*options))
-        except checks.ERRORS as error:
-            return str(error)
-        return None
+        return checks.reason(self.check_choices, self.options(*options))
 
     def check_options(self, options: Options) -> None:
         """Raises for options that neither kernels nor definitions take."""
@@ -184,7 +180,7 @@ class Operator(ABC):
         """Returns whether a call needs no gradient."""
         return not grad_enabled() or not any(
             operand.differentiated and getattr(x, "requires_grad", False)
-            for operand, x in zip(self.operands, tensors, strict=True)
+            for operand, x in zip(self.operands, tensors, strict=False)
         )
 
     def elements(self, tensors: Tensors) -> int:

@@ -140,14 +140,14 @@ class TensorLoss(SpecializedOperator):
 
     def method_of(self, tensors: Tensors, options: Options) -> Any:
         input, count = tensors[0], self.uniform
-        dtype, shape = input.dtype, input.shape
+        dtype, shape, is_uniform = input.dtype, input.shape, count > 0 and not any_autocast()
         for i, x in enumerate(tensors):
-            if x is not input and x is not None:
-                if i >= count or x.dtype is not dtype or x.shape != shape:
-                    return super().method_of(tensors, options)
-        if not count or any_autocast():
-            return super().method_of(tensors, options)
-        return self.fused_uniform
+            if x is input or x is None:
+                continue
+            if i >= count or x.dtype is not dtype or x.shape != shape:
+                is_uniform = False
+                break
+        return self.fused_uniform if is_uniform else super().method_of(tensors, options)
 
     def fused_uniform(self, tensors: Tensors, options: Options) -> Tensor:
         """Returns the result of a call whose tensors kernels take as they are."""
