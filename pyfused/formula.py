@@ -59,7 +59,6 @@ class FormulaOperator(PointwiseLoss):
         problem: Why the formula is not traced, "" if it is.
     """
 
-    check = None  # `_reason_of_shapes` looks at the shapes
     infers_dtype = True  # float32 masks promote half precision
     strategy = "a program, element by element"
 
@@ -99,7 +98,7 @@ class FormulaOperator(PointwiseLoss):
             denominators={"mean": _mean_of_weights},
             masks=tuple([k for k, is_mask in enumerate(masks) if is_mask]),
         )
-        self.family = formula.family
+        self.family, self.check = formula.family, None
         self.invalid_numbers = self.invalid_options
         self.invalid_options = self._reason_of_options  # not cached, as 0.0 == -0.0
         self.all_outputs = Outputs(True, (True,) * count)

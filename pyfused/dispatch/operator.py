@@ -91,6 +91,8 @@ class Operator(ABC):
         fields: The names of the options; the numbers come first.
         invalid_options: Takes the options of a call, one by one, and returns why no kernel takes
             them, None if one does.
+        check: Takes the tensors, one by one, and the options, and raises for shapes and dtypes that
+            neither kernels nor definitions take; None if `fallback_reason` looks at them.
         compared: The index of each number with ``compared_with``, and of its operand.
         family: The name of the row of sizes.py for operators without their own row.
         broadcast: The indices of the tensors that broadcast with the input.
@@ -115,6 +117,7 @@ class Operator(ABC):
     names: tuple[str, ...] = field(init=False)
     fields: tuple[str, ...] = field(init=False)
     invalid_options: Callable[..., str | None] = field(init=False)
+    check: Callable[..., None] | None = field(init=False, default=None)
     compared: tuple[tuple[int, int], ...] = field(init=False)
     student: int = field(init=False, default=1)
     family: str = field(init=False)
@@ -228,16 +231,12 @@ class Operator(ABC):
     # tensors, the options and the shard. 0 means that the gradient of the input overwrites it.
     overwritten: ClassVar[Any] = None
 
-    # Takes the tensors and the options, and raises for shapes and dtypes that neither kernels nor
-    # definitions take; None if `fallback_reason` looks at them.
-    check: ClassVar[Any] = None
-
     # ---- checks ----------------------------------------------------------------------------------
 
     def method_of(self, tensors: Tensors, options: Options) -> Any:
         """Returns the method that computes a call, or why no kernel takes its shapes and dtypes."""
         reason = self.fallback_reason and self.fallback_reason(*tensors, options)
-        return reason or (self.check and checks.reason(self.check, tensors, options)) or self.fused
+        return reason or (self.check and checks.reason(self.check, *tensors, options)) or self.fused
 
     def by_torch(self, tensors: Tensors, options: Options) -> Any:
         """Returns the result of torch's operators, which raise their errors for invalid arguments.
@@ -254,7 +253,7 @@ class Operator(ABC):
         self.check_tensors(tensors)
         self.check_options(options)
         if self.check is not None:
-            self.check(tensors, options)
+            self.check(*tensors, options)
         self.check_values(tensors, options)
 
     def check_values(self, tensors: Tensors, options: Options) -> None:  # noqa: B027

@@ -38,25 +38,25 @@ _NUMBERS = frozenset((float, NoneType))
 _CHOICES = frozenset((str, bool, int, float, torch.dtype, NoneType))
 
 
-def run(op: Any, tensors: Tensors, options: Options, shard: VocabShard | None = None) -> Any:
+def run(op: Any, tensors: Tensors, options: Options, shard: VocabShard | None = None) -> Tensor:
     """Returns an operator's result, from a fused kernel or from torch's operator.
 
     Args:
         shard: The classes of this process, if a process group shards them.
     """
     if shard is not None:
-        return _run_on_shard(op, tensors, options, shard)
+        return _run_on_shard(op, tensors, options, shard)  # type: ignore[no-any-return]
     if is_dynamo_compiling():
-        return _run_compiled(op, tensors, options)
+        return _run_compiled(op, tensors, options)  # type: ignore[no-any-return]
     fused, converted = decide(op, tensors, options)
     reason = fused if isinstance(fused, str) else None
     if report.active:
         fused = report.counted(op, tensors, options, reason, fused)
     if reason is None:
-        return fused(tensors, converted)
+        return fused(tensors, converted)  # type: ignore[no-any-return]
     if reason is not SMALL:
         report_fallback(op, tensors, reason)
-    return op.by_torch(tensors, options)
+    return op.by_torch(tensors, options)  # type: ignore[no-any-return]
 
 
 @never_traced

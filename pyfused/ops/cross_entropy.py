@@ -243,7 +243,7 @@ class CrossEntropy(RowOperator):
         if options.inplace and not self.needs_state(options, shard):
             definitions.prepare_inplace(tensors[0])
         input, target, weight, token_weight, denominator = tensors
-        if target.is_floating_point():
+        if target.dtype is not torch.int64 and target.is_floating_point():
             dtype = definitions.operand_dtype(input, target, weight)
             input, target = input.to(dtype), target.to(dtype)
         else:

@@ -56,11 +56,11 @@ def _shape_reason(*inputs: Tensor, target: Tensor | None = None) -> str | None:
 class EmbeddingLoss(TensorLoss):
     """A loss of rows of features: three inputs (..., D), or two and a target of 1 or -1 per row."""
 
-    check = None  # the operators' `fallback_reason` looks at the shapes
     strategy = "row by row"
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self.check = None
         self.has_target = self.operands[-1].sign
         self.inputs = self.operands[: len(self.operands) - self.has_target]
         self.broadcast, self.uniform = tuple(range(1, len(self.inputs))), 0

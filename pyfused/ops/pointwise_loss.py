@@ -35,7 +35,7 @@ from pyfused.formula_compiler import trace
 from pyfused.formula_compiler.kernel import Kernel, Method
 from pyfused.formula_compiler.program import Program
 from pyfused.torch_internals import PLAIN, any_autocast
-from pyfused.types import NUMBER, Gradients, Outputs
+from pyfused.types import NUMBER, Gradients, Outputs, outputs_of
 
 _BROADCASTING = (
     "Using a target size ({}) that is different to the input size ({}). This will likely lead to "
@@ -76,9 +76,6 @@ def reduced(loss: Tensor, reduction: str, weight: Tensor | None = None) -> Tenso
         dtype = torch.promote_types(weight.dtype, exact)
         total = total / weight.expand_as(loss).sum(dtype=dtype)
     return total.to(result)
-
-
-_outputs = lru_cache(Outputs)  # making a NamedTuple takes longer
 
 
 def elements(operands: Sequence[Tensor], *_: Any) -> Divisor:
@@ -123,6 +120,7 @@ class TensorLoss(SpecializedOperator):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self.check = self._check_shapes
         self.variables = tuple(o for o in self.operands if o.name != "weight" or not o.optional)
         indices = [self.names.index(variable.name) for variable in self.variables]
         self._indices = indices
@@ -181,7 +179,7 @@ class TensorLoss(SpecializedOperator):
         if True not in needs or not gradients_in_forward(reduction, dtype):
             needed = ()
         loss, gradients = self.launch(
-            tensors, options, reduction, _outputs(True, needed, False, dtype)
+            tensors, options, reduction, outputs_of(True, needed, False, dtype)
         )
         if loss.dtype is not dtype and reduction != "none":
             loss = loss.to(dtype)
@@ -194,7 +192,7 @@ class TensorLoss(SpecializedOperator):
         grad_output = self.expanded(grad_output, saved)
         gradients: Gradients
         _, gradients = self.launch(
-            saved, options, reduction, _outputs(False, tuple(needs)), grad_output
+            saved, options, reduction, outputs_of(False, tuple(needs)), grad_output
         )
         return gradients
 
@@ -275,9 +273,9 @@ class TensorLoss(SpecializedOperator):
         if self.reduces:
             checks.one_of("reduction", options.reduction, ("none", *self.denominators, "sum"))
 
-    def check(self, tensors: Tensors, options: Options) -> None:  # noqa: ARG002
+    def _check_shapes(self, *call: Any) -> None:
         """Checks that the operands broadcast, and that optional ones expand to the input."""
-        (operands, weight), first = self.operands_and_weight(tensors), self.variables[0].name
+        (operands, weight), first = self.operands_and_weight(call[:-1]), self.variables[0].name
         if self.arrange is None:
             for k, (operand, x) in enumerate(zip(self.variables, operands, strict=False)):
                 for earlier in operands[:k]:

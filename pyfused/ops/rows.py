@@ -45,9 +45,9 @@ from pyfused.types import (
     STATE_FIELDS,
     ClassRange,
     Gradients,
-    Outputs,
     RowOptions,
     VocabShard,
+    outputs_of,
 )
 
 # ---- sources -------------------------------------------------------------------------------------
@@ -220,6 +220,7 @@ class RowOperator(Operator):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self.check = self.check_arguments
         self.reference = self.reference or self.torch
         self.student = sum(operand.differentiated for operand in self.operands)
         self.inputs = [i for i, x in enumerate(self.operands) if x.name.endswith("input")]
@@ -228,9 +229,6 @@ class RowOperator(Operator):
     def layer(self, tensors: Tensors) -> Tensors:
         """Returns the logits, or the input, the weight and the bias of a layer."""
         return tensors[:3] if self.is_linear else tensors[:1]
-
-    def check(self, tensors: Tensors, options: Options) -> None:
-        self.check_arguments(*tensors, options)
 
     def check_values(self, tensors: Tensors, options: Options) -> None:
         if self.factors:
@@ -443,7 +441,7 @@ def loss_forward(
         inplace: Whether the gradient of the input overwrites the input.
     """
     in_forward = True in needs and gradients_in_forward(options.reduction, tensors[0].dtype)
-    outputs = Outputs(True, tuple(needs) if in_forward else (), inplace, dtype)
+    outputs = outputs_of(True, tuple(needs) if in_forward else (), inplace, dtype)
     loss, gradients = kernel(tensors, options, outputs)
     if dtype is not None and loss is not None and loss.dtype is not dtype:
         loss = loss.to(dtype)
