@@ -59,12 +59,13 @@ def compute(op: Any, tensors: Sequence[Any], options: Any, student: int, shard: 
         tensors, options, shard: As in `Operator.forward`.
         student: The number of tensors that may need a gradient; they come first.
     """
-    needs = (False,) * student
+    needs = [False] * student
     if torch.is_grad_enabled() and not torch.is_inference_mode_enabled():
-        needs = tuple([x is not None and x.requires_grad for x in tensors[:student]])
+        for i, x in enumerate(tensors[:student]):
+            needs[i] = x is not None and x.requires_grad
         if True in needs:
-            return apply((op, options, needs, shard), *tensors)
-    return op.forward(tensors, options, needs, shard)[0]
+            return apply((op, options, tuple(needs), shard), *tensors)
+    return op.forward(tensors, options, tuple(needs), shard)[0]
 
 
 class Fused(torch.autograd.Function):

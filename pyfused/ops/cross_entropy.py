@@ -223,8 +223,8 @@ class CrossEntropy(RowOperator):
         return shard is not None or options.softcap is not None
 
     def overwritten(self, saved: Tensors, options: Options, shard: Any) -> int | None:
-        if options.inplace and not self.needs_state(options, shard):
-            return 0
+        if not self.needs_state(options, shard):
+            return 0 if options.inplace else None
         return super().overwritten(saved, options, shard)
 
     def method_of(self, tensors: Tensors, options: Options) -> Any:
@@ -246,7 +246,7 @@ class CrossEntropy(RowOperator):
         if target.dtype is not torch.int64 and target.is_floating_point():
             dtype = definitions.operand_dtype(input, target, weight)
             input, target = input.to(dtype), target.to(dtype)
-        else:
+        elif target.dtype is not torch.int64 or input.dim() == 1:
             target = class_targets(input, target)
         if not token_weight is denominator is None:
             token_weight, denominator = definitions.factors(token_weight, denominator, input.dtype)
