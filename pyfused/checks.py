@@ -19,7 +19,7 @@ from torch.compiler import is_dynamo_compiling
 from torch.nn import Parameter
 
 from pyfused.layout import broadcast_with, loss_shape
-from pyfused.torch_internals import dispatch_modes, is_functorch_wrapped
+from pyfused.torch_internals import base_of, dispatch_modes, is_functorch_wrapped
 from pyfused.types import (
     CrossEntropyOptions,
     DivergenceOptions,
@@ -271,20 +271,17 @@ def _class_weight(
 
 
 def row_choices(options: Any) -> None:
-    """Checks the options of a function of rows that are not numbers, and those that exclude others.
-
-    It is called for each new number, so it calls few functions.
-    """
+    """Checks options of a function of rows that are not numbers, and those that exclude others."""
     for name, value in zip(options._fields, options, strict=True):
         if name == "reduction":
-            one_of(name, value, ("none", "mean", "sum"))
+            reduction(value)
         elif name == "ignore_index":
             integer(name, value)
-        elif name == "memory_budget" and value is not None:
+        elif name == "memory_budget":
             memory_budget(value)
-        elif name == "loss_dtype" and value is not None:
+        elif name == "loss_dtype":
             is_floating = isinstance(value, torch.dtype) and value.is_floating_point
-            if not is_floating:
+            if value is not None and not is_floating:
                 raise _error(name, "a floating dtype or None", value, ValueError)
     if getattr(options, "gamma", 0) != 0 and options.label_smoothing > 0:
         _raise_for_gamma()
@@ -377,7 +374,8 @@ def class_indices(classes: int, target: Tensor, ignore_index: int) -> None:
 
 def overwritable(input: Tensor) -> None:
     """Raises for a tensor whose values may be read after the call, other than by autograd."""
-    base = input._base if input._base is not None else input
+    base = base_of(input)
+    base = input if base is None else base
     if base.is_leaf:
         what = "a leaf" if base is input else "a view of a leaf"
         got = "True, which would overwrite the leaf's values"

@@ -98,7 +98,7 @@ class FormulaOperator(PointwiseLoss):
             denominators={"mean": _mean_of_weights},
             masks=tuple([k for k, is_mask in enumerate(masks) if is_mask]),
         )
-        self.family = formula.family
+        self.family, self.check = formula.family, None
         self.invalid_options = self._invalid_options  # not cached by numbers, as 0.0 == -0.0
         self.all_outputs = Outputs(True, (True,) * count)
         self.traced = lru_cache(_MOST_TRACES)(self._traced)  # by `cases_of`
@@ -185,9 +185,6 @@ class FormulaOperator(PointwiseLoss):
 
     def check_options(self, options: Options) -> None:
         checks.reduction(options.reduction)  # functions take any numbers
-
-    def check(self, tensors: Tensors, options: Options) -> None:
-        """Does nothing: `_reason_of_shapes` looks at the shapes."""
 
 
 def _exponents(kernel: Kernel) -> set[int]:

@@ -57,6 +57,8 @@ make_wrapper_subclass: Callable[..., Tensor] = _required("torch.Tensor._make_wra
 
 # Returns the version counter of a tensor, which in-place operations increment.
 version_of: Callable[[Tensor], int] = operator.attrgetter("_version")
+# Returns the tensor that a tensor is a view of, or None.
+base_of: Callable[[Tensor], Tensor | None] = operator.attrgetter("_base")
 
 
 def is_mutable(overload: Any) -> bool:
@@ -122,8 +124,6 @@ graph_is_retained: Callable[[], bool] = getattr(
 )
 # A number for the backward pass that runs in this thread.
 current_graph_task: Callable[[], Any] = getattr(torch._C, "_current_graph_task_id", object)
-# None in torch 2.11.
-_make_saved_tensor: Any = getattr(torch._C._autograd, "_make_saved_tensor", None)
 _NO_INPUT = torch.zeros((), device="cpu", requires_grad=True)
 
 
@@ -136,23 +136,21 @@ class _Node(torch.autograd.Function):
         return no_input.clone()
 
 
-def save_apart(tensor: Tensor) -> Any:
-    """Saves a tensor as ``save_for_backward`` does, but apart from the other tensors of a node."""
-    if _make_saved_tensor is not None:
-        return _make_saved_tensor(tensor, False)
-    with torch.enable_grad():  # the result keeps its node
-        return _Node.apply(_NO_INPUT, tensor)  # type: ignore[no-untyped-call]
+class _SavedTensor:
+    """A tensor saved by torch 2.11, where only a node can save one."""
+
+    def __init__(self, tensor: Tensor, _is_output: bool) -> None:
+        with torch.enable_grad():  # the result keeps its node
+            self.result: Any = _Node.apply(_NO_INPUT, tensor)  # type: ignore[no-untyped-call]
+
+    def unpack(self) -> Tensor:
+        return self.result.grad_fn.saved_tensors[0]  # type: ignore[no-any-return]
 
 
-def saved_apart(saved: Any) -> Tensor:
-    """Returns the tensor that `save_apart` has saved, or raises if it was modified."""
-    if _make_saved_tensor is None:
-        (tensor,) = saved.grad_fn.saved_tensors
-    else:
-        tensor = saved.unpack()
-    return tensor  # type: ignore[no-any-return]
-
-
+# Saves a tensor as ``save_for_backward`` does, but apart from the other tensors of a node. The
+# second argument is whether the node returns the tensor. ``unpack()`` of the result returns the
+# tensor, or raises if it was modified.
+save_apart: Any = getattr(torch._C._autograd, "_make_saved_tensor", _SavedTensor)
 # The hooks that get the tensors that are saved now, or None.
 saved_tensors_hooks: Callable[[bool], Any] = getattr(
     torch._C._autograd, "_top_saved_tensors_default_hooks", lambda _: (None, None)
@@ -270,7 +268,7 @@ def size_hint(size: int) -> int:
 
     hint = getattr(symbolic_shapes, "optimization_hint", None)
     if hint is not None:
-        return hint(size, 0)
+        return int(hint(size, 0))
     known = symbolic_shapes.statically_known_true(size == size)
     return size if known else 0
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from enum import Enum
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any, Literal, NamedTuple, TypedDict
 
 import torch
@@ -347,6 +347,9 @@ class Outputs(NamedTuple):
     gradients: tuple[bool, ...] = ()
     inplace: bool = False
     loss_dtype: torch.dtype | None = None
+
+
+outputs_of = lru_cache(maxsize=256)(Outputs)  # making a NamedTuple takes longer
 
 
 class Head(NamedTuple):

@@ -117,8 +117,6 @@ def fused_by_size() -> Iterator[None]:
     """Leaves small calls to torch, as users do, within `fused_always`."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sizes, "FORCED", None)
-        for op, least in sizes._least.items():
-            patch.setattr(op, "least", least)
         yield
 
 

@@ -7,6 +7,7 @@ tensors if ``TRITON_INTERPRET=1``), or ``torch`` to use no kernels.
 from __future__ import annotations
 
 import os
+import subprocess
 from functools import cache
 
 import torch
@@ -83,6 +84,7 @@ def _without_triton(device: torch.device) -> str | None:
         from triton.runtime import driver
 
         driver.active.get_current_target()  # compiles a C module into Triton's cache folder
-    except Exception as error:  # no C compiler, or the cache folder is not writable
+    except (ImportError, OSError, RuntimeError, subprocess.CalledProcessError) as error:
+        # There is no C compiler, or the cache folder is not writable.
         return f"Triton cannot start: {error}"
     return None

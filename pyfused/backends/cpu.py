@@ -106,11 +106,9 @@ if not (native.runtime_file or MISSING):
 
 # ---- addresses and allocation --------------------------------------------------------------------
 
-# Scalars are allocated by empty_like, because torch.empty takes twice as long to parse a shape and
-# a dtype.
-_SCALARS = {
-    dtype: torch.empty((), dtype=dtype, device="cpu") for dtype in (torch.float32, torch.float64)
-}
+# A scalar of the accumulation dtype for each dtype. Losses are allocated by empty_like, because
+# torch.empty takes twice as long to parse a shape and a dtype.
+_SCALARS = {dtype: torch.empty((), dtype=accumulate_dtype(dtype), device="cpu") for dtype in DTYPES}
 _NO_VIEW = (0, 0, 0, 0)
 _NO_OPERAND = (0, 0, 0)
 _NO_TENSOR = (0, 0)
@@ -467,54 +465,60 @@ def pointwise_loss(
     on_nan: Callable[[], Any] | None = None,
 ) -> LossResult:
     like, count = operands[0], len(operands)
-    dtype, n, missing = like.dtype, like.numel(), 4 - count
+    dtype, missing = like.dtype, (None,) * (4 - count)
     if isinstance(formula, Program):
         kernel, parameters = formula.kernel(native, _native_program), tuple(parameters)
     else:
         kernel, parameters = getattr(native, formula.name), (*parameters, 0.0, 0.0, 0.0)[:3]
-    inputs: list[Any] = [*operands, weight, grad_output]
-    views, in_rows = list[tuple[int, int]](), False
+    inputs: list[Any] = [*operands, *missing, weight, grad_output]
+    views: list[tuple[int, int]] = []
+    in_rows = False
     for i, x in enumerate(inputs):
+        step = 1
         if x is None:
             views.append(_NO_TENSOR)
             continue
         if x.dtype is not dtype:
             inputs[i] = x = x.to(dtype)
-        is_contiguous = x.is_contiguous()
-        is_scalar = not (is_contiguous or any(x.stride()))
-        in_rows = in_rows or not (is_contiguous or is_scalar)
-        views.append((x.data_ptr(), int(not is_scalar)))
+        if not x.is_contiguous():
+            step = int(any(x.stride()))  # 0 for a scalar
+            in_rows = in_rows or step == 1
+        views.append((x.data_ptr(), step))
     gradient_like = torch.empty_like if like.nbytes < RECYCLED_BYTES else empty_like
     if not views[0][1]:  # outputs have the memory order of the first tensor that has one
         like = next((x for x, (_, step) in zip(inputs, views, strict=True) if step), like)
-    losses = total = None
+    losses = total = output = None
     if outputs.loss and reduction == "none":
-        losses = torch.empty_like(like)
+        losses = output = torch.empty_like(like)
     if outputs.loss and (losses is None or on_nan is not None):
-        total = torch.empty_like(_SCALARS[accumulate_dtype(dtype)])  # is NaN if any loss is
-    gradients = tuple([gradient_like(like) if needed else None for needed in outputs.gradients])
-    addresses = [0 if x is None else x.data_ptr() for x in gradients]
+        total = torch.empty_like(_SCALARS[dtype])  # is NaN if any loss is
+    gradients: list[Any] = []
+    addresses = [0, 0, 0, 0]
+    for i, needed in enumerate(outputs.gradients):
+        gradients.append(None)
+        if needed:
+            gradients[i] = output = gradient_like(like)
+            addresses[i] = output.data_ptr()
     strides: Sequence[Sequence[int]] = ()
     if in_rows:
-        output = next((x for x in (*gradients, losses) if x is not None), like)
-        strides = _strides(output, [*inputs[:count], *[None] * missing, *inputs[count:]])
+        strides = _strides(like if output is None else output, inputs)
     kernel(
         DTYPES[dtype],
-        n,
-        (*views[:count], *(_NO_TENSOR,) * missing),
+        like.numel(),
+        views[:4],
         parameters,
-        views[count],
+        views[4],
         1.0 if divisor is None else float(divisor),
-        views[count + 1],
+        views[5],
         0 if losses is None else losses.data_ptr(),
         0 if total is None else total.data_ptr(),
-        (*addresses, 0, 0, 0, 0)[:4],
+        addresses,
         torch.get_num_threads(),
         strides,
     )
     if on_nan is not None and total is not None and total.isnan():
         on_nan()
-    return total if losses is None else losses, gradients
+    return total if losses is None else losses, tuple(gradients)
 
 
 def _strides(output: Tensor, tensors: Sequence[Tensor | None]) -> list[Sequence[int]]:
@@ -530,7 +534,7 @@ def _native_program(program: Program) -> Callable[..., None]:
 
 
 def activation(formula: Kernel, input: Tensor, options: Options) -> Tensor:
-    strides = list[Sequence[int]]()
+    strides: Sequence[Sequence[int]] = ()
     output = torch.empty_like(input)
     if not input.is_contiguous() and input.stride() != output.stride():
         strides = _strides(output, [input])
@@ -543,7 +547,7 @@ def activation(formula: Kernel, input: Tensor, options: Options) -> Tensor:
 def activation_backward(
     formula: Kernel, grad_output: Tensor, saved: Tensor, options: Options
 ) -> Tensor:
-    strides = list[Sequence[int]]()
+    strides: Sequence[Sequence[int]] = ()
     grad_input = (torch.empty_like if saved.nbytes < RECYCLED_BYTES else empty_like)(saved)
     order, step = grad_input.stride(), 1 if any(grad_output.stride()) else 0
     if saved.stride() != order or (step and grad_output.stride() != order):

@@ -21,7 +21,6 @@ from pyfused.torch_internals import (
     graph_is_retained,
     never_traced,
     save_apart,
-    saved_apart,
     saved_tensors_hooks,
     without_transforms,
 )
@@ -60,12 +59,13 @@ def compute(op: Any, tensors: Sequence[Any], options: Any, student: int, shard: 
         tensors, options, shard: As in `Operator.forward`.
         student: The number of tensors that may need a gradient; they come first.
     """
-    needs = (False,) * student
+    needs = [False] * student
     if torch.is_grad_enabled() and not torch.is_inference_mode_enabled():
-        needs = tuple([x is not None and x.requires_grad for x in tensors[:student]])
-    if True in needs:
-        return apply((op, options, needs, shard), *tensors)
-    return op.forward(tensors, options, needs, shard)[0]
+        for i, x in enumerate(tensors[:student]):
+            needs[i] = x is not None and x.requires_grad
+        if True in needs:
+            return apply((op, options, tuple(needs), shard), *tensors)
+    return op.forward(tensors, options, tuple(needs), shard)[0]
 
 
 class Fused(torch.autograd.Function):
@@ -82,23 +82,30 @@ class Fused(torch.autograd.Function):
     def forward(ctx: Any, call: tuple[Any, ...], *tensors: Tensor | None) -> Any:
         op, options, needs, shard = ctx.call = call
         output, saved, own = op.forward(tensors, options, needs, shard)
-        ctx.in_forward, ctx.index = bool(own), None
+        in_forward, index = bool(own), None
         if op.overwritten is not None:
-            ctx.index = op.overwritten(saved, options, shard)
-            if ctx.index is not None and not own:
-                saved = [*saved]
-                own, saved[ctx.index] = (saved[ctx.index],), None
-        ctx.own = [x if x is None else save_apart(x) for x in own]
-        ctx.is_hooked = saved_tensors_hooks(True) is not None
-        ctx.is_saved = [x is not None for x in saved]
-        saved = [x for x in saved if x is not None]
-        for x in saved:
-            if x.is_inference() and not x.requires_grad:
-                saved = [] if ctx.in_forward else _normal_tensors(saved)
-                ctx.is_saved = None if ctx.in_forward else ctx.is_saved
+            index = op.overwritten(saved, options, shard)
+            if index is not None and not in_forward:
+                own, saved = (saved[index],), [*saved[:index], None, *saved[index + 1 :]]
+        kept: list[Tensor] = []  # without None, as tools that draw graphs read saved tensors
+        missing: list[int] = []
+        for i, x in enumerate(saved):
+            if x is None:
+                missing.append(i)
+            elif not x.is_inference() or x.requires_grad:
+                kept.append(x)
+            elif not in_forward:  # autograd cannot save inference tensors
+                kept.append(x.clone())
+            else:
+                kept = []
                 break
-        ctx.save_for_backward(*saved)
-        ctx.input_is_overwritten = ctx.index == 0 and ctx.in_forward
+        ctx.save_for_backward(*kept)
+        ctx.own = []
+        for x in own:
+            ctx.own.append(x if x is None else save_apart(x, False))
+        ctx.state = in_forward, index, missing, saved_tensors_hooks(True) is not None
+        if index == 0:
+            ctx.input_is_overwritten = in_forward
         if type(output) is tuple:
             ctx.mark_non_differentiable(*[x for x in output[1:] if x is not None])
         return output
@@ -108,67 +115,81 @@ class Fused(torch.autograd.Function):
     def backward(ctx: Any, grad_output: Tensor, *_: Any) -> Any:
         """Returns a gradient for each argument of `forward`."""
         start = report.clock() if report.active else None
-        (op, options, needs, shard), inplace = ctx.call, ctx.index == 0
-        create_graph, retained = torch.is_grad_enabled(), graph_is_retained()
+        own, (in_forward, index, _, is_hooked) = ctx.own, ctx.state
+        create_graph, retained, inplace = torch.is_grad_enabled(), graph_is_retained(), index == 0
         # Kernels support plain tensors only, and their gradients cannot be differentiated again.
         second_order = (
             (create_graph and "create_graph")
             or active_mode()
             or layout_reason("gradient", grad_output)
         )
-        if second_order:
-            log_once(f"backward of {op.name}", second_order)
-            if ctx.is_saved is None:
-                raise RuntimeError(
-                    f"{second_order}: expected operands created outside of inference mode"
-                )
-        overwrites = inplace and (second_order or not ctx.in_forward)
+        overwrites = inplace and (second_order or not in_forward)
         if overwrites and ctx.input_is_overwritten:
             raise RuntimeError(
                 "inplace: expected False for create_graph=True or a second backward pass, got "
                 "True, and the gradient has overwritten the logits"
             )
-        own = None if second_order and ctx.in_forward else ctx.own
         if not retained or (create_graph and not inplace):
-            ctx.own = None
+            ctx.own = ()
             if second_order:
                 memory.release()  # torch's operators do not reuse it
-        copies = ctx.is_hooked or (retained and not overwrites)
-        gradients: Any
-        if own is not None and ctx.in_forward:
-            gradients = [x if x is None else saved_apart(x) for x in own]
-            for i, gradient in enumerate(gradients):
+        copies = is_hooked or (retained and not overwrites)
+        gradients: Any = []
+        if not own or not in_forward or second_order:
+            gradients = _gradients_of_saved(ctx, own, grad_output, copies, second_order)
+        else:
+            for saved in own:
+                gradients.append(gradient := None if saved is None else saved.unpack())
                 if gradient is not None:
                     dense = gradient.is_contiguous() or is_dense(gradient)
                     if copies or not (dense or inplace):
-                        gradients[i] = gradient = gradient.clone()
+                        gradients[-1] = gradient = gradient.clone()
                         dense = True
                     if dense:
                         backend_of(gradient).scale_(gradient, grad_output)
                     else:  # it has overwritten a part of a tensor
                         gradient.mul_(grad_output)
-        else:
-            try:
-                tensors = iter(ctx.saved_tensors)
-                saved: list[Any] = [next(tensors) if has else None for has in ctx.is_saved]
-                if own and own[0] is not None:
-                    x = saved_apart(own[0])
-                    saved[ctx.index] = x.clone() if copies and not second_order else x
-            except RuntimeError as error:
-                raise _with_hint(error, op.name) from None
-            if second_order:
-                gradients = op.define(saved, options, needs, grad_output, shard)
-                if create_graph:
-                    gradients = in_graph(gradients, saved)
-            else:
-                if overwrites:
-                    increment_version(saved[0])
-                    ctx.input_is_overwritten = True
-                gradients = op.backward(saved, options, needs, grad_output, shard)
         constants = len(ctx.needs_input_grad) - 1 - len(gradients)
         if start is not None:
             report.count_seconds(report.clock() - start)
         return None, *gradients, *(None,) * constants
+
+
+def _gradients_of_saved(
+    ctx: Any, own: Sequence[Any], grad_output: Tensor, copies: bool, second_order: Any
+) -> Gradients:
+    """Computes the gradients of a call from its saved tensors.
+
+    Args:
+        own: The tensors that were saved apart.
+        copies: Whether to copy the saved tensor that a kernel overwrites.
+        second_order: Why torch's definition computes them, False if a kernel does.
+
+    Raises:
+        RuntimeError: A saved tensor was changed in place, or an inference tensor was not saved.
+    """
+    (op, options, needs, shard), (in_forward, index, missing, _) = ctx.call, ctx.state
+    try:
+        saved = [*ctx.saved_tensors]
+        overwritten = own[0].unpack() if own and not in_forward and own[0] is not None else None
+    except RuntimeError as error:
+        raise _with_hint(error, op.name) from None
+    if second_order:
+        log_once(f"backward of {op.name}", second_order)
+        if not saved and overwritten is None:
+            expected = "operands created outside of inference mode"
+            raise RuntimeError(f"{second_order}: expected {expected}")
+    for i in missing:
+        saved.insert(i, None)
+    if overwritten is not None:
+        saved[index] = overwritten.clone() if copies and not second_order else overwritten
+    if second_order:
+        gradients: Gradients = op.define(saved, options, needs, grad_output, shard)
+        return in_graph(gradients, saved) if torch.is_grad_enabled() else gradients
+    if index == 0:
+        increment_version(saved[0])
+        ctx.input_is_overwritten = True
+    return op.backward(saved, options, needs, grad_output, shard)  # type: ignore[no-any-return]
 
 
 def _with_hint(error: RuntimeError, name: str) -> RuntimeError:
@@ -179,11 +200,6 @@ def _with_hint(error: RuntimeError, name: str) -> RuntimeError:
         f"{error}\n{name}: a tensor that backward reads was changed in place after the call. "
         "Pass a clone to the call, or change the tensor after backward()"
     )
-
-
-def _normal_tensors(saved: Sequence[Tensor]) -> list[Tensor]:
-    """Copies inference tensors, which autograd cannot save."""
-    return [x.clone() if x.is_inference() and not x.requires_grad else x for x in saved]
 
 
 def in_graph(gradients: Gradients, saved: Sequence[Any]) -> Gradients:

@@ -91,6 +91,8 @@ class Operator(ABC):
         fields: The names of the options; the numbers come first.
         invalid_options: Takes the options of a call, one by one, and returns why no kernel takes
             them, None if one does.
+        check: Takes the tensors, one by one, and the options, and raises for shapes and dtypes that
+            neither kernels nor definitions take; None if `fallback_reason` looks at them.
         compared: The index of each number with ``compared_with``, and of its operand.
         family: The name of the row of sizes.py for operators without their own row.
         broadcast: The indices of the tensors that broadcast with the input.
@@ -98,8 +100,6 @@ class Operator(ABC):
         limits: The limits of sizes.py, by the number of threads, 0 for GPUs, and dtype.
         least: The smallest number of elements for which a kernel runs, on GPUs and on CPUs.
         strategy: Describes how CPU kernels traverse an input.
-        uniform: The number of tensors that kernels take as they are, if they have one shape and one
-            dtype and no others are passed; 0 if there are no such calls.
         student: The number of tensors of a kernel that may need a gradient; they come first.
     """
 
@@ -117,8 +117,8 @@ class Operator(ABC):
     names: tuple[str, ...] = field(init=False)
     fields: tuple[str, ...] = field(init=False)
     invalid_options: Callable[..., str | None] = field(init=False)
+    check: Callable[..., None] | None = field(init=False, default=None)
     compared: tuple[tuple[int, int], ...] = field(init=False)
-    uniform: int = field(init=False, default=0)
     student: int = field(init=False, default=1)
     family: str = field(init=False)
     broadcast: tuple[int, ...] = field(init=False, default=())
@@ -166,11 +166,7 @@ class Operator(ABC):
                 is_valid = is_valid and (value > 0 or not scalar.positive)
             if not is_valid:
                 return f"{scalar.name} is {value!r}"
-        try:
-            self.check_choices(self.options(*options))
-        except checks.ERRORS as error:
-            return str(error)
-        return None
+        return checks.reason(self.check_choices, self.options(*options))
 
     def check_options(self, options: Options) -> None:
         """Raises for options that neither kernels nor definitions take."""
@@ -187,7 +183,7 @@ class Operator(ABC):
         """Returns whether a call needs no gradient."""
         return not grad_enabled() or not any(
             operand.differentiated and getattr(x, "requires_grad", False)
-            for operand, x in zip(self.operands, tensors, strict=True)
+            for operand, x in zip(self.operands, tensors, strict=False)
         )
 
     def elements(self, tensors: Tensors) -> int:
@@ -237,10 +233,10 @@ class Operator(ABC):
 
     # ---- checks ----------------------------------------------------------------------------------
 
-    def misfit(self, tensors: Tensors, options: Options) -> str | None:
-        """Returns why no kernel takes the shapes and dtypes of a call, None if one does."""
+    def method_of(self, tensors: Tensors, options: Options) -> Any:
+        """Returns the method that computes a call, or why no kernel takes its shapes and dtypes."""
         reason = self.fallback_reason and self.fallback_reason(*tensors, options)
-        return reason or checks.reason(self.check, tensors, options)
+        return reason or (self.check and checks.reason(self.check, *tensors, options)) or self.fused
 
     def by_torch(self, tensors: Tensors, options: Options) -> Any:
         """Returns the result of torch's operators, which raise their errors for invalid arguments.
@@ -256,11 +252,9 @@ class Operator(ABC):
     def check_call(self, tensors: Tensors, options: Options) -> None:
         self.check_tensors(tensors)
         self.check_options(options)
-        self.check(tensors, options)
+        if self.check is not None:
+            self.check(*tensors, options)
         self.check_values(tensors, options)
-
-    def check(self, tensors: Tensors, options: Options) -> None:  # noqa: B027
-        """Raises for shapes and dtypes that neither kernels nor definitions take."""
 
     def check_values(self, tensors: Tensors, options: Options) -> None:  # noqa: B027
         """Raises for invalid values of tensors, unless reading them would synchronise a device."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Sequence
 from functools import lru_cache
 from numbers import Integral, Real
 from types import NoneType
@@ -25,23 +26,16 @@ from pyfused.dispatch.sizes import is_small
 from pyfused.torch_internals import (
     PLAIN,
     active_mode,
-    any_autocast,
     functorch_is_active,
-    has_names,
-    is_batched,
     is_exporting,
-    is_functorch_wrapped,
-    is_lazy_clone,
-    is_zero_tensor,
     never_traced,
 )
 from pyfused.types import OPTIONS, VocabShard
 
-_INDEX_DTYPES = (torch.int64, torch.uint8)
-_CONVERTED_DTYPES = (*_INDEX_DTYPES, torch.bool, torch.int8, torch.int16, torch.int32)
+_INDICES = (torch.int64, torch.uint8)
+_CONVERTED = (*_INDICES, torch.bool, torch.int8, torch.int16, torch.int32)
 _NUMBERS = frozenset((float, NoneType))
 _CHOICES = frozenset((str, bool, int, float, torch.dtype, NoneType))
-_STRIDED = torch.strided
 
 
 def run(op: Any, tensors: Tensors, options: Options, shard: VocabShard | None = None) -> Tensor:
@@ -54,8 +48,8 @@ def run(op: Any, tensors: Tensors, options: Options, shard: VocabShard | None = 
         return _run_on_shard(op, tensors, options, shard)  # type: ignore[no-any-return]
     if is_dynamo_compiling():
         return _run_compiled(op, tensors, options)  # type: ignore[no-any-return]
-    reason, converted, is_uniform = decide(op, tensors, options)
-    fused = op.fused_uniform if is_uniform else op.fused
+    fused, converted = decide(op, tensors, options)
+    reason = fused if isinstance(fused, str) else None
     if report.active:
         fused = report.counted(op, tensors, options, reason, fused)
     if reason is None:
@@ -103,75 +97,60 @@ def fallback_reason(op: Operator, tensors: Tensors, options: Options) -> str | N
     """Returns why torch's operator computes a call, None if a kernel does."""
     if is_dynamo_compiling():
         return _compiler_reason(op, tensors, options)
-    return decide(op, tensors, options)[0]
+    method, _ = decide(op, tensors, options)
+    return method if isinstance(method, str) else None
 
 
-def decide(op: Any, tensors: Tensors, options: Options) -> tuple[str | None, Options, bool]:
-    """Returns why torch's operator computes a call, None if a kernel does.
+def decide(op: Operator, tensors: Tensors, options: Options) -> tuple[Any, Options]:
+    """Returns how a call is computed: a method of the operator, or why torch computes it.
 
-    Also returns the options of the kernel, in which numbers are floats, and whether kernels take
-    the tensors as they are; see `Operator.uniform`.
+    Also returns the options of the method, in which numbers are floats.
     """
     if is_small(op, tensors, options):
-        return SMALL, options, False
-    input = tensors[0]
-    if type(input) not in PLAIN:
-        return f"input is a {type(input).__name__}", options, False
-    if mode := active_mode():
-        return mode, options, False
-    on_cpu = backends.FORCED is None and input.is_cpu and cpu.MISSING is None
-    dtype, uniform = input.dtype, op.uniform
-    for i, x in enumerate(tensors):
-        operand = op.all_operands[i]
+        return SMALL, options
+    if reason := active_mode() or unsupported(op.all_operands, tensors, tensors[0]):
+        return reason, options
+    count = len(op.numbers)
+    are_floats = not count or _NUMBERS.issuperset(map(type, options[:count]))
+    if op.compared or not (are_floats and _CHOICES.issuperset(map(type, options[count:]))):
+        options = _converted(op, options, tensors)
+        if isinstance(options, str):
+            return options, ()
+    return op.invalid_options(*options) or op.method_of(tensors, options), options
+
+
+def unsupported(
+    operands: Sequence[Operand], tensors: Tensors, input: Any, is_traced: bool = False
+) -> str | None:
+    """Returns why the kernels for the input's device do not take a tensor, None if they take all.
+
+    Args:
+        is_traced: Whether Dynamo traces the call.
+    """
+    are_on_cpu = backends.FORCED is cpu.MISSING is None and getattr(input, "is_cpu", False)
+    for operand, x in zip(operands, tensors, strict=True):
         if x is None and operand.optional:
             continue
-        is_usual = (  # the conditions of `unsupported`, without a call for each tensor
-            type(x) in PLAIN
-            and x.layout is _STRIDED
-            and (x.dtype in DTYPES or (operand.indices and x.dtype is torch.int64))
-            and not (x.is_neg() or is_zero_tensor(x) or x.is_nested)
-            and (has_names is None or not has_names(x))
-            and not (is_functorch_wrapped(x) or is_batched(x) or is_lazy_clone(x))
-            and (x.is_cpu if on_cpu else unsupported_device(operand.name, x, input) is None)
-            and (operand.differentiated or not x.requires_grad)
-            and (i == 0 or x.numel())
-        )
-        if not is_usual and (reason := unsupported(operand, x, input)):
-            return reason, options, False
-        if uniform and i and (i >= uniform or x.dtype is not dtype or x.shape != input.shape):
-            uniform = 0
-    converted, count = options, len(op.numbers)
-    are_floats = _NUMBERS.issuperset(map(type, options[:count]))
-    if op.compared or not (are_floats and _CHOICES.issuperset(map(type, options[count:]))):
-        converted = _converted(op, options, tensors)
-        if isinstance(converted, str):
-            return converted, options, False
-    reason = op.invalid_options(*converted)
-    if uniform and not any_autocast():
-        return reason, converted, True
-    return reason or op.misfit(tensors, converted), converted, False
-
-
-def unsupported(operand: Operand, tensor: Any, input: Any) -> str | None:
-    """Returns why the kernels for the input's device do not support a tensor, or None."""
-    name = operand.name
-    if not isinstance(tensor, Tensor):
-        is_float = isinstance(tensor, Real) if is_dynamo_compiling() else type(tensor) is float
-        is_number = operand.number and is_float
-        return None if is_number else f"{name} is a {type(tensor).__name__}"
-    is_traced = is_dynamo_compiling() and type(tensor) in PLAIN
-    if not is_traced and (reason := layout_reason(name, tensor)):
-        return reason
-    if reason := unsupported_device(name, tensor, input):
-        return reason
-    others = _CONVERTED_DTYPES if operand.converts else _INDEX_DTYPES if operand.indices else ()
-    if tensor.dtype not in (*DTYPES, *others):
-        return f"{name} has dtype {tensor.dtype}"
-    if not operand.differentiated and requires_grad(tensor):
-        return f"{name} requires grad"
-    if is_traced:
-        return None  # a comparison would restrict the sizes of the program
-    return SMALL if tensor is not input and tensor.numel() == 0 else None  # it broadcasts
+        name = operand.name
+        if type(x) not in PLAIN:
+            if operand.number and (isinstance(x, Real) if is_traced else type(x) is float):
+                continue
+            return f"{name} is a {type(x).__name__}"
+        if not is_traced and (reason := layout_reason(name, x)):
+            return reason
+        if not (are_on_cpu and x.is_cpu) and (reason := unsupported_device(name, x, input)):
+            return reason
+        dtype = x.dtype
+        if dtype not in DTYPES:
+            others = _CONVERTED if operand.converts else _INDICES if operand.indices else ()
+            if dtype not in others:
+                return f"{name} has dtype {dtype}"
+        if not operand.differentiated and requires_grad(x):
+            return f"{name} requires grad"
+        # In a compiled program, a comparison would restrict the sizes.
+        if x is not input and not is_traced and x.numel() == 0:
+            return SMALL  # it broadcasts
+    return None
 
 
 # ---- options -------------------------------------------------------------------------------------
@@ -244,11 +223,8 @@ def _compiler_reason(op: Operator, tensors: Tensors, options: Options) -> str | 
     for name, option in zip(op.fields, options, strict=True):
         if isinstance(option, Tensor):
             return f"torch.compile: {name} is a tensor"
-    for operand, tensor in zip(op.all_operands, tensors, strict=True):
-        if tensor is None and operand.optional:
-            continue
-        if reason := unsupported(operand, tensor, tensors[0]):
-            return reason
+    if reason := unsupported(op.all_operands, tensors, tensors[0], is_traced=True):
+        return reason
     return None if op.fallback_reason is None else op.fallback_reason(*tensors, options)
 
 

@@ -25,6 +25,7 @@ from torch.compiler import is_dynamo_compiling
 from torch.overrides import has_torch_function_unary
 
 from pyfused import backends, memory
+from pyfused.backends import DTYPES
 from pyfused.dispatch.operator import Operator, Options, Tensors
 from pyfused.dispatch.reasons import SMALL as SMALL_REASON
 from pyfused.dispatch.report import add_traced
@@ -244,22 +245,25 @@ def _limits(op: Operator, threads: int, dtype: torch.dtype, intel: bool = INTEL)
     return row.with_threads(threads).times(HALVES.get(dtype, 1))
 
 
-def limit_of(op: Any, tensors: Tensors, options: Options, found: Limits) -> int:
+class _Choices(NamedTuple):
+    """The options that limits depend on."""
+
+    reduction: str | None
+    dim: Any
+
+
+def limit_of(op: Any, tensors: Tensors, options: Any, found: Limits) -> int:
     """Returns which of an operator's limits applies to a call."""
     input = tensors[0]
-    if found.unreduced is not None and options.reduction == "none":
+    if found.unreduced is not None and getattr(options, "reduction", None) == "none":
         return found.unreduced
     if found.without_gradient is not None and op.needs_no_gradient(tensors):
         return found.without_gradient
-    return limit_of_rows(input, getattr(options, "dim", 1), found)
-
-
-def limit_of_rows(input: Tensor, dim: Any, found: Limits) -> int:
-    """Returns the limit for classes along a dimension, `from_elements` if there are no classes."""
     if found.few_classes is None or input.layout is not torch.strided or input.is_nested:
         return found.from_elements  # others have no strides
     if found.strided is not None and input.dim() and input.stride(-1) != 1:
         return found.strided
+    dim = getattr(options, "dim", 1)
     if type(dim) is int and -input.dim() <= dim < input.dim() and input.stride(dim) == 1:
         few = VECTOR // min(input.element_size(), 4) - 1 if input.is_cpu else FEW_ON_GPU
         return found.few_classes if input.size(dim) <= few else found.from_elements
@@ -270,11 +274,12 @@ def why_small(op: Operator, tensors: Tensors, options: Options) -> str:
     """Returns why torch computes a small call, with what decides besides its size."""
     input = tensors[0]
     found = limits(op, torch.get_num_threads() if input.is_cpu else 0, input.dtype)
-    if limit_of(op, tensors, options, found) == found.pages <= op.elements(tensors):
+    limit = limit_of(op, tensors, options, found)
+    if limit == found.pages <= op.elements(tensors):
         return f"{SMALL_REASON}, because the process keeps freed pages"
     if input.is_cpu or found.from_elements == NEVER or not input.numel():
         return SMALL_REASON
-    reason = f"{SMALL_REASON}: kernels run from {limit_of(op, tensors, options, found):,} elements"
+    reason = f"{SMALL_REASON}: kernels run from {limit:,} elements"
     if _row(ON_GPU, op):
         return reason
     return f"{reason} ({HOST_US:g} us for a call on the host, {GB_PER_S:g} GB/s on the GPU)"
@@ -282,16 +287,24 @@ def why_small(op: Operator, tensors: Tensors, options: Options) -> str:
 
 # ---- small calls ---------------------------------------------------------------------------------
 
-_least: dict[Operator, tuple[int, int]] = {}
-
 
 def set_least(op: Operator) -> None:
     """Sets `least` to the smallest of an operator's limits, of all dtypes."""
-    gpu, cpu = (
-        min([limits(op, threads, dtype).least for dtype in backends.DTYPES]) for threads in (0, 2)
+    op.least = (
+        min([limits(op, 0, x).least for x in DTYPES]),
+        min([limits(op, 2, x).least for x in DTYPES]),
     )
-    _least[op] = gpu, cpu
-    op.least = (gpu, cpu) if FORCED is None else (0, 0)
+
+
+@contextmanager
+def every_size() -> Iterator[None]:
+    """Runs kernels for tensors of every size, for tests and benchmarks."""
+    global FORCED
+    before, FORCED = FORCED, FORCED or "every size"
+    try:
+        yield
+    finally:
+        FORCED = before
 
 
 def left_to_torch(
@@ -326,43 +339,14 @@ def left_to_torch(
         return add_traced(op.name)
     if type(input) is not Tensor or (has_torch_function_unary(input) and has_function_mode()):
         return not isinstance(input, Tensor)  # a mode has to see torch's function and nothing else
-    elements, is_cpu = input.numel(), input.is_cpu
-    if type(elements) is not int:  # torch.jit.trace returns a tensor
+    elements = input.numel()
+    if type(elements) is not int or FORCED is not None:  # torch.jit.trace returns a tensor
         return False
     if target is not None and (type(target) is not Tensor or target.shape != input.shape):
         return False
-    if elements < op.least[is_cpu]:
+    if elements < op.least[input.is_cpu]:
         return True
-    threads, dtype = torch.get_num_threads() if is_cpu else 0, input.dtype
-    found = op.limits.get((threads, dtype)) or limits(op, threads, dtype)
-    if elements >= found.most or FORCED is not None:
-        return False
-    limit = found.from_elements
-    if found.unreduced is not None and reduction == "none":
-        limit = found.unreduced
-    elif found.without_gradient is not None:
-        limit = limit if input.requires_grad and torch.is_grad_enabled() else found.without_gradient
-    elif found.few_classes is not None:
-        limit = limit_of_rows(input, dim, found)
-    return bool(elements < limit)
-
-
-@contextmanager
-def every_size() -> Iterator[None]:
-    """Runs kernels for tensors of every size, for tests and benchmarks."""
-    before = FORCED
-    _force(FORCED or "every size")
-    try:
-        yield
-    finally:
-        _force(before)
-
-
-def _force(forced: str | None) -> None:
-    global FORCED
-    FORCED = forced
-    for op, least in _least.items():
-        op.least = least if FORCED is None else (0, 0)
+    return _is_below_limit(op, elements, (input,), _Choices(reduction, dim))
 
 
 def is_small(op: Operator, tensors: Tensors, options: Options) -> bool:
@@ -376,18 +360,24 @@ def is_small(op: Operator, tensors: Tensors, options: Options) -> bool:
     elements = input.numel()
     if type(elements) is not int or input.is_nested:  # torch.jit.trace returns a tensor
         return False
-    if op.broadcast:
+    if op.is_linear:
+        if type(tensors[1]) not in PLAIN or tensors[1].is_nested:
+            return False
+        elements = op.elements(tensors)
+    elif op.broadcast:
         other = tensors[op.broadcast[0]]
         if isinstance(other, Tensor) and type(other) not in PLAIN:
             return False
         if type(other) not in PLAIN or other.is_nested or other.shape != input.shape:
             elements = op.elements(tensors)
-    elif op.is_linear:
-        if type(tensors[1]) not in PLAIN or tensors[1].is_nested:
-            return False
-        elements = op.elements(tensors)
     if elements == 0 or FORCED is not None:
         return elements == 0
+    return elements < op.least[input.is_cpu] or _is_below_limit(op, elements, tensors, options)
+
+
+def _is_below_limit(op: Operator, elements: int, tensors: Tensors, options: Any) -> bool:
+    """Returns whether torch is faster for a number of elements."""
+    input = tensors[0]
     threads = torch.get_num_threads() if input.is_cpu else 0
     found = op.limits.get((threads, input.dtype)) or limits(op, threads, input.dtype)
     if elements < found.least or elements >= found.most:  # the common cases

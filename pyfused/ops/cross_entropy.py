@@ -217,7 +217,7 @@ class CrossEntropy(RowOperator):
     def overwritten(self, _saved: Tensors, options: Options, shard: Any) -> int | None:
         return 0 if options.inplace and not self.needs_state(options, shard) else None
 
-    def misfit(self, tensors: Tensors, options: Options) -> str | None:
+    def method_of(self, tensors: Tensors, options: Options) -> Any:
         input, target, weight, token_weight, denominator = tensors
         if (  # the common case, for which nothing else has to be checked
             target.dtype is torch.int64
@@ -226,14 +226,14 @@ class CrossEntropy(RowOperator):
             and target.shape == input.shape[:1]
             and input.shape[1] > 1
         ):
-            return None
-        return super().misfit(tensors, options)
+            return self.fused
+        return super().method_of(tensors, options)
 
     def arranged(self, tensors: Tensors, options: Options, shard: Any = None) -> Tensors:
         if options.inplace and not self.needs_state(options, shard):
             definitions.prepare_inplace(tensors[0])
         input, target, weight, token_weight, denominator = tensors
-        if target.is_floating_point():
+        if target.dtype is not torch.int64 and target.is_floating_point():
             dtype = definitions.operand_dtype(input, target, weight)
             input, target = input.to(dtype), target.to(dtype)
         elif target.dtype is not torch.int64 or input.dim() == 1:

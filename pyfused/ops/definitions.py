@@ -155,9 +155,9 @@ def dtype_of_loss(options: Any, input: Any, target: Any, weight: Any) -> torch.d
     if (dtype := getattr(options, "loss_dtype", None)) is not None:
         return dtype  # type: ignore[no-any-return]
     dtype = input.dtype
-    if target.is_floating_point():
+    if target.dtype is not torch.int64 and target.is_floating_point():
         dtype = common_dtype(input, target, weight)
-    return autocast_dtype(dtype, input.device)
+    return dtype if dtype is torch.float32 else autocast_dtype(dtype, input.device)
 
 
 def operand_dtype(input: Any, target: Any, weight: Any) -> torch.dtype:

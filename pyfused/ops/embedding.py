@@ -60,12 +60,10 @@ class EmbeddingLoss(TensorLoss):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self.check = None
         self.has_target = self.operands[-1].sign
         self.inputs = self.operands[: len(self.operands) - self.has_target]
         self.broadcast, self.uniform = tuple(range(1, len(self.inputs))), 0
-
-    def check(self, tensors: Tensors, options: Options) -> None:
-        """Does nothing: the operators' `fallback_reason` looks at the shapes."""
 
     def by_operands(self, operands: Sequence[Tensor], options: Options) -> Tensor:
         if self.has_target:

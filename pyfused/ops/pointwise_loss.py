@@ -34,8 +34,8 @@ from pyfused.dispatch.reasons import stacklevel
 from pyfused.formula_compiler import trace
 from pyfused.formula_compiler.kernel import Kernel, Method
 from pyfused.formula_compiler.program import Program
-from pyfused.torch_internals import PLAIN
-from pyfused.types import NUMBER, Gradients, Outputs
+from pyfused.torch_internals import PLAIN, any_autocast
+from pyfused.types import NUMBER, Gradients, Outputs, outputs_of
 
 _BROADCASTING = (
     "Using a target size ({}) that is different to the input size ({}). This will likely lead to "
@@ -78,9 +78,6 @@ def reduced(loss: Tensor, reduction: str, weight: Tensor | None = None) -> Tenso
     return total.to(result)
 
 
-_outputs = lru_cache(Outputs)  # making a NamedTuple takes longer
-
-
 def elements(operands: Sequence[Tensor], *_: Any) -> Divisor:
     return operands[0].numel()
 
@@ -106,6 +103,8 @@ class TensorLoss(SpecializedOperator):
         variables: The operands of the formula: all except the weight.
         reduces: Whether the result is reduced: True for losses, False for activations.
         infers_dtype: Whether the result's dtype may differ even if all operands have one dtype.
+        uniform: The number of tensors that kernels take as they are, if they have one shape and one
+            dtype and no others are passed; 0 if there are no such calls.
     """
 
     warns: bool = False
@@ -115,18 +114,20 @@ class TensorLoss(SpecializedOperator):
     reads_values: bool = False
     arrange: Callable[..., Sequence[Tensor]] | None = None
     variables: tuple[Operand, ...] = field(init=False)
+    uniform: int = field(init=False, default=0)
     reduces: ClassVar[bool] = True
     infers_dtype: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self.check = self._check_shapes
         self.variables = tuple(o for o in self.operands if o.name != "weight" or not o.optional)
         indices = [self.names.index(variable.name) for variable in self.variables]
         self._indices = indices
         self.broadcast = tuple(indices[1:]) if self.arrange is None else ()
         has_weight = len(self.variables) < len(self.operands)
         self._weight = self.names.index("weight") if has_weight else None
-        self._result_dtype = cache(self._dtype_of_result)
+        self._cached_dtypes = cache(self._inferred_dtypes)
         converts = self.arrange is not None or self.infers_dtype or self.reads_values
         warns = self.warning is not None and not self.warns
         required = [i for i, x in zip(indices, self.variables, strict=True) if not x.optional]
@@ -134,6 +135,23 @@ class TensorLoss(SpecializedOperator):
         self.uniform = len(required) if in_order and not (converts or warns) else 0
 
     # ---- calls -----------------------------------------------------------------------------------
+
+    def method_of(self, tensors: Tensors, options: Options) -> Any:
+        input, count = tensors[0], self.uniform
+        dtype, shape, is_uniform = input.dtype, input.shape, count > 0 and not any_autocast()
+        for i, x in enumerate(tensors):
+            if x is input or x is None:
+                continue
+            if i >= count or x.dtype is not dtype or x.shape != shape:
+                is_uniform = False
+                break
+        return self.fused_uniform if is_uniform else super().method_of(tensors, options)
+
+    def fused_uniform(self, tensors: Tensors, options: Options) -> Tensor:
+        """Returns the result of a call whose tensors kernels take as they are."""
+        inputs, count = (*tensors[: self.uniform], None, None), self.uniform
+        result: Tensor = compute(self, inputs, options, count)
+        return result
 
     def fused(self, tensors: Tensors, options: Options) -> Tensor:
         reduction = options.reduction if self.reduces else "none"
@@ -150,12 +168,6 @@ class TensorLoss(SpecializedOperator):
         result: Tensor = compute(self, inputs, options, len(operands))
         return result if result.dtype is result_dtype else result.to(result_dtype)
 
-    def fused_uniform(self, tensors: Tensors, options: Options) -> Tensor:
-        """Returns the result of a call whose tensors kernels take as they are."""
-        inputs, count = (*tensors[: self.uniform], None, None), self.uniform
-        result: Tensor = compute(self, inputs, options, count)
-        return result
-
     def forward(self, tensors: Tensors, options: Options, needs: Needs, *_: Any) -> Forward:
         """Computes a loss.
 
@@ -166,7 +178,7 @@ class TensorLoss(SpecializedOperator):
         needed = tuple(needs)
         if True not in needs or not gradients_in_forward(reduction, dtype):
             needed = ()
-        loss, gradients = self.launch(tensors, options, _outputs(True, needed, False, dtype))
+        loss, gradients = self.launch(tensors, options, outputs_of(True, needed, False, dtype))
         if loss.dtype is not dtype and reduction != "none":
             loss = loss.to(dtype)
         return loss, tensors, gradients if needed else ()
@@ -174,7 +186,7 @@ class TensorLoss(SpecializedOperator):
     def backward(
         self, saved: Tensors, options: Options, needs: Needs, grad_output: Tensor, *_: Any
     ) -> Gradients:
-        outputs, grad_output = _outputs(False, tuple(needs)), self.expanded(grad_output, saved)
+        outputs, grad_output = outputs_of(False, tuple(needs)), self.expanded(grad_output, saved)
         gradients: Gradients = self.launch(saved, options, outputs, grad_output)[1]
         return gradients
 
@@ -250,9 +262,9 @@ class TensorLoss(SpecializedOperator):
         if self.reduces:
             checks.one_of("reduction", options.reduction, ("none", *self.denominators, "sum"))
 
-    def check(self, tensors: Tensors, options: Options) -> None:  # noqa: ARG002
+    def _check_shapes(self, *call: Any) -> None:
         """Checks that the operands broadcast, and that optional ones expand to the input."""
-        (operands, weight), first = self.operands_and_weight(tensors), self.variables[0].name
+        (operands, weight), first = self.operands_and_weight(call[:-1]), self.variables[0].name
         if self.arrange is None:
             for k, (operand, x) in enumerate(zip(self.variables, operands, strict=False)):
                 for earlier in operands[:k]:
@@ -265,46 +277,47 @@ class TensorLoss(SpecializedOperator):
     ) -> tuple[torch.dtype, torch.dtype]:
         """Returns the dtype in which kernels take the operands, and the dtype of the result."""
         dtype, device = input.dtype, input.device
-        autocast = torch.is_autocast_enabled(device.type)
-        is_equal = all([x.dtype is dtype for x in tensors if isinstance(x, Tensor)])  # noqa: C419
-        if is_equal and not autocast and not self.infers_dtype:
+        to = None
+        if torch.is_autocast_enabled(device.type):
+            to = torch.get_autocast_dtype(device.type)
+        kinds = tuple([
+            (x.dtype, x.dim() > 0) if isinstance(x, Tensor) else None for x in tensors
+        ])  # fmt: skip
+        if to is None and not self.infers_dtype and {kind[0] for kind in kinds if kind} == {dtype}:
             return dtype, dtype
-        indexed = [(i, x) for i, x in enumerate(tensors) if isinstance(x, Tensor)]
-        to = torch.get_autocast_dtype(device.type) if autocast else None
-        kinds = tuple([(i, tensor.dtype, min(tensor.dim(), 1)) for i, tensor in indexed])
-        modes = to, torch.get_default_dtype()
-        result = self._result_dtype(kinds, device, modes, reduction)
-        dtypes = [
-            torch.float32 if i == self._weight and dtype in _INTEGERS else dtype
-            for i, dtype, _ in kinds
-        ]
-        return reduce(torch.promote_types, dtypes, result), result
+        return self._cached_dtypes(kinds, device, (to, torch.get_default_dtype()), reduction)
 
-    def _dtype_of_result(
+    def _inferred_dtypes(
         self,
-        kinds: tuple[tuple[int, torch.dtype, int], ...],
+        kinds: tuple[tuple[torch.dtype, bool] | None, ...],
         device: torch.device,
         modes: tuple[torch.dtype | None, torch.dtype],  # noqa: ARG002 part of the key
         reduction: str,
-    ) -> torch.dtype:
-        """Returns the dtype of torch's result, by calling torch's operator with one element.
+    ) -> tuple[torch.dtype, torch.dtype]:
+        """Returns the dtypes of the operands and of torch's result.
 
-        No simple rule predicts it: autocast may widen some of the operators that a loss consists
-        of, and torch may overwrite an operand in another dtype.
+        It calls torch's operator with one element. No simple rule predicts the result's dtype:
+        autocast may widen some of the operators that a loss consists of, and torch may overwrite an
+        operand in another dtype.
 
         Args:
-            kinds: The index, the dtype and the number of dimensions, 0 or 1, of each tensor.
+            kinds: The dtype of each tensor, and whether it has dimensions.
             modes: The dtype of autocast, None if it is disabled, and the default dtype.
         """
         ones: list[Any] = [1.0 if operand.number else None for operand in self.operands]
-        for i, dtype, dim in kinds:
-            ones[i] = torch.ones([1] * dim, dtype=dtype, device=device)
+        dtypes = []
+        for i, kind in enumerate(kinds):
+            if kind is not None:
+                dtype, has_dimensions = kind
+                ones[i] = torch.ones([1] * has_dimensions, dtype=dtype, device=device)
+                is_integer_weight = i == self._weight and dtype in _INTEGERS
+                dtypes.append(torch.float32 if is_integer_weight else dtype)
         numbers = [None if number.optional else 1.0 for number in self.numbers]
         flags = [choice.values[0] for choice in self.choices if choice.values]
         with torch.no_grad():
             options = self.options(*numbers, *flags, *([reduction] if self.reduces else ()))
-            dtype_of_result: torch.dtype = self.torch(*ones, options).dtype
-        return dtype_of_result
+            result: torch.dtype = self.torch(*ones, options).dtype
+        return reduce(torch.promote_types, dtypes, result), result
 
 
 @dataclass(eq=False, kw_only=True, repr=False)

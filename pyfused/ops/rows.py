@@ -43,8 +43,8 @@ from pyfused.ops.shards import ShardedRows, class_range, local_shard, sharded_re
 from pyfused.types import (
     SMOOTH,
     Gradients,
-    Outputs,
     VocabShard,
+    outputs_of,
 )
 
 # ---- losses --------------------------------------------------------------------------------------
@@ -129,14 +129,12 @@ class RowOperator(Operator):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self.check = self.check_arguments
         self.reference = self.reference or self.torch
         self.student = sum(operand.differentiated for operand in self.operands)
         self.inputs = [i for i, x in enumerate(self.operands) if x.name.endswith("input")]
         self.target = self.names.index("target") if "target" in self.names else -1
         self.layer = slice(3 if self.is_linear else 1)
-
-    def check(self, tensors: Tensors, options: Options) -> None:
-        self.check_arguments(*tensors, options)
 
     def check_values(self, tensors: Tensors, options: Options) -> None:
         if self.factors:
@@ -397,7 +395,7 @@ def loss_forward(
         inplace: Whether the gradient of the input overwrites the input.
     """
     in_forward = True in needs and gradients_in_forward(options.reduction, tensors[0].dtype)
-    outputs = Outputs(True, tuple(needs) if in_forward else (), inplace, dtype)
+    outputs = outputs_of(True, tuple(needs) if in_forward else (), inplace, dtype)
     loss, gradients = kernel(tensors, options, outputs)
     if dtype is not None and loss is not None and loss.dtype is not dtype:
         loss = loss.to(dtype)

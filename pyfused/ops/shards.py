@@ -244,7 +244,7 @@ def check_local(
         op.check_arguments(input.new_empty(()).expand(shape), *others, options)
     numbers = [Operand(name, differentiated=False) for name in op.fields]  # some may be tensors
     for operand, x in zip((*op.all_operands, *numbers), (*values, *options), strict=True):
-        reason = unsupported(operand, x, values[0]) if isinstance(x, Tensor) else None
+        reason = unsupported((operand,), (x,), values[0]) if isinstance(x, Tensor) else None
         if reason is not None and reason is not SMALL:
             expected = "a tensor that the kernels support with a shard"
             raise RuntimeError(f"{operand.name}: expected {expected}, but {reason}")
