@@ -251,7 +251,7 @@ CASES = (
     ),
     Case("BERT, masked tokens", Transformer, BERT, (2, 128), (32, 512), "tokens"),
     Case("U-Net, 21 classes", UNet, (32, 4), (2, 128), (16, 256), "images"),
-    Case("ResNet-20, 10 classes", ResNet, (3,), (128, 32), (1024, 32), "images"),
+    Case("ResNet-20, 10 classes", ResNet, (3,), (128, 64), (512, 64), "images"),
     Case("recommender, 100,000 items", Recommender, (100_000, 64), (1024,), (8192,), "samples"),
     Case("digits, 10 classes", Digits, (), (64,), (64,), "samples"),
 )

@@ -842,21 +842,6 @@ def gpu_summary() -> str:
     return "On an H100, forward and backward:\n\n" + "\n".join(f"- {each}" for each in sentences)
 
 
-def memory() -> str:
-    """Returns the peak memory of forward and backward beyond the arguments."""
-    rows = _of_cpus("memory")[-1]
-    columns = list(dict.fromkeys(row["implementation"] for row in rows))
-    lines: dict[str, dict[str, str]] = {}
-    for row in rows:
-        taken, input = int(row["bytes"]), int(row["input_bytes"])
-        cells = lines.setdefault(row["case"], {"input": f"{input / 2**20:,.0f}"})
-        cells[row["implementation"]] = f"{taken / 2**20:,.0f}"
-    columns = ["input", *columns]
-    table = [[case, *(cells.get(name, "") for name in columns)] for case, cells in lines.items()]
-    table = report.tabulated(["case, MiB", *columns], table, names=1)
-    return f"{table}\n\n*{_short(rows[0]['machine'])}*"
-
-
 # Parts of README.md and of docs/*.md, which `python docs/gallery.py` writes, as it writes charts.
 WRITTEN = {
     "gains": gains,
@@ -865,7 +850,6 @@ WRITTEN = {
     "sizes": smallest,
     "headline": headline,
     "steps": all_steps,
-    "memory": memory,
     "machines": lambda: f"*{machines()}*",
     "gain machine": lambda: f"*{_short(_of_cpus('gain')[-1][0]['machine'])}*",
     "head summary": head_summary,
