@@ -24,11 +24,12 @@ setup: $(TOOLS) ## create the development environment in .venv (PYTHON=python3.1
 
 build: $(BUILD) ## compile the kernels (CXX=g++-13 selects another compiler)
 
-demo: $(BUILD) ## train with torch's losses and with pyfused's, compare and plot: under 5 minutes on two cores
+demo: $(BUILD) ## train with torch's losses and with pyfused's, compare and plot: six minutes on two cores
 	$(BIN)/python examples/demo.py
 	$(BIN)/python examples/losses.py
 	$(BIN)/python examples/gradient_descent.py
 	$(BIN)/python examples/custom_loss.py
+	$(BIN)/python examples/recommender.py
 	$(BIN)/python examples/heads.py
 	$(BIN)/python examples/grpo.py
 	$(BIN)/python examples/distillation.py

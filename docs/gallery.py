@@ -642,7 +642,7 @@ GAINS = (
     ("recommender", "convert, keep", "`keep`, `convert`"),
     ("GPT-2 small, float32", "convert, keep", "`keep`, `convert`"),
     ("BERT", "convert, keep", "`keep`, `convert`"),
-    # ("ResNet", "torch, keep", "`keep`"),
+    ("ResNet", "torch, keep", "`keep`"),
     ("U-Net", "torch, keep", "`keep`"),
 )
 
@@ -750,7 +750,9 @@ def _machines(names: Sequence[str], found: dict[str, dict[str, dict[str, str]]])
 def _short(machine: str) -> str:
     """Returns processor, cores, threads, version of torch and date of a machine."""
     words = re.split("[,;.] ", machine)
-    kept = (word for word in words[1:] if re.match(r"torch |\d{4}-|\d+ (cores|threads?)", word))
+    kept = (
+        word for word in words[1:] if re.match(r"torch |CPU time|\d{4}-|\d+ (cores|threads?)", word)
+    )
     return f"{', '.join([words[0], *kept])}."
 
 

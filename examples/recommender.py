@@ -169,7 +169,9 @@ def train(items: int, seconds: float, turns: int) -> dict[str, list[dict[str, An
     results: dict[str, list[dict[str, Any]]] = {way: [] for way in LOSSES}
     console = Console()
     pairs = [pair for _ in range(turns) for pair in workers.items()]
-    for way, worker in track(pairs, "Recommender", console=console, disable=not console.is_terminal):
+    for way, worker in track(
+        pairs, "Recommender", console=console, disable=not console.is_terminal
+    ):
         assert worker.stdin is not None
         assert worker.stdout is not None
         worker.stdin.write(f"{seconds / turns}\n")
@@ -190,7 +192,7 @@ def draw(items: int, results: dict[str, list[dict[str, Any]]]) -> Figure:
         for colour, (way, turns) in zip(COLOURS, results.items(), strict=True):
             seconds, values = zip(*((turn["seconds"], turn[field]) for turn in turns), strict=True)
             axes.plot(seconds, values, "o-", color=colour, label=way, markersize=4)
-        axes.set(title=title, xlabel="seconds of training", ylim=(0, None))
+        axes.set(title=title, xlabel="seconds of training")
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
         axes.legend(frameon=False)
@@ -217,6 +219,13 @@ def main() -> None:
             f"  {way:<9}{last['steps']:6,} steps of {last['ms']:6.1f} ms{memory}: "
             f"loss {last['loss']:.2f}, recall {last['recall']:.3f}"
         )
+    ms = {way: turns[-1]["ms"] for way, turns in results.items()}
+    print(
+        f"With all items, pyfused takes {ms['pyfused'] / ms['torch']:.2f} of torch's time per step."
+    )
+    print(
+        "With few candidates, steps are many times as fast: compare loss and recall over seconds."
+    )
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
     draw(arguments.items, results).savefig(arguments.output, dpi=120)
     print(f"drawn in {arguments.output}")

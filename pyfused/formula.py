@@ -555,7 +555,7 @@ class Formula:
         if isinstance(value, Tensor):
             got = f"a Tensor of shape {tuple(value.shape)}; make it an operand"
         elif isinstance(self.defaults[name], float) and not isinstance(value, (Real, NoneType)):
-            got = repr(value)
+            got = f"{value!r}{'; make it an operand' * isinstance(value, (list, tuple))}"
         else:
             return value
         raise TypeError(
