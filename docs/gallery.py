@@ -950,7 +950,8 @@ def _toctrees(index: str) -> str:
 
 def _toctree(pages: Iterable[str], caption: str = "") -> str:
     listed = "\n".join(pages)
-    return f"```{{toctree}}\n:hidden:\n:caption: {caption}\n\n{listed}\n```\n"
+    title = f":caption: {caption}\n" * bool(caption)
+    return f"```{{toctree}}\n:hidden:\n{title}\n{listed}\n```\n"
 
 
 def _linked(page: str) -> str:

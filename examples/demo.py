@@ -241,8 +241,8 @@ def conclude(default: Job, kept: Job) -> str:
     faster, kept_faster = step["torch"] / step[name], step["torch"] / with_keep[name]
     return (
         f"The GPT learns the same with {name}: {faster:.1f} times as fast{memory}, and"
-        f" {kept_faster:.1f} times with keep.\nIts head takes {loss[name] / loss['pyfused']:.2f} of the"
-        " time of the loss of all logits: blocks of logits save memory, but not always time."
+        f" {kept_faster:.1f} times with keep.\nIts head takes {loss[name] / loss['pyfused']:.2f} of"
+        " the time of the loss of all logits: blocks of logits save memory, but not always time."
     )
 
 
