@@ -172,7 +172,7 @@ def patch(function: Any = None) -> Any:
     torch only. In programs that are compiled, also by ``torch.jit.script``, patched functions are
     torch's.
 
-    Besides, it replaces ``relu`` as the default activation of :class:`torch.nn.Transformer` and its
+    Besides, it replaces ``relu`` as the default activation of ``torch.nn.Transformer`` and its
     layers, and ``torch.nn.Module.__getstate__``, so that modules that store a function can be
     pickled. The latter stays after :func:`unpatch`.
 
