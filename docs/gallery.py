@@ -363,7 +363,7 @@ def _time_and_peak(
     colours = [STYLES[name.removeprefix("eager ").partition(",")[0]][0] for name in names]
     medians = [middle for _, middle, _ in times]
     errors = [[middle - low for low, middle, _ in times], [high - x for _, x, high in times]]
-    title = "time / time of the matrix products, with quartiles"
+    title = "time / time of products, with quartiles"
     panels = (title, medians, errors), (of_peaks, peaks, None)
     for axes, (title, values, spread) in zip(figure.subplots(2), panels, strict=True):
         bars = axes.barh(names, values, xerr=spread, ecolor=INK, color=colours)
