@@ -109,7 +109,7 @@ bench: $(BUILD) $(TOOLS) ## compare torch and pyfused, and write benchmarks/resu
 bench-quick: $(BUILD) $(TOOLS) ## time the headline cases (BENCH_ARGS="-k relu" selects others); writes .benchmarks/
 	$(BIN)/python benchmarks/run.py quick $(BENCH_ARGS)
 
-bench-steps: $(BUILD) $(TOOLS) ## time training steps of eight models and the demo's, and update README.md (15 minutes; with BENCH_ARGS, only time)
+bench-steps: $(BUILD) $(TOOLS) ## time training steps of eight models and the demo's, and update README.md and docs/ (15 minutes; with BENCH_ARGS, only time)
 	$(BIN)/python benchmarks/run.py steps $(BENCH_ARGS)
 	$(if $(BENCH_ARGS),,$(BIN)/python docs/curves.py && $(BIN)/python docs/gallery.py)
 

@@ -554,8 +554,8 @@ def all_sizes() -> str:
     """Returns the file with the smallest inputs of all operators."""
     legend = (
         "The smallest inputs that run a kernel on CPUs with one or two threads, in float32"
-        ' elements. "Few classes" are contiguous, and at most 15, without AVX-512 at most 7. "Strided'
-        ' rows": the last dimension is not contiguous.'
+        ' elements. "Few classes" are contiguous, and at most 15, without AVX-512 at most 7.'
+        ' "Strided rows": the last dimension is not contiguous.'
     )
     return f"{legend}\n\n{sizes()}\n"
 
