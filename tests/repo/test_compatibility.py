@@ -120,4 +120,4 @@ def test_claims_of_pages_have_tests() -> None:
     rows = re.findall(r"\| `([\w/]+\.py)`, `(test_\w+)` \|", table)
     assert len(rows) > 10
     for file, name in rows:
-        assert f"def {name}(" in (ROOT / "tests" / file).read_text("utf-8")
+        assert f"def {name}(" in (ROOT / file).read_text("utf-8")
