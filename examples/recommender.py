@@ -1,7 +1,7 @@
 """Train a recommender of 100,000 items with a full softmax, in-batch and sampled negatives.
 
     python examples/recommender.py                      40 seconds on two idle cores
-    python examples/recommender.py --items 1000000      the same with a million items
+    python examples/recommender.py --items 1000000      a million items, up to 7 GiB
 
 A user is the mean of the embeddings of 20 items and two layers; the model predicts the next item.
 "torch" and "pyfused" compute the loss over all items, pyfused without storing their logits. The
@@ -114,7 +114,8 @@ def recall(users: Tensor, table: Tensor, target: Tensor, block: int = 1 << 14) -
     best = torch.full((len(users), K), -torch.inf)
     items = torch.zeros((len(users), K), dtype=torch.int64)
     for start in range(0, len(table), block):
-        scores, indices = (users @ table[start : start + block].t()).topk(K)
+        scores = users @ table[start : start + block].t()
+        scores, indices = scores.topk(min(K, scores.shape[1]))
         best, order = torch.cat([best, scores], 1).topk(K)
         items = torch.cat([items, start + indices], 1).gather(1, order)
     return (items == target[:, None]).any(1).float().mean().item()
@@ -207,6 +208,8 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("demo", "recommender.png"))
     parser.add_argument("--worker", choices=LOSSES, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    if arguments.items <= 0 or arguments.items % PER_TASTE:
+        parser.error(f"--items: expected a multiple of {PER_TASTE}, got {arguments.items}")
     if arguments.worker:
         work(arguments.worker, arguments.items)
         return
