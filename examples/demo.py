@@ -233,16 +233,15 @@ def conclude(default: Job, kept: Job) -> str:
     """Returns the two lines that follow from the training of the GPT."""
     rows = {row.label: row.values for row in default.rows}
     step, loss, peak = (rows.get(x) for x in ("whole step", "head and loss", "peak memory"))
-    with_keep = next(row.values for row in kept.rows if row.label == "whole step")
+    kept_step = next(row.values for row in kept.rows if row.label == "whole step")
     assert step is not None
     assert loss is not None
     name = "pyfused, linear"
-    memory = f" in {peak[name] / peak['torch']:.2f} of the memory" if peak else ""
-    faster, kept_faster = step["torch"] / step[name], step["torch"] / with_keep[name]
+    memory = f", {peak[name] / peak['torch']:.2f} of torch's memory" if peak else ""
+    faster, with_keep = step["torch"] / step[name], step["torch"] / kept_step[name]
     return (
-        f"The GPT learns the same with {name}: {faster:.1f} times as fast{memory}, and"
-        f" {kept_faster:.1f} times with keep.\nIts head takes {loss[name] / loss['pyfused']:.2f} of"
-        " the time of the loss of all logits: blocks of logits save memory, but not always time."
+        f"{name}: {faster:.1f} times as fast ({with_keep:.1f} with keep){memory}.\nIts head takes"
+        f" {loss[name] / loss['pyfused']:.2f} of pyfused's time with all logits, for less memory."
     )
 
 
