@@ -24,11 +24,12 @@ setup: $(TOOLS) ## create the development environment in .venv (PYTHON=python3.1
 
 build: $(BUILD) ## compile the kernels (CXX=g++-13 selects another compiler)
 
-demo: $(BUILD) ## train with torch's losses and with pyfused's, compare and plot: under 5 minutes on two cores
+demo: $(BUILD) ## train with torch's losses and with pyfused's, compare and plot: six minutes on two cores
 	$(BIN)/python examples/demo.py
 	$(BIN)/python examples/losses.py
 	$(BIN)/python examples/gradient_descent.py
 	$(BIN)/python examples/custom_loss.py
+	$(BIN)/python examples/recommender.py
 	$(BIN)/python examples/heads.py
 	$(BIN)/python examples/grpo.py
 	$(BIN)/python examples/distillation.py
@@ -108,7 +109,7 @@ bench: $(BUILD) $(TOOLS) ## compare torch and pyfused, and write benchmarks/resu
 bench-quick: $(BUILD) $(TOOLS) ## time the headline cases (BENCH_ARGS="-k relu" selects others); writes .benchmarks/
 	$(BIN)/python benchmarks/run.py quick $(BENCH_ARGS)
 
-bench-steps: $(BUILD) $(TOOLS) ## time training steps of seven models and the demo's, and update README.md (15 minutes; with BENCH_ARGS, only time)
+bench-steps: $(BUILD) $(TOOLS) ## time training steps of eight models and the demo's, and update README.md and docs/ (15 minutes; with BENCH_ARGS, only time)
 	$(BIN)/python benchmarks/run.py steps $(BENCH_ARGS)
 	$(if $(BENCH_ARGS),,$(BIN)/python docs/curves.py && $(BIN)/python docs/gallery.py)
 

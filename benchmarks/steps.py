@@ -129,6 +129,48 @@ class UNet(Model):
         return input
 
 
+class ResNet(Model):
+    """Classifies images into 10 classes, like the networks for CIFAR-10 of He et al. (2015)."""
+
+    def __init__(self, blocks: int, batch: int, size: int) -> None:
+        super().__init__()
+        self.shape = batch, 3, size, size
+        self.first = _convolution(3, 16)
+        pairs = [(16, 16)] * blocks + [(16, 32)] + [(32, 32)] * (blocks - 1)
+        pairs += [(32, 64)] + [(64, 64)] * (blocks - 1)
+        self.blocks = nn.Sequential(*(Residual(*pair) for pair in pairs))
+        self.head = nn.Linear(64, 10)
+
+    def draw(self) -> tuple[Tensor, Tensor]:
+        return torch.randn(self.shape), torch.randint(10, self.shape[:1])
+
+    def features(self, input: Tensor) -> Tensor:
+        features: Tensor = self.blocks(torch.relu(self.first(input))).mean((2, 3))
+        return features
+
+
+class Residual(nn.Module):
+    """Adds two convolutions to their input; a wider one has half the height and width."""
+
+    def __init__(self, channels: int, width: int) -> None:
+        super().__init__()
+        stride = width // channels
+        first, second = _convolution(channels, width, stride), _convolution(width, width)
+        self.convolutions = nn.Sequential(first, nn.ReLU(), second)
+        wider = nn.Conv2d(channels, width, 1, stride, bias=False), nn.BatchNorm2d(width)
+        self.shortcut = nn.Identity() if stride == 1 else nn.Sequential(*wider)
+        self.relu = nn.ReLU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        result: Tensor = self.relu(self.convolutions(x) + self.shortcut(x))
+        return result
+
+
+def _convolution(channels: int, width: int, stride: int = 1) -> nn.Module:
+    convolution = nn.Conv2d(channels, width, 3, stride, padding=1, bias=False)
+    return nn.Sequential(convolution, nn.BatchNorm2d(width))
+
+
 def _convolutions(channels: int, width: int) -> nn.Module:
     layers: list[nn.Module] = []
     for given in (channels, width):
@@ -209,6 +251,7 @@ CASES = (
     ),
     Case("BERT, masked tokens", Transformer, BERT, (2, 128), (32, 512), "tokens"),
     Case("U-Net, 21 classes", UNet, (32, 4), (2, 128), (16, 256), "images"),
+    Case("ResNet-20, 10 classes", ResNet, (3,), (128, 64), (512, 64), "images"),
     Case("recommender, 100,000 items", Recommender, (100_000, 64), (1024,), (8192,), "samples"),
     Case("digits, 10 classes", Digits, (), (64,), (64,), "samples"),
 )

@@ -11,6 +11,7 @@ from typing import Unpack
 from docutils import nodes
 from docutils.utils.math.latex2mathml import tex2mathml
 from sphinx.application import Sphinx
+from sphinx.util.logging import getLogger
 from sphinx.writers.html5 import HTML5Translator
 
 os.environ["PYFUSED_BACKEND"] = "cpu"  # pictures show kernels, although their tensors are small
@@ -123,9 +124,16 @@ def let_names_break(_app: Sphinx, doctree: nodes.document, _page: str) -> None:
             text.parent.replace(text, pieces)
 
 
+def check_pages(_app: Sphinx) -> None:
+    """Warns of parts that `python docs/gallery.py` has to write again."""
+    for file in gallery.outdated():
+        getLogger(__name__).warning("%s is outdated: run python docs/gallery.py", file)
+
+
 def setup(app: Sphinx) -> None:
     app.add_html_math_renderer("mathml", (formula, None), (formula, None))
     app.connect("source-read", gallery.fill)
+    app.connect("builder-inited", check_pages)
     app.connect("builder-inited", pages.write)
     app.connect("doctree-resolved", label_cells)
     app.connect("doctree-resolved", keep_quartiles_together)

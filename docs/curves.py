@@ -1,4 +1,4 @@
-"""Trains the GPT of `make demo`, for the chart at the top of README.md: `python docs/curves.py`.
+"""Trains the GPT of `make demo`, for a chart: `python docs/curves.py`.
 
 torch and pyfused take turns, each in a process of its own. `python docs/gallery.py` draws it.
 """

@@ -1,6 +1,7 @@
-"""Fills pages with content made from declarations and measurements.
+"""Writes tables and charts into pages, made from declarations and measurements.
 
-docs/entries.py has the text about each operator. The pictures show the output of the kernels.
+`python docs/gallery.py` writes them, and `make docs` checks them. docs/entries.py has the text
+about each operator. The pictures show the output of the kernels.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import io
 import json
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import redirect_stdout
 from pathlib import Path
 from statistics import median, quantiles
@@ -229,7 +230,7 @@ WAYS = {
     "cut-cross-entropy": (None, "cut-cross-entropy"),
     "pyfused, of logits": ("pyfused, cross_entropy of logits",) * 2,
     "pyfused": ("pyfused", "pyfused"),
-    "pyfused, a quarter": ("pyfused, memory_budget of a quarter",) * 2,
+    (QUARTER := "pyfused, a quarter"): ("pyfused, memory_budget of a quarter",) * 2,
     "pyfused, a 16th": ("pyfused, memory_budget of a 16th",) * 2,
 }
 LARGE_CPU, LARGE_GPU = "(1024, 512, 32000), float32", "(8192, 4096, 128256)"
@@ -243,18 +244,24 @@ def _of_ways(found: dict[str, Any], index: int) -> dict[str, Any]:
 def heads() -> Figure:
     """Draws time and peak memory of a linear layer and its cross-entropy on a CPU."""
     shown = _of_ways(_cpu_heads()[LARGE_CPU], 0)
-    times = [float(row[4].split()[0]) for row in shown.values()]
+    del shown[QUARTER]  # the default budget of this size
+    times = [_spread(row[4]) for row in shown.values()]
     peaks = [float(row[-1]) for row in shown.values()]
     return _time_and_peak([*shown], times, peaks, "peak memory / size of the logits")
 
 
 def gpu() -> Figure:
     """Draws time and peak memory of the same on an H100, for the sizes of Llama 3 8B."""
-    found = _gpu_heads()["cross-entropy"][LARGE_GPU]
-    shown = _of_ways(found, 1)
-    times = [ms / found["three products"][0] for ms, _ in shown.values()]
-    peaks = [gib for _, gib in shown.values()]
+    shown = _of_ways(_gpu_heads()["cross-entropy"][LARGE_GPU], 1)
+    times = [spread for _, _, spread in shown.values()]
+    peaks = [gib for _, gib, _ in shown.values()]
     return _time_and_peak([*shown], times, peaks, "peak memory, GiB")
+
+
+def _spread(cell: str) -> tuple[float, float, float]:
+    """Returns the lower quartile, the median and the upper quartile in a cell of a table."""
+    middle, low, high = map(float, re.findall(r"[\d.]+", cell))
+    return low, middle, high
 
 
 def trade() -> str:
@@ -265,8 +272,9 @@ def trade() -> str:
     for name in WAYS:
         if name in ("torch.compile, auto_chunker", "pyfused, of logits"):
             continue  # close to other rows
-        row, (ms, gib) = on_cpu.get(name), on_gpu.get(name, (None, None))
+        row, (ms, gib, _) = on_cpu.get(name), on_gpu.get(name, (None,) * 3)
         cells = [row[3], row[6], row[-1]] if row else ["n/a"] * 3
+        cells = ["the default", "", ""] if name == QUARTER else cells
         cells += [f"{ms:.3g} ms", f"{gib:.2f} GiB"] if ms else ["n/a"] * 2
         lines.append([f"`{name}`" if name.startswith("torch.compile") else name, *cells])
     columns = ["", "CPU", "CPU, with `keep`", "peak / logits", "H100", "peak"]
@@ -278,8 +286,7 @@ def head_summary() -> str:
     lines = []
     for sizes, ways in _cpu_heads().items():
         ours = ways["pyfused"]
-        ratios = (tuple(map(float, re.findall(r"[\d.]+", ours[column]))) for column in (5, 7))
-        speeds = [_rounded(low, middle, high) for middle, low, high in ratios]
+        speeds = [_rounded(*_spread(ours[column])) for column in (5, 7)]
         memory = float(ours[-1]) / float(ways["torch"][-1])
         lines.append([sizes, *speeds, f"{memory:.2f}"])
     columns = ["tokens, features, classes, dtype", "speed-up", "both with `keep`", "peak / torch's"]
@@ -341,19 +348,25 @@ def tutorial() -> Figure:
 
 
 def _time_and_peak(
-    names: Sequence[str], times: Sequence[float], peaks: Sequence[float], of_peaks: str
+    names: Sequence[str],
+    times: Sequence[tuple[float, float, float]],
+    peaks: Sequence[float],
+    of_peaks: str,
 ) -> Figure:
     """Draws horizontal bars in the colours of the implementations.
 
     Args:
-        times: The times, divided by the time of the matrix products.
+        times: Quartiles of the times, divided by the time of the matrix products.
         of_peaks: The title of the panel of peaks.
     """
     figure = Figure(figsize=(WIDTH, 2 * (0.9 + 0.25 * len(names))), layout="constrained")
     colours = [STYLES[name.removeprefix("eager ").partition(",")[0]][0] for name in names]
-    panels = ("time / time of the matrix products", times), (of_peaks, peaks)
-    for axes, (title, values) in zip(figure.subplots(2), panels, strict=True):
-        bars = axes.barh(names, values, color=colours)
+    medians = [middle for _, middle, _ in times]
+    errors = [[middle - low for low, middle, _ in times], [high - x for _, x, high in times]]
+    title = "time / time of products, with quartiles"
+    panels = (title, medians, errors), (of_peaks, peaks, None)
+    for axes, (title, values, spread) in zip(figure.subplots(2), panels, strict=True):
+        bars = axes.barh(names, values, xerr=spread, ecolor=INK, color=colours)
         axes.bar_label(bars, [f"{value:.2f}" for value in values], padding=3, fontsize=9)
         axes.margins(x=0.15)
         axes.set_title(title, fontsize=10)
@@ -444,7 +457,7 @@ def measured() -> dict[str, Row]:
 
 def machines() -> str:
     """Returns the machines and versions of these measurements."""
-    return "; ".join({machine: None for _, machine in _newest().values()})
+    return " ".join({_short(machine): None for _, machine in _newest().values()})
 
 
 def _newest() -> dict[str, tuple[Row, str]]:
@@ -514,16 +527,11 @@ def group_page(group: str) -> str:
     toctree = "\n".join(f"../operators/{name}" for name in names)
     return "\n".join(
         (
-            f"# {group}\n\n{LEGEND}\n\nMeasured on: {machines()}.\n",
+            f"# {group}\n\n{LEGEND}\n\n{machines()}\n",
             *(f"## {name}\n\n{row_of(name, rows)}" for name in names),
             f"```{{toctree}}\n:hidden:\n\n{toctree}\n```\n",
         )
     )
-
-
-def groups() -> str:
-    """Returns the entries of a toctree."""
-    return "\n".join(f"groups/{slug(group)}" for group in shown())
 
 
 def readme() -> str:
@@ -533,28 +541,33 @@ def readme() -> str:
     return re.sub(r'(\]\(|srcset="|src=")docs/', r"\1", text)
 
 
-def thumbnails() -> str:
-    """Returns a link with a small picture of the values for each operator that has one."""
-    parts = []
-    for group, names in shown().items():
-        links = "".join(map(_thumbnail, names))
-        title = f'<a href="groups/{slug(group)}.html">{group}</a>'
-        parts.append(f'<h3>{title}</h3>\n<div class="thumbnails">{links}</div>')
-    return "\n".join(parts)
+def operators() -> str:
+    """Returns the table of the operators with kernels."""
+    rows = [[group, ", ".join(f"`{n}`" for n in names)] for group, names in shown().items()]
+    return report.tabulated(["group", "functions"], rows, names=2)
 
 
-def _thumbnail(name: str) -> str:
-    entry, drawn = ENTRIES[name], ""
-    if entry.curves:
-        figure = Figure(figsize=(1.5, 1.0), layout="constrained")
-        axes = figure.subplots()
-        for index, curve in enumerate(entry.curves):
-            x, values, _ = evaluate(name, entry, curve)
-            axes.plot(x[::8], values[::8], color=COLOURS[index], linewidth=1.5)
-        axes.set_xticks([])
-        axes.set_yticks([])
-        drawn = svg(figure, f"Value of {name}")
-    return f'<a href="operators/{name}.html">{drawn}<span>{name}</span></a>'
+SIZES = report.RESULTS / "smallest-inputs.md"
+
+
+def all_sizes() -> str:
+    """Returns the file with the smallest inputs of all operators."""
+    legend = (
+        "The smallest inputs that run a kernel on CPUs with one or two threads, in float32"
+        ' elements. "Few classes" are contiguous, and at most 15, without AVX-512 at most 7.'
+        ' "Strided rows": the last dimension is not contiguous.'
+    )
+    return f"{legend}\n\n{sizes()}\n"
+
+
+def smallest() -> str:
+    """Returns the operators that have the same smallest input on CPUs, in the order of sizes."""
+    by_size: dict[int, list[str]] = {}
+    for name, op in OPERATORS.items():
+        size = _limits(op, 2, torch.float32, intel=False).from_elements
+        by_size.setdefault(size, []).append(f"`{name}`")
+    rows = [[words(size), ", ".join(names)] for size, names in sorted(by_size.items())]
+    return report.tabulated(["elements", "operators"], rows, names=2)
 
 
 def sizes(*operators: str) -> str:
@@ -618,43 +631,79 @@ def _middle_and_range(ratios: Sequence[float]) -> str:
     return f"{middle:.1f} ({_range(ratios)})" if middle < 10 else f"{middle:.0f} ({_range(ratios)})"
 
 
-BY_MODEL = {
-    "torch, keep": "`keep`",
-    "convert, keep": "`keep`, `convert`",
-    "torch.compile, keep": "`keep`, `torch.compile`",
-}
 ALL_WAYS = {
     "torch, keep": "`keep`",
-    "patch, keep": "`keep`, `patch`",
     "convert, keep": "`keep`, `convert`",
     "linear_cross_entropy, keep": "`keep`, `linear_cross_entropy`",
     "torch.compile, keep": "`keep`, `torch.compile`",
+    "linear_cross_entropy, torch.compile, keep": "`keep`, `linear_cross_entropy`, `torch.compile`",
+    "convert, torch.compile, keep": "`keep`, `convert`, `torch.compile`",
 }
-# The models of README.md, by the beginning of their names.
-SHOWN = ("recommender", "GPT-2 small, float32, 2", "BERT", "U-Net")
 SHORTEST = 10.0  # milliseconds; shorter steps vary more between processes than between ways
-NOISE = "1.0 means that the quartiles lie on both sides of 1."
+NOISE = "1.0: no measurable difference."
+H100_STEPS = "steps of GPT-2 on an H100"
+# The rows of README.md: the beginning of a model's name, the way with pyfused, and its lines.
+GAINS = (
+    ("recommender", "convert, keep", "`keep`, `convert`"),
+    ("GPT-2 small, float32", "convert, keep", "`keep`, `convert`"),
+    ("BERT", "convert, keep", "`keep`, `convert`"),
+    ("ResNet", "torch, keep", "`keep`"),
+    ("U-Net", "torch, keep", "`keep`"),
+)
 
 
-def by_model(ways: dict[str, str] = BY_MODEL, shown: Sequence[str] = SHOWN) -> str:
-    """Returns a table of training steps for each processor, the newest first."""
-    tables = []
-    for found in map(_steps, reversed(_of_cpus("steps"))):
-        rows = {
-            name: steps
-            for start in shown
-            for name, steps in found.items()
-            if name.startswith(start) and "torch, keep" in steps and _eager(steps) > SHORTEST
-        }
-        lines = [
-            [name, f"{_eager(rows):,.0f} ms", *(_cell(rows, way) for way in ways), _peaks(rows)]
-            for name, rows in rows.items()
-        ]
-        peaks = "peak in GiB: eager, `keep`, `keep` and `convert`"
-        columns = ["model, dtype, batch", "eager torch", *ways.values(), peaks]
-        caption = f"*Speed-up over eager torch, medians. {NOISE} {_machines(rows)}*"
-        tables.append(f"{report.tabulated(columns, lines, names=1)}\n\n{caption}")
-    return "\n\n".join(tables)
+def gains() -> str:
+    """Returns the table of README.md: times and peaks of training steps."""
+    found, lines, compiled = _newest_steps(), [], []
+    for start, way, shown in GAINS:
+        name, rows = next((n, rows) for n, rows in found.items() if n.startswith(start))
+        lines.append([name, shown, *_before_and_after(rows[way])])
+        if "torch.compile, keep" in rows:
+            compiled.append(f"{name.partition(',')[0]} {_cell(rows, 'torch.compile, keep')}")
+    on_gpu = {row["way"]: row for row in report.read_csv(H100 / "steps.csv")}
+    row, alone = on_gpu["convert"], on_gpu["torch.compile"]
+    name = f"{row['model']} on an H100, {row['dtype']}, {row['batch']}"
+    lines.append([name, "`convert`", *_before_and_after(row)])
+    both = float(on_gpu["linear_cross_entropy, torch.compile"]["ms"])
+    columns = ["model, dtype, batch", "lines", "step: torch", "with pyfused", "peak: torch"]
+    table = report.tabulated([*columns, "with pyfused"], lines, names=2)
+    machines = _machines([line[0] for line in lines[:-1]], found)
+    return (
+        f"{table}\n\n*With `torch.compile` and `keep` instead, times as fast as eager torch:"
+        f" {', '.join(compiled)}. On the H100, a compiled step takes {float(alone['ms']):.0f} ms,"
+        f" and {both:.0f} ms with pyfused's head. {machines}*"
+    )
+
+
+def _before_and_after(row: dict[str, str]) -> list[str]:
+    """Returns the time of a step and the peak memory, with torch and with pyfused."""
+    low, _, high = (float(row[name]) for name in steps.RATIO)
+    before, after = (f"{float(row[column]):,.0f} ms" for column in ("torch, ms", "ms"))
+    peaks = (f"{int(row[column]) / 2**30:.2f} GiB" for column in ("torch, peak", "peak"))
+    return [before, "the same" if low < 1 < high else after, *peaks]
+
+
+def all_steps() -> str:
+    """Returns the table of all training steps that were measured."""
+    found = _newest_steps()
+    ways = {way: name for way, name in ALL_WAYS.items() if any(way in r for r in found.values())}
+    lines = [
+        [name, f"{_eager(rows):,.0f} ms", *(_cell(rows, way) for way in ways), _peaks(rows)]
+        for name, rows in found.items()
+    ]
+    peaks = "peak in GiB: eager, `keep`, `keep` and `convert`"
+    columns = ["model, dtype, batch", "eager torch", *ways.values(), peaks]
+    caption = f"*Speed-up over eager torch, medians. {NOISE} {_machines([*found], found)}*"
+    return f"{report.tabulated(columns, lines, names=1)}\n\n{caption}"
+
+
+def _newest_steps() -> dict[str, dict[str, dict[str, str]]]:
+    """Returns the newest training steps of each model on a CPU, by way."""
+    found: dict[str, dict[str, dict[str, str]]] = {}
+    for table in _of_cpus("steps"):
+        found |= _steps(table)
+    long = (name for name, rows in found.items() if _eager(rows) > SHORTEST)
+    return {name: found[name] for name in long if "torch, keep" in found[name]}
 
 
 def _steps(table: list[dict[str, str]]) -> dict[str, dict[str, dict[str, str]]]:
@@ -693,16 +742,22 @@ def _peaks(rows: dict[str, dict[str, str]]) -> str:
     return ", ".join(f"{peak / 2**30:.2g}" for peak in (eager, *kept))
 
 
-def _machines(found: dict[str, dict[str, dict[str, str]]]) -> str:
-    """Returns the machines of training steps, each once."""
-    named = {_short(next(iter(rows.values()))["machine"]): None for rows in found.values()}
-    return " ".join(named)
+def _machines(names: Sequence[str], found: dict[str, dict[str, dict[str, str]]]) -> str:
+    """Returns the machines of training steps, each once, with its models from the second on."""
+    by_machine: dict[str, list[str]] = {}
+    for name in names:
+        machine = next(iter(found[name].values()))["machine"]
+        by_machine.setdefault(_short(machine), []).append(name.partition(",")[0])
+    first, *others = by_machine
+    return " ".join([first, *(f"{', '.join(by_machine[each])}: {each}" for each in others)])
 
 
 def _short(machine: str) -> str:
     """Returns processor, cores, threads, version of torch and date of a machine."""
     words = re.split("[,;.] ", machine)
-    kept = (word for word in words[1:] if re.match(r"torch |\d{4}-|\d+ (cores|threads?)", word))
+    kept = (
+        word for word in words[1:] if re.match(r"torch |CPU time|\d{4}-|\d+ (cores|threads?)", word)
+    )
     return f"{', '.join([words[0], *kept])}."
 
 
@@ -717,11 +772,12 @@ def _caption(file: Path) -> str:
     return file.read_text(encoding="utf-8").partition("\n")[0]
 
 
-def _gpu_heads() -> dict[str, dict[str, dict[str, tuple[float, float]]]]:
-    """Returns milliseconds and GiB, by loss, sizes and implementation."""
-    found: dict[str, dict[str, dict[str, tuple[float, float]]]] = {}
-    for sizes, loss, way, ms, gib, *_ in _markdown_rows(H100 / "heads.md"):
-        found.setdefault(loss, {}).setdefault(sizes, {})[way] = float(ms), float(gib)
+def _gpu_heads() -> dict[str, dict[str, dict[str, Any]]]:
+    """Returns milliseconds, GiB and the time in products, by loss, sizes and implementation."""
+    found: dict[str, dict[str, dict[str, Any]]] = {}
+    for sizes, loss, way, ms, gib, ratio, _ in _markdown_rows(H100 / "heads.md"):
+        measured = float(ms), float(gib), _spread(ratio)
+        found.setdefault(loss, {}).setdefault(sizes, {})[way] = measured
     return found
 
 
@@ -743,7 +799,7 @@ def gpu_heads() -> str:
         for sizes, ways in _gpu_heads()["cross-entropy"].items()
     ]
     table = report.tabulated(["tokens, features, classes", *GPU_HEADS.values()], lines, names=1)
-    return f"{table}\n\n{_caption(H100 / 'heads.md')}"
+    return f"{table}\n\n*{_short(_caption(H100 / 'heads.md'))}*"
 
 
 def gpu_steps() -> str:
@@ -755,7 +811,7 @@ def gpu_steps() -> str:
     lines = [[way, f"{float(ms):.1f}", f"{int(peak) / 2**30:.1f}"] for way, ms, peak in each]
     title = f"{first['model']}, {first['batch']} {first['unit']}, {first['dtype']} autocast, AdamW"
     table = report.tabulated([f"a training step of {title}", "ms", "GiB"], lines, names=1)
-    return f"{table}\n\n{first['machine']}."
+    return f"{table}\n\n*{_short(first['machine'])}*"
 
 
 def _range(values: Sequence[float]) -> str:
@@ -793,41 +849,22 @@ def gpu_summary() -> str:
     return "On an H100, forward and backward:\n\n" + "\n".join(f"- {each}" for each in sentences)
 
 
-def memory() -> str:
-    """Returns the peak memory of forward and backward beyond the arguments."""
-    rows = _of_cpus("memory")[-1]
-    columns = list(dict.fromkeys(row["implementation"] for row in rows))
-    lines: dict[str, dict[str, str]] = {}
-    for row in rows:
-        taken, input = int(row["bytes"]), int(row["input_bytes"])
-        cells = lines.setdefault(row["case"], {"input": f"{input / 2**20:,.0f}"})
-        cells[row["implementation"]] = f"{taken / 2**20:,.0f}"
-    columns = ["input", *columns]
-    table = [[case, *(cells.get(name, "") for name in columns)] for case, cells in lines.items()]
-    table = report.tabulated(["case, MiB", *columns], table, names=1)
-    return f"{table}\n\nMeasured on {rows[0]['machine']}."
-
-
-# Functions whose results replace, when Sphinx reads a page, the lines that end with "filled: NAME".
-FILLED = {
-    "readme": readme,
-    "groups": groups,
-    "thumbnails": thumbnails,
-    "sizes": sizes,
+# Parts of README.md and of docs/*.md, which `python docs/gallery.py` writes, as it writes charts.
+WRITTEN = {
+    "gains": gains,
+    "curves machine": curves_machine,
+    "operators": operators,
+    "sizes": smallest,
     "headline": headline,
-    "steps": lambda: by_model(ALL_WAYS, [""]),
-    "memory": memory,
-    "machines": lambda: f"*Measured on {machines()}.*",
-    "gain machine": lambda: f"*Measured on {_of_cpus('gain')[-1][0]['machine']}.*",
+    "steps": all_steps,
+    "machines": lambda: f"*{machines()}*",
+    "gain machine": lambda: f"*{_short(_of_cpus('gain')[-1][0]['machine'])}*",
     "head summary": head_summary,
     "trade": trade,
     "gpu heads": gpu_heads,
     "gpu steps": gpu_steps,
     "gpu summary": gpu_summary,
 }
-LINE = re.compile(r"(?m)^.*<!-- filled: ([\w ]+) -->$")
-# Parts of README.md, which `python docs/gallery.py` writes, as it writes the charts.
-WRITTEN = {"by model": by_model, "curves machine": curves_machine}
 DRAWN = {
     "ratios": ratios,
     "gain": gain,
@@ -874,19 +911,35 @@ def notebook(page: str) -> str:
 HOMEPAGE = re.findall(
     'Homepage = "(.*)"', (DOCS.parent / "pyproject.toml").read_text(encoding="utf-8")
 )[0]
+PAGES = (README, *sorted(DOCS.glob("*.md")))
 
 
 def current(page: str) -> str:
-    """Returns README.md with its written parts up to date."""
+    """Returns a page with its written parts up to date."""
     return PART.sub(lambda match: f"{match[1]}\n{WRITTEN[match[2]]()}\n\n", page)
 
 
-def fill(_app: object, page: str, source: list[str]) -> None:
-    """Fills a page as Sphinx reads it, and turns pictures into images of the theme.
+def outdated() -> list[str]:
+    """Returns the files whose written parts are not up to date."""
+    files = [page for page in PAGES if (text := _read(page)) != current(text)]
+    files += [SIZES] if _read(SIZES) != all_sizes() else []
+    return [str(file.relative_to(DOCS.parent)) for file in files]
 
-    Links to files outside of docs/ then lead to the repository.
+
+def _read(file: Path) -> str:
+    return file.read_text(encoding="utf-8")
+
+
+def fill(_app: object, page: str, source: list[str]) -> None:
+    """Prepares a page for the site as Sphinx reads it.
+
+    README.md is the first page, whose sidebar has the pages that index.md lists. Pictures become
+    images of the theme, and links to files outside of docs/ lead to the repository.
     """
-    source[0] = LINE.sub(lambda match: FILLED[match[1]](), source[0])
+    if page == "index":
+        source[0] = f"---\nhide-toc: true\n---\n{readme()}\n{_toctrees(source[0])}"
+    if page == "losses":
+        source[0] = f"{_linked(source[0])}\n{_toctree(map('groups/{}'.format, map(slug, shown())))}"
     images = r"![\2](\3){.only-light}\n![\2](\1){.only-dark}"
     source[0] = PICTURE.sub(images, source[0])
     up = re.escape("../" * (1 + page.count("/")))
@@ -894,8 +947,32 @@ def fill(_app: object, page: str, source: list[str]) -> None:
     source[0] = outside.sub(rf"]({HOMEPAGE}/blob/main/\1", source[0])
 
 
+def _toctrees(index: str) -> str:
+    """Returns a part of the sidebar for each heading of index.md, with the pages below it."""
+    parts = re.findall(r"(?ms)^## (.*?)\n(.*?)(?=^## |\Z)", index)
+    return "\n".join(_toctree(re.findall(r"\]\((.*?)\.md\)", p), title) for title, p in parts)
+
+
+def _toctree(pages: Iterable[str], caption: str = "") -> str:
+    listed = "\n".join(pages)
+    title = f":caption: {caption}\n" * bool(caption)
+    return f"```{{toctree}}\n:hidden:\n{title}\n{listed}\n```\n"
+
+
+def _linked(page: str) -> str:
+    """Returns losses.md with links to the pages of groups and of operators in its table."""
+    for group, names in shown().items():
+        page = page.replace(f"| {group} |", f"| [{group}](groups/{slug(group)}.md) |")
+        for name in names:
+            page = page.replace(f"| `{name}`", f"| [`{name}`](operators/{name}.md)", 1)
+            page = page.replace(f", `{name}`", f", [`{name}`](operators/{name}.md)", 1)
+    return page
+
+
 def main() -> None:
-    README.write_text(current(README.read_text(encoding="utf-8")), encoding="utf-8")
+    for page in PAGES:
+        page.write_text(current(_read(page)), encoding="utf-8")
+    SIZES.write_text(all_sizes(), encoding="utf-8")
     for name in NOTEBOOKS:
         file = DOCS.parent / "examples" / f"{name}.ipynb"
         file.write_text(notebook(name), encoding="utf-8")

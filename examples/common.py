@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from palette import STYLES
+from rich.console import Console
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -49,6 +50,11 @@ def _status(key: str) -> float | None:
             if line.startswith(f"{key}:"):
                 return int(line.split()[1]) / 2**10
     return None
+
+
+def console() -> Console:
+    """Returns a console that is wide enough for tables if the output is not a terminal."""
+    return Console(width=None if sys.stdout.isatty() else 110)
 
 
 def draw_bars(axes: Axes, groups: Mapping[str, Mapping[str, list[float]]]) -> None:

@@ -57,6 +57,8 @@ def main() -> None:
         print(f"{name:<10}  last loss {losses[-1]:.6f}  test R squared {explained:.4f}")
         curves.append(losses)
     require_equal(*curves, TOLERANCE)
+    print("The two formulas train as torch's modules do, and each runs as one kernel.")
+    print("Formulas of several operators gain most on large tensors: see docs/formulas.md.")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Train the examples with torch and with pyfused; print and plot the comparison.
 
-    python examples/demo.py            three minutes on two cores
+    python examples/demo.py            three minutes on two idle cores
     python examples/demo.py --quick    a minute
 
 Exits with 1 if the loss curves of an example differ by more than its tolerance.
@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
+import common
 import digits
 import gpt
 import regression
@@ -27,7 +28,6 @@ from common import draw_bars, largest_difference
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from palette import STYLES
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
@@ -80,17 +80,23 @@ def take_turns(
     title: str, runs: dict[str, Iterator[T]], steps: int, progress: Progress
 ) -> dict[str, list[T]]:
     """Runs the steps of all runs alternately; other load then affects all of them alike."""
-    bars = {name: progress.add_task(f"{title}, {name}", total=steps) for name in runs}
+    bar = progress.add_task(title, total=steps * len(runs))
     taken: dict[str, list[T]] = {name: [] for name in runs}
     started = time.perf_counter()
-    for number, turn in enumerate(zip(*runs.values(), strict=True), 1):
-        for name, step in zip(runs, turn, strict=True):
-            taken[name].append(step)
-            progress.advance(bars[name])
-        if progress.disable and (number == steps or number % math.ceil(steps / 4) == 0):
+    for number in range(1, steps + 1):
+        for name, run in runs.items():
+            progress.update(bar, description=f"{title}, {name}")
+            taken[name].append(next(run))
+            progress.advance(bar)
+        if progress.disable and (number in (1, steps) or number % math.ceil(steps / 4) == 0):
             # Print lines instead of a progress bar if the output is not a terminal.
             seconds = time.perf_counter() - started
-            print(f"{title}: {number:,} of {steps:,} steps, {seconds:.0f} s", flush=True)
+            left = (
+                f"about {seconds * (steps / number - 1):.0f} s left" if number < steps else "done"
+            )
+            print(f"{title}: {number:,} of {steps:,} steps, {seconds:.0f} s, {left}", flush=True)
+    progress.update(bar, description=title)
+    assert all(next(run, None) is None for run in runs.values())  # which ends the processes
     return taken
 
 
@@ -200,7 +206,11 @@ def summarise(title: str, taken: dict[str, list[gpt.Step]], vocabulary: int) -> 
 
 
 def tabulate(jobs: list[Job]) -> Table:
-    caption = "ratio: torch / pyfused; equal: the largest difference between the loss curves"
+    caption = (
+        "pyfused: its loss of all logits\n"
+        "pyfused, linear: linear_cross_entropy, which stores a block of them\n"
+        "ratio: torch / pyfused; equal: the largest difference between the loss curves"
+    )
     table = Table("", *COLOURS, "ratio", "equal", caption=caption)
     for column in table.columns[1:]:
         column.justify = "right"
@@ -217,6 +227,22 @@ def tabulate(jobs: list[Job]) -> Table:
             table.add_row(row.label, *values, ", ".join(ratios) if row.ratio else "")
         table.add_section()
     return table
+
+
+def conclude(default: Job, kept: Job) -> str:
+    """Returns the two lines that follow from the training of the GPT."""
+    rows = {row.label: row.values for row in default.rows}
+    step, loss, peak = (rows.get(x) for x in ("whole step", "head and loss", "peak memory"))
+    kept_step = next(row.values for row in kept.rows if row.label == "whole step")
+    assert step is not None
+    assert loss is not None
+    name = "pyfused, linear"
+    memory = f", {peak[name] / peak['torch']:.2f} of torch's memory" if peak else ""
+    faster, with_keep = step["torch"] / step[name], step["torch"] / kept_step[name]
+    return (
+        f"{name}: {faster:.1f} times as fast ({with_keep:.1f} with keep){memory}.\nIts head takes"
+        f" {loss[name] / loss['pyfused']:.2f} of pyfused's time with all logits, for less memory."
+    )
 
 
 def draw_curves(axes: Axes, job: Job, loss: str, window: int = 1) -> None:
@@ -299,7 +325,7 @@ def main() -> None:
     )
     arguments = parser.parse_args()
 
-    console = Console(width=None if sys.stdout.isatty() else 110)  # wide enough for the table
+    console = common.console()
     columns = TextColumn("{task.description:<26}"), BarColumn(), MofNCompleteColumn()
     with Progress(
         *columns,
@@ -322,6 +348,7 @@ def main() -> None:
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
     draw(small_jobs, gpt_runs).savefig(arguments.output, dpi=150)
     console.print(f"drawn in {arguments.output}")
+    console.print(conclude(*jobs[-2:]), highlight=False)
 
     different = [job.title for job in jobs if not job.equal]
     if different:

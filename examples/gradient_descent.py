@@ -22,12 +22,12 @@ from typing import Any
 
 os.environ.setdefault("PYFUSED_BACKEND", "cpu")  # no fallback for small tensors
 
+import common
 import torch
 from common import largest_difference
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from palette import SERIES
-from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
@@ -190,11 +190,14 @@ def main() -> None:
         table.add_row(descent.title, *(f"{value:.3f}" for value in values))
         if not max(difference(descent, rate) for rate in descent.rates) <= TOLERANCE:
             different.append(descent.title)
-    console = Console()
+    table.columns[0].overflow = "fold"
+    console = common.console()
     console.print(table)
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
     draw(paths).savefig(arguments.output, dpi=100)
     console.print(f"drawn in {arguments.output}")
+    console.print("A weight takes the same path with torch and with pyfused.")
+    console.print("Whether it reaches the minimum of a loss depends on the learning rate.")
     if different:
         sys.exit(f"the losses differ by more than the tolerance: {', '.join(different)}")
 

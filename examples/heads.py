@@ -190,6 +190,17 @@ def main() -> None:
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
     draw(results).savefig(arguments.output, dpi=150)
     print(f"drawn in {arguments.output}")
+    loss = results["cross-entropy"]
+    time_of, memory_of = (
+        {name: statistics.median(getattr(x, field) or 1 for x in loss[name]) for name in NAMES}
+        for field in ("ms", "mib")
+    )
+    linear = NAMES[-1]
+    print(
+        f"With cross-entropy, {linear} takes {time_of[linear] / time_of['torch']:.2f} of torch's"
+        f" time and {memory_of[linear] / memory_of['torch']:.2f} of its memory."
+    )
+    print("Blocks of logits make smaller products, which save memory but not always time.")
 
 
 if __name__ == "__main__":

@@ -22,13 +22,13 @@ from typing import Any
 # By default, torch's operators compute data as small as this.
 os.environ.setdefault("PYFUSED_BACKEND", "cpu")
 
+import common
 import torch
 from common import largest_difference
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
 from palette import SERIES
-from rich.console import Console
 from rich.table import Table
 from sklearn import datasets, metrics
 from sklearn.model_selection import train_test_split
@@ -381,6 +381,7 @@ EXPERIMENTS = (outliers, rare, counts, spread)
 def tabulate(experiment: Experiment, results: list[Result]) -> Table:
     rows = [experiment.judge(experiment, result.choice, result.outputs) for result in results]
     table = Table("", *rows[0], "difference to torch", title=experiment.title, title_justify="left")
+    table.columns[0].overflow = "fold"
     for column in table.columns[1:]:
         column.justify = "right"
     for result, row in zip(results, rows, strict=True):
@@ -426,7 +427,7 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(1)  # a second thread slows down steps this short
 
-    console, trained = Console(), []
+    console, trained = common.console(), []
     for make in EXPERIMENTS:
         experiment = make()
         results = run(experiment, QUICK_STEPS if arguments.quick else STEPS)
@@ -438,6 +439,8 @@ def main() -> None:
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
     draw(trained).savefig(arguments.output, dpi=120)
     console.print(f"drawn in {arguments.output}")
+    console.print("In every step, torch and pyfused have the same loss.")
+    console.print("Which loss suits the data matters more: compare the rows of each table.")
 
 
 if __name__ == "__main__":

@@ -531,7 +531,7 @@ class Formula:
         elif isinstance(value, Real) and (has_float_default or not isinstance(value, Integral)):
             return float(value)
         elif has_float_default:
-            got = repr(value)
+            got = f"{value!r}{'; make it an operand' * isinstance(value, (list, tuple))}"
         else:
             return value
         raise TypeError(

@@ -143,7 +143,7 @@ def _replace(model: Module, head: str | None, options: heads.Options) -> None:
     plan, modules = plan_conversion(model, head=head), dict(_modules(model))
     kinds: Counter[str] = Counter()
     for name, module in modules.items():
-        kind, head_name = type(module).__qualname__, head if name == "." else None
+        kind, head_name = type(module).__name__, head if name == "." else None
         if heads.is_converted(module):
             if head_name or any(options) or heads.has_head(module):
                 heads.fuse(module, head_name, options)
@@ -255,7 +255,7 @@ def plan_conversion(model: Module, *, head: str | None = None) -> Conversion:
     possible = {} if head else _possible_heads(dict(modules))
     swapped, left, rows = [], [], []
     for name, module in modules:
-        head_name, kind = head if name == "." else None, type(module).__qualname__
+        head_name, kind = head if name == "." else None, type(module).__name__
         if head_name is not None or heads.has_head(module) or heads.is_converted(module):
             replacement = "linear_cross_entropy"
             reason = heads.reason_to_leave_model(module, head_name)

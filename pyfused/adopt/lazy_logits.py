@@ -779,6 +779,17 @@ class LazyLogits(Tensor):
         result = function(*args, **kwargs)
         return tensor if is_lazy and result is args[0] else result
 
+    def __repr__(self) -> str:  # type: ignore[override]
+        """Shows what is known, so that print and a debugger do not compute the logits."""
+        value = self.value
+        if value.operation is None:
+            return repr(value.real)
+        x = value.example
+        shown = f"shape={tuple(x.shape)}, dtype={x.dtype}, device={value.rows.device}"
+        return f"LazyLogits({shown}, not computed)"
+
+    __format__ = object.__format__
+
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]
         cls, function: Any, types: Any, args: Any = (), kwargs: Any = None

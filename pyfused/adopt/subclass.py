@@ -46,12 +46,13 @@ def _restored(function: Any, args: Any, kind: Any, forward_of: ForwardOf) -> Any
 
 @cache
 def _subclass(kind: Any, forward_of: ForwardOf) -> Any:
-    """Returns a subclass of the same name, whose forward is ``forward_of(kind)``."""
+    """Returns a subclass of the same ``__name__``, whose forward is ``forward_of(kind)``."""
     forward: Any = forward_of(kind)
     # Dynamo counts recompilations, and skips code that it failed to compile, per code object.
     forward.__code__ = forward.__code__.replace()
     skip_frames(forward, and_calls=False)
     members = {name: getattr(kind, name) for name in ("__module__", "__qualname__", "__doc__")}
+    members["__qualname__"] += " (converted by pyfused)"  # in the representation of the class
     members |= {"forward": forward, "_original": kind, "_forward_of": (forward_of,)}
     return new_class(kind.__name__, (Fused, kind), {}, lambda body: body.update(members))
 

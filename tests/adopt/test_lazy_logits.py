@@ -421,6 +421,20 @@ def test_a_head_of_few_logits_computes_them() -> None:
     assert type(model(X, TARGET)[0]) is Tensor
 
 
+def test_print_does_not_compute_logits() -> None:
+    model = pyfused.convert(Model(), head="head")
+    logits = model(X)
+    shown = "LazyLogits(shape=(4, 16, 40), dtype=torch.float32, device=cpu, not computed)"
+    assert repr(logits) == str(logits) == f"{logits}" == shown
+    assert (
+        str(type(model.head)) == "<class 'torch.nn.modules.linear.Linear (converted by pyfused)'>"
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that the logits are read
+        logits.sum()
+    assert repr(logits) == repr(pyfused.revert(model) and model(X).detach())
+
+
 def test_converting_again_changes_the_options() -> None:
     model: Any = Model()
     with pytest.raises(ValueError, match=r"head: expected the name .* one of \['head'\], got 'x'"):

@@ -435,7 +435,8 @@ def test_what_a_formula_receives(n: int) -> None:
     with torch.no_grad():  # not needed
         assert mine.explain(x, k=k) == mine.explain(x, k=2.0)
     tensor = r"a Tensor of shape \(3,\); make it an operand"
-    for wrong, words in ((torch.ones(3), tensor), ("x", "'x'")):
+    both = r"\[1.0, 2.0\]; make it an operand"
+    for wrong, words in ((torch.ones(3), tensor), ([1.0, 2.0], both), ("x", "'x'")):
         for call in (mine, mine.explain):
             with pytest.raises(TypeError, match=f"k: expected a number or a tensor .* got {words}"):
                 call(x, k=wrong)

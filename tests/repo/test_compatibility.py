@@ -1,4 +1,4 @@
-"""Behaviour that docs/compatibility.md and docs/losses.md describe for single operators."""
+"""Behaviour that docs/compatibility.md and docs/losses.md describe, and tests of other claims."""
 
 from __future__ import annotations
 
@@ -13,9 +13,12 @@ import torch
 import torch.nn.functional as TF
 from torch import Tensor
 
+import pyfused
 from pyfused import functional as F
+from pyfused.adopt.lazy_logits import LazyLogits
 from pyfused.backends import cpu
-from pyfused.ops.operators import OPERATORS
+from pyfused.dispatch.sizes import COMPILED, limits
+from pyfused.ops.operators import LINEAR_CROSS_ENTROPY, OPERATORS
 
 pytestmark = [pytest.mark.cpu, pytest.mark.thresholds]
 ROOT = Path(__file__).parents[2]
@@ -85,3 +88,36 @@ def test_operators_without_kernels() -> None:
     assert len(functions) > 10
     assert functions | {"gumbel_softmax"} <= names
     assert all(getattr(F, name) is getattr(TF, name) for name in functions)
+
+
+def test_sizes_that_change_a_call() -> None:
+    """The numbers of the page, and of docs/compile.md."""
+    page, compiled = (
+        (ROOT / f"docs/{n}.md").read_text("utf-8") for n in ("compatibility", "compile")
+    )
+    logits = limits(LINEAR_CROSS_ENTROPY, 2).from_elements
+    assert f"{logits:,} logits" in page
+    model = pyfused.convert(torch.nn.Sequential(torch.nn.Linear(4, 128)), head="0")
+    for tokens in (logits // 128 - 1, logits // 128):
+        lazy = isinstance(model(torch.ones(tokens, 4)), LazyLogits)
+        assert lazy == (tokens * 128 >= logits)
+    assert "32 MiB of gradient" in page
+    assert cpu.RECYCLED_BYTES == 32 << 20
+    for limit in COMPILED[LINEAR_CROSS_ENTROPY.name]:
+        assert f"{limit:,}" in compiled
+
+    for classes in (10, 1000):  # a small call, and a kernel
+        x = torch.full((256, classes), NAN)
+        x[1:] = 0.0
+        target = torch.ones(256, dtype=torch.int64)
+        target[0] = -100
+        is_zero = not gradient_of(F.cross_entropy, x, target)[0].any()
+        assert is_zero == (classes == 1000)
+
+
+def test_claims_of_pages_have_tests() -> None:
+    table = (ROOT / "tests/README.md").read_text("utf-8").partition("## Claims of the pages")[2]
+    rows = re.findall(r"\| `([\w/]+\.py)`, `(test_\w+)` \|", table)
+    assert len(rows) > 10
+    for file, name in rows:
+        assert f"def {name}(" in (ROOT / file).read_text("utf-8")

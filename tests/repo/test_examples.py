@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import importlib
+import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -88,3 +89,38 @@ def test_distillation_has_equal_losses(
     assert 3 < distillation.size_of(large) / distillation.size_of(small) < 6
     first, last = (float(line.split()[-1]) for line in printed.splitlines()[:2])
     assert first < last  # the teacher has improved
+
+
+@pytest.fixture
+def recommender() -> ModuleType:
+    return example("recommender")
+
+
+def test_candidates_and_blocks_of_a_recommender(recommender: ModuleType) -> None:
+    """Candidates are the distinct targets, and recall needs no scores of all items."""
+    data, model = recommender.Data(1000), recommender.Recommender(1000)
+    (history, target), popularity = data.draw(64), data.popularity()
+    scores = model(history)
+    found = (scores.topk(recommender.K).indices == target[:, None]).any(1).float().mean()
+    users = model.users(history)
+    assert recommender.recall(users, model.head.weight, target, block=64) == found.item()
+    candidates, index = target.unique(return_inverse=True)
+    log_q = (1 - (1 - popularity[candidates]) ** len(target)).log()  # to be drawn once or more
+    expected = torch.nn.functional.cross_entropy(scores[:, candidates] - log_q, index)
+    loss = recommender.of_candidates(model, history, target, popularity)
+    assert loss.item() == pytest.approx(expected.item(), rel=0.01)
+
+
+@pytest.mark.parametrize("way", ["torch", "pyfused", "in-batch", "sampled"])
+def test_a_recommender_learns(
+    recommender: ModuleType,
+    way: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(sys, "stdin", ["1e-9"] + ["0.5"] * 2)  # the first is one step
+    recommender.work(way, 1000)
+    results = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert results[0]["steps"] == 1 < results[-1]["steps"]
+    assert results[-1]["loss"] < results[0]["loss"]
+    assert 0 <= results[-1]["recall"] <= 1
