@@ -22,7 +22,7 @@ from typing import Any
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent
-FOUND = ROOT / ".benchmarks"
+OUTPUT = ROOT / ".benchmarks"
 # A function of this file, or the "module.name" of a function that needs torch and pyfused.
 Command = Callable[[argparse.Namespace], None] | str
 
@@ -32,13 +32,13 @@ Command = Callable[[argparse.Namespace], None] | str
 
 def suite(*arguments: str) -> list[Path]:
     """Runs the benchmarks with torch's default, with huge pages, and with `memory.keep`."""
-    FOUND.mkdir(exist_ok=True)
+    OUTPUT.mkdir(exist_ok=True)
     files = []
     default = {k: v for k, v in os.environ.items() if k != "THP_MEM_ALLOC_ENABLE"}
     huge_pages = default | {"THP_MEM_ALLOC_ENABLE": "1"}
     keep = default | {"BENCHMARK_KEEP": "1"}
     for name, variables in (("default", default), ("huge-pages", huge_pages), ("keep", keep)):
-        files.append(FOUND / f"{name}.json")
+        files.append(OUTPUT / f"{name}.json")
         pytest = [sys.executable, "-m", "pytest", HERE, "--benchmark-json", files[-1], *arguments]
         subprocess.run(pytest, env=variables, cwd=ROOT, check=True)
     return files
@@ -50,14 +50,14 @@ def report(options: argparse.Namespace) -> None:
         return
     if options.threads:
         os.environ["OMP_NUM_THREADS"] = str(options.threads)  # inherited by the processes below
-    files, allocators = suite(), FOUND / "allocators.json"
+    files, allocators = suite(), OUTPUT / "allocators.json"
     subprocess.run([sys.executable, __file__, "allocators", "--json", allocators], check=True)
     importlib.import_module("report").write(files, options.results, allocators)
 
 
 def quick(options: argparse.Namespace) -> None:
     files = suite(*(["-k", options.k] if options.k else ["-m", "quick"]))
-    importlib.import_module("report").write(files, FOUND)
+    importlib.import_module("report").write(files, OUTPUT)
 
 
 def memory(options: argparse.Namespace) -> None:
@@ -130,7 +130,7 @@ def steps(out: Path, built: bool = False) -> list[Step]:
     written = (*run, "report", "--json", out / "gpu.json", "--results", out / "results")
     build = Step("build", (*pip, "--upgrade", "--target", out / "site", ROOT), 150, needed=True)
     training = "--only", "GPT-2 small bfloat16"
-    found = [
+    chosen = [
         *([] if built else [build]),
         measured("smoke", "gpu-smoke", "smoke.md", 60),
         Step("gpu tests", (*parallel, ROOT / "tests/gpu/test_cuda.py"), 120, False, TEST_PACKAGES),
@@ -147,8 +147,8 @@ def steps(out: Path, built: bool = False) -> list[Step]:
     if sanitizer := shutil.which("compute-sanitizer"):
         one = ROOT / "tests/gpu/test_cuda.py::test_every_kernel_runs"
         command = (sanitizer, "--error-exitcode", "9", *pytest, one)
-        found.append(Step("compute-sanitizer", command, 90, False, TEST_PACKAGES))
-    return found
+        chosen.append(Step("compute-sanitizer", command, 90, False, TEST_PACKAGES))
+    return chosen
 
 
 def run_step(step: Step, out: Path, seconds: float, variables: dict[str, str]) -> str:
@@ -178,9 +178,9 @@ def run_step(step: Step, out: Path, seconds: float, variables: dict[str, str]) -
     return f"{result}, {time.perf_counter() - started:.0f} s, {log.name}"
 
 
-def targets(found: dict[str, Any]) -> list[str]:
+def targets(results: dict[str, Any]) -> list[str]:
     """Returns the performance targets, each with the number of cases that reach it."""
-    rows = [benchmark["extra_info"] for benchmark in found["benchmarks"]]
+    rows = [benchmark["extra_info"] for benchmark in results["benchmarks"]]
     rows = [row for row in rows if row["mode"] == "forward+backward"]
     large = [row for row in rows if row["headline"]]
     cross_entropy = [row for row in large if row["op"] == "cross_entropy"]
@@ -203,7 +203,7 @@ def targets(found: dict[str, Any]) -> list[str]:
     peaks = [row["peak_gradients"] for row in losses if row["peak_gradients"] is not None]
     peak = f"{max(peaks):.2f} (target: 1)" if peaks else "not measured"
     lines.append(f"- peak memory beyond the inputs, in gradients: {peak}")
-    return [*lines, *(f"- left out: {case}" for case in found["left_out"])]
+    return [*lines, *(f"- left out: {case}" for case in results["left_out"])]
 
 
 def gpu_check(options: argparse.Namespace) -> None:
@@ -230,8 +230,8 @@ def gpu_check(options: argparse.Namespace) -> None:
         print(results[-1], flush=True)
         summary = ["# gpu-check", "", *results]
         if (out / "gpu.json").exists():
-            found = json.loads((out / "gpu.json").read_text(encoding="utf-8"))
-            summary += ["", "## Targets", "", *targets(found)]
+            measured = json.loads((out / "gpu.json").read_text(encoding="utf-8"))
+            summary += ["", "## Targets", "", *targets(measured)]
         (out / "summary.md").write_text("\n".join(summary) + "\n", encoding="utf-8")
         if step.needed and not result.startswith("passed"):
             break

@@ -168,10 +168,6 @@ def is_dense(tensor: Tensor) -> bool:
     return tensor.is_contiguous() or torch.empty_like(tensor).stride() == tensor.stride()
 
 
-def dense(tensor: Tensor) -> Tensor:
-    return tensor if is_dense(tensor) else tensor.contiguous()
-
-
 def in_rows(
     order: Tensor, tensors: Sequence[Any]
 ) -> tuple[Sequence[Any], int | None, tuple[int, ...] | None]:

@@ -41,7 +41,6 @@ from pyfused.layout import (
     along,
     class_layout,
     contiguous_in,
-    dense,
     dense_operand,
     feature_rows,
     in_rows,
@@ -530,7 +529,7 @@ def activation(formula: Kernel, input: Tensor, options: Options) -> Tensor:
 def activation_backward(
     formula: Kernel, grad_output: Tensor, saved: Tensor, options: Options
 ) -> Tensor:
-    saved = dense(saved)
+    saved = dense_operand([saved])
     grad_input = torch.empty_like(saved)
     _run_activation(formula, 1, [grad_output, saved], grad_input, options)
     return grad_input

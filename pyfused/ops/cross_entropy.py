@@ -339,20 +339,19 @@ class LinearCrossEntropy(RowOperator):
     def finished(self, result: Any, tensors: Tensors, options: Options, *_: Any) -> Any:
         input, target, leading = in_autocast_dtype(tensors[0]), tensors[3], tensors[0].shape[:-1]
         dtype = definitions.dtype_of_loss(options, input, *tensors[3:5])
-        if not options.with_metrics:
-            return with_leading_dims(result, leading).to(dtype)
-        loss, state = result
+        loss, state = result if options.with_metrics else (result, None)
+        loss = with_leading_dims(loss, leading).to(dtype)
+        if state is None:
+            return loss
         if options.with_metrics == PREDICTION:
-            prediction = with_leading_dims(state[min(INDEX, len(state) - 1)].long(), leading)
-            return with_leading_dims(loss, leading).to(dtype), prediction
+            return loss, with_leading_dims(state[min(INDEX, len(state) - 1)].long(), leading)
         if target.is_floating_point():
             target = target.reshape(-1, target.shape[-1])
         else:
             target = target.to(torch.int64).flatten()
         wide = self.wide_dtype((input, *tensors[1:]))
-        values = metrics.from_state(state, target, options.ignore_index, wide)
-        fields = metrics.Metrics(*[with_leading_dims(x, leading) for x in values])
-        return with_leading_dims(loss, leading).to(dtype), fields
+        fields = metrics.from_state(state, target, options.ignore_index, wide)
+        return loss, metrics.Metrics(*[with_leading_dims(x, leading) for x in fields])
 
     def loop(self, tensors: Tensors, options: Options, needs: Needs) -> HeadLoop:
         """Returns the loop over blocks of rows with all classes."""

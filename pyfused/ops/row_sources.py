@@ -109,7 +109,8 @@ class HeadRows:
     ) -> None:
         input, *parameters = layer
         self.shape, self.leading = target.shape, input.shape[:-1]
-        input, target = input.reshape(-1, input.shape[-1]), target.flatten()
+        input = input.reshape(self.leading.numel(), input.shape[-1])
+        target = target.flatten()
         self.rows = rows = rows_that_count(target != options.ignore_index, loop.backend)
         if rows.indices is not None:
             input, target = rows.take(input), rows.take(target)
