@@ -306,9 +306,10 @@ def _loss_options(
     Args:
         losses: The shape of the unreduced losses.
     """
-    if denominator is not None and options.reduction != "mean":
-        _raise_for_denominator(options, "a tensor")
-    same_device(input, denominator=denominator)
+    if denominator is not None:
+        if options.reduction != "mean":
+            _raise_for_denominator(options, "a tensor")
+        same_device(input, denominator=denominator)
     if token_weight is not None:
         tensor("token_weight", token_weight)
         _shape("token_weight", token_weight, losses, "one factor for each loss", ValueError)
@@ -409,12 +410,12 @@ def linear_layer(input: Tensor, weight: Tensor, bias: Any, prefix: str = "") -> 
         raise _error(f"{prefix}input", expected, input.shape)
     if bias is not None:
         _shape(f"{prefix}linear_bias", bias, shape)
-    autocast = not input.is_meta and torch.is_autocast_enabled(input.device.type)
     parameters = {"linear_weight": weight, "linear_bias": bias}
     same_device(input, prefix, **parameters)
     for name, value in parameters.items():
         if value is None or value.dtype is input.dtype:
             continue
+        autocast = not input.is_meta and torch.is_autocast_enabled(input.device.type)
         if not autocast or torch.float64 in (value.dtype, input.dtype):  # autocast keeps float64
             raise _error(f"{prefix}{name}", f"the {prefix}input's dtype {input.dtype}", value.dtype)
 

@@ -88,7 +88,7 @@ class Fused(torch.autograd.Function):
             if index is not None and not in_forward:
                 own, saved = (saved[index],), [*saved[:index], None, *saved[index + 1 :]]
         kept: list[Tensor] = []  # without None, as tools that draw graphs read saved tensors
-        missing: list[int] = []
+        missing: Any = []  # the indices of None; None if backward cannot read the operands
         for i, x in enumerate(saved):
             if x is None:
                 missing.append(i)
@@ -97,7 +97,7 @@ class Fused(torch.autograd.Function):
             elif not in_forward:  # autograd cannot save inference tensors
                 kept.append(x.clone())
             else:
-                kept = []
+                kept, missing = [], None
                 break
         ctx.save_for_backward(*kept)
         ctx.own = []
@@ -115,7 +115,7 @@ class Fused(torch.autograd.Function):
     def backward(ctx: Any, grad_output: Tensor, *_: Any) -> Any:
         """Returns a gradient for each argument of `forward`."""
         start = report.clock() if report.active else None
-        own, (in_forward, index, _, is_hooked) = ctx.own, ctx.state
+        own, (in_forward, index, missing, is_hooked) = ctx.own, ctx.state
         create_graph, retained, inplace = torch.is_grad_enabled(), graph_is_retained(), index == 0
         # Kernels support plain tensors only, and their gradients cannot be differentiated again.
         second_order = (
@@ -123,6 +123,9 @@ class Fused(torch.autograd.Function):
             or active_mode()
             or layout_reason("gradient", grad_output)
         )
+        if second_order and missing is None:
+            expected = "operands created outside of inference mode"
+            raise RuntimeError(f"{second_order}: expected {expected}")
         overwrites = inplace and (second_order or not in_forward)
         if overwrites and ctx.input_is_overwritten:
             raise RuntimeError(
@@ -166,7 +169,7 @@ def _gradients_of_saved(
         second_order: Why torch's definition computes them, False if a kernel does.
 
     Raises:
-        RuntimeError: A saved tensor was changed in place, or an inference tensor was not saved.
+        RuntimeError: A saved tensor was changed in place.
     """
     (op, options, needs, shard), (in_forward, index, missing, _) = ctx.call, ctx.state
     try:
@@ -174,16 +177,12 @@ def _gradients_of_saved(
         overwritten = own[0].unpack() if own and not in_forward and own[0] is not None else None
     except RuntimeError as error:
         raise _with_hint(error, op.name) from None
-    if second_order:
-        log_once(f"backward of {op.name}", second_order)
-        if not saved and overwritten is None:
-            expected = "operands created outside of inference mode"
-            raise RuntimeError(f"{second_order}: expected {expected}")
     for i in missing:
         saved.insert(i, None)
     if overwritten is not None:
         saved[index] = overwritten.clone() if copies and not second_order else overwritten
     if second_order:
+        log_once(f"backward of {op.name}", second_order)
         gradients: Gradients = op.define(saved, options, needs, grad_output, shard)
         return in_graph(gradients, saved) if torch.is_grad_enabled() else gradients
     if index == 0:
