@@ -6,8 +6,9 @@ keeps what names stand for when the formula is defined, and what attributes of m
 are when they are first read. Kernels are traced from the copy, and calls that torch computes run
 it, so binding a name to another object later changes neither.
 
-A name of another object is an error. An attribute that is another object is read by each call that
-torch computes, and makes a trace fail, because a kernel would keep its value.
+A name of another object is an error. An attribute that is another object, such as a number of the
+user's module, makes a trace fail, because a kernel would keep its value; calls that torch computes
+read its value of that moment.
 """
 
 from __future__ import annotations
@@ -103,8 +104,8 @@ class Capture:
             called = self.kept(path, value.func, None, copies)
             return partial(called, *value.args, **value.keywords)
         if _is_followed(value):
-            _check_constants(path, value.__defaults__ or ())
-            _check_constants(path, [*(value.__kwdefaults__ or {}).values()])
+            defaults = *(value.__defaults__ or ()), *(value.__kwdefaults__ or {}).values()
+            _check_constants(path, defaults)
             if attributes := vars(value).keys() - {"__wrapped__"}:
                 raise UntraceableError(f"{path} has attributes that may change: {min(attributes)}")
             return self.copy(value, copies)
