@@ -91,8 +91,8 @@ SUPPORTED = $(shell sed -n 's/^    "\([0-9.]*\)": .*/\1/p' pyfused/backends/vers
 TRITONS = $(if $(filter all,$(TRITON)),$(SUPPORTED),$(TRITON))
 
 gpu-compile: $(BUILD) $(TOOLS) $(TRITON_STAMP) $(TRITONS:%=.venv/triton-%) ## compile the GPU kernels, without a GPU (TRITON=3.6.0 or all)
-	for version in $(or $(TRITONS),installed); do PYTHONPATH=.venv/triton-$$version \
-		$(BIN)/python -m pytest -n auto --full tests/gpu/test_compile_ahead.py $(AHEAD_ARGS) || exit 1; done
+	for version in $(or $(TRITONS),installed); do PYTHONPATH=.venv/triton-$$version PYFUSED_TEST_COMPILE=all \
+		$(BIN)/python -m pytest -n auto --slow tests/gpu/test_compile_ahead.py $(AHEAD_ARGS) || exit 1; done
 
 .venv/triton-%: | $(ENVIRONMENT)
 	@$(PIP) install --no-deps --target $@ triton==$*
