@@ -170,9 +170,8 @@ def train(items: int, seconds: float, turns: int) -> dict[str, list[dict[str, An
     results: dict[str, list[dict[str, Any]]] = {way: [] for way in LOSSES}
     console = Console()
     pairs = [pair for _ in range(turns) for pair in workers.items()]
-    for way, worker in track(
-        pairs, "Recommender", console=console, disable=not console.is_terminal
-    ):
+    shown = track(pairs, "Recommender", console=console, disable=not console.is_terminal)
+    for number, (way, worker) in enumerate(shown, 1):
         assert worker.stdin is not None
         assert worker.stdout is not None
         worker.stdin.write(f"{seconds / turns}\n")
@@ -180,6 +179,8 @@ def train(items: int, seconds: float, turns: int) -> dict[str, list[dict[str, An
         if not answer:
             sys.exit(f"{way}: the worker stopped: see its error above")
         results[way].append(json.loads(answer))
+        if not console.is_terminal and number % len(workers) == 0:
+            print(f"Recommender: {number // len(workers)} of {turns} turns", flush=True)
     for worker in workers.values():
         worker.communicate()
     return results
