@@ -310,8 +310,8 @@ def compare(options: Namespace) -> None:
     print(tabulated(header, rows, names=2))
     words = f"slower than at {options.base} by 5 %, of {seen} that were measured again"
     print(f"{len(slower)} of {total} calls are {words}")
-    change = median([min(new) / min(old) for old, new in beside.values()]) - 1
-    print(f"Beside kernels, calls take {change:+.0%} of the time at {options.base} (median)")
+    change = median([min(new) / min(old) for old, new in beside.values()])
+    print(f"Outside of kernels, calls take {change:.2f} times as long (median)")
     sys.exit(bool(slower))
 
 
