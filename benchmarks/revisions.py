@@ -1,8 +1,9 @@
 """Compares the kernels of a revision with those of the working tree: run.py's command compare.
 
 A process of each times the same calls in turns, on one thread. A time is the minimum of the CPU
-time of many calls, which other programs on the machine change little. Calls that appear slower are
-measured again in new processes, whose memory is arranged differently.
+time in the kernels of many calls, which other programs on the machine change little. Calls that
+appear slower are measured again in new processes, whose memory is arranged differently. The time
+that calls take beside their kernels, in Python and in torch, is compared as a median of all.
 """
 
 from __future__ import annotations
@@ -45,6 +46,7 @@ from rich.progress import track
 
 import pyfused
 from pyfused import functional as fused
+from pyfused.backends import cpu
 from pyfused.dispatch.sizes import every_size
 from pyfused.ops.operators import OPERATORS
 
@@ -140,18 +142,44 @@ MILLISECONDS, TOGETHER = 2.0, 4  # the time of a call, and the calls, until it i
 # ---- processes -----------------------------------------------------------------------------------
 
 
-def timed(step: Step) -> float:
-    """Returns the least milliseconds of three calls, or of as many as MILLISECONDS allow."""
-    times: list[float] = []
-    while len(times) < 3 or sum(times) < MILLISECONDS:
-        start = time.thread_time()
+class TimedModule:
+    """The native module, whose functions add up their CPU time in milliseconds."""
+
+    def __init__(self, native: Any) -> None:
+        self.native, self.spent = native, 0.0
+
+    def __getattr__(self, name: str) -> Any:
+        found = getattr(self.native, name)
+        if not callable(found):
+            return found
+
+        def call(*arguments: Any) -> Any:
+            start = time.thread_time()
+            result = found(*arguments)
+            self.spent += 1e3 * (time.thread_time() - start)
+            return result
+
+        return call
+
+
+def timed(step: Step, kernels: TimedModule) -> tuple[float, float]:
+    """Returns the least milliseconds of three calls, or of as many as MILLISECONDS allow.
+
+    The first number is the time in kernels, and the second the time beside them.
+    """
+    times: list[tuple[float, float]] = []
+    while len(times) < 3 or sum(map(sum, times)) < MILLISECONDS:
+        kernels.spent, start = 0.0, time.thread_time()
         step()
-        times.append(1e3 * (time.thread_time() - start))
-    return min(times)
+        total = 1e3 * (time.thread_time() - start)
+        times.append((kernels.spent, total - kernels.spent))
+    of_kernels, beside = map(min, zip(*times, strict=True))
+    return of_kernels, beside
 
 
 def work(folder: Path) -> None:
     """Answers requests: the least milliseconds of some calls, or the names of all."""
+    cpu.native = kernels = TimedModule(cpu.native)
     assert Path(pyfused.__file__).is_relative_to(folder.resolve()), pyfused.__file__
     torch.set_num_threads(1)
     torch.manual_seed(0)
@@ -163,7 +191,9 @@ def work(folder: Path) -> None:
     with every_size():
         for line in sys.stdin:  # until the parent process ends
             if request := json.loads(line):
-                print(json.dumps([timed(prepared(*point)) for point in request]), flush=True)
+                print(
+                    json.dumps([timed(prepared(*point), kernels) for point in request]), flush=True
+                )
             else:
                 print(json.dumps(points), flush=True)
 
@@ -200,6 +230,7 @@ def pair(base: Path) -> list[Worker]:
 # ---- the comparison ------------------------------------------------------------------------------
 
 SLOWER, CLEAR = 1.05, 1.02  # ratios of new and old time
+ALLOWED = 0.5e-3  # milliseconds by which a kernel may be slower: calling one takes twice as long
 ROUNDS = (3, 10)  # the fewest and the most for a call in a pair of processes
 NEW_PROCESSES = 2
 
@@ -210,24 +241,31 @@ Times = tuple[list[float], list[float]]  # of the revision and of the working tr
 def ratios(times: Times) -> tuple[float, float]:
     """Returns the ratio of the shortest times, and the median ratio of a round, in order.
 
-    Programs on the same core disturb either.
+    Programs on the same core disturb either. Both are 1 if the difference is ALLOWED.
     """
     old, new = times
+    if min(new) - min(old) < ALLOWED:
+        return 1.0, 1.0
     of_rounds = [b / a for a, b in zip(old, new, strict=True)]
     low, high = sorted((min(new) / min(old), median(of_rounds)))
     return low, high
 
 
 def measure(
-    workers: list[Worker], found: dict[Point, Times], points: list[Point], all_rounds: bool = False
+    workers: list[Worker],
+    found: dict[Point, Times],
+    points: list[Point],
+    beside: dict[Point, Times],
+    all_rounds: bool = False,
 ) -> None:
     """Times calls by turns, each until it is clear that it is not slower."""
     for number in range(ROUNDS[1]):
         if not points:
             break
         for index in (0, 1) if number % 2 else (1, 0):
-            for point, ms in zip(points, workers[index].ask(*points), strict=True):
-                found.setdefault(point, ([], []))[index].append(ms)
+            for point, times in zip(points, workers[index].ask(*points), strict=True):
+                for each, ms in zip((found, beside), times, strict=True):
+                    each.setdefault(point, ([], []))[index].append(ms)
         if number + 1 >= ROUNDS[0] and not all_rounds:
             points = [point for point in points if ratios(found[point])[1] > CLEAR]
 
@@ -241,12 +279,12 @@ def compare(options: Namespace) -> None:
     both = sorted({*of_base} & {*of_tree})
     points = [point for point in both if any(part in point[0] for part in options.k)]
     random.Random(0).shuffle(points)  # spreads a noisy minute over all operators
-    found: dict[Point, Times] = {}
+    found, beside = dict[Point, Times](), dict[Point, Times]()
     for start in track(range(0, len(points), TOGETHER), "Measuring", transient=True):
         if time.monotonic() > until - 20 * options.minutes:  # the rest is for the second look
             print(f"Out of time after {len(found)} of {len(points)} calls")
             break
-        measure(workers, found, points[start : start + TOGETHER], options.all)
+        measure(workers, found, points[start : start + TOGETHER], beside, options.all)
     slower = [point for point, times in found.items() if ratios(times)[0] > CLEAR]
     seen, total = len(slower), len(found)
     for _ in range(NEW_PROCESSES):
@@ -256,7 +294,7 @@ def compare(options: Namespace) -> None:
                 print(f"Not confirmed: {len(slower) - start} of {len(slower)} calls, out of time")
                 again |= {point: found[point] for point in slower[start:]}
                 break
-            measure(workers, again, slower[start : start + TOGETHER])
+            measure(workers, again, slower[start : start + TOGETHER], beside)
         slower = [point for point, times in again.items() if ratios(times)[0] > SLOWER]
         found |= again
     rows = [
@@ -272,6 +310,8 @@ def compare(options: Namespace) -> None:
     print(tabulated(header, rows, names=2))
     words = f"slower than at {options.base} by 5 %, of {seen} that were measured again"
     print(f"{len(slower)} of {total} calls are {words}")
+    change = median([min(new) / min(old) for old, new in beside.values()])
+    print(f"Outside of kernels, calls take {change:.2f} times as long (median)")
     sys.exit(bool(slower))
 
 

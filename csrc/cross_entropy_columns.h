@@ -70,7 +70,7 @@ class CrossEntropyColumns : Columns<T, kColumns, kTileClasses> {
     for (int64_t i = 0; i < k; ++i) {
       const A of_line = load_class_weights(c + i);
       for (int64_t b = 0; b < kColumns; ++b) {
-        const A weight = kFolds ? class_weight[b] : of_line;
+        const A weight = kFolds && fold > 1 ? class_weight[b] : of_line;
         w[i][b] = soft_target(weight, ce.target ? A(0) : w[i][b], prob_weight, smooth_bias);
       }
     }
@@ -79,14 +79,13 @@ class CrossEntropyColumns : Columns<T, kColumns, kTileClasses> {
   // Finds the weight of each lane's class, 0 where the last line lacks it. Unless lines are folded,
   // returns the weight of all lanes.
   A load_class_weights(int64_t line) {
-    if (!kFolds) return ce.weight ? ce.weight[line] : A(1);
+    if (!kFolds || fold == 1) return ce.weight ? ce.weight[line] : A(1);
     const int64_t classes = std::min(fold, ce.classes - line * fold);
-    const int64_t lanes = fold > 1 ? positions : kColumns;
     std::fill_n(class_weight, kColumns, A(1));
     for (int64_t j = 0; ce.weight && j < classes; ++j) {
-      std::fill_n(class_weight + j * lanes, lanes, ce.weight[line * fold + j]);
+      std::fill_n(class_weight + j * positions, positions, ce.weight[line * fold + j]);
     }
-    std::fill(class_weight + classes * lanes, class_weight + kColumns, A(0));
+    std::fill(class_weight + classes * positions, class_weight + kColumns, A(0));
     return 0;
   }
 
@@ -167,7 +166,7 @@ class CrossEntropyColumns : Columns<T, kColumns, kTileClasses> {
       for (int64_t i = 0; i < k; ++i) {
         const A of_line = load_class_weights(c + i);
         for (int64_t b = 0; b < kColumns; ++b) {
-          const A weight = kFolds ? class_weight[b] : of_line;
+          const A weight = kFolds && fold > 1 ? class_weight[b] : of_line;
           w[i][b] = factor[b] * weight * ((max[b] - x[i][b]) + low[b]);
         }
       }

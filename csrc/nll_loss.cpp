@@ -56,13 +56,21 @@ template <class T> int64_t nll_loss(const CrossEntropy<T>& nll) {
   // classes are written in smaller blocks, which more threads can share.
   constexpr int64_t kGroup = 1024, kBlockElements = 1 << 16;
   int64_t block = kGroup;
-  while (grad.data && block > 1 && block * nll.classes > kBlockElements) block /= 2;
+  bool clears = grad.data;  // whether each block clears its gradients
+  if (clears && grad.classes != 1 && kGroup * nll.classes > kBlockElements) {
+    // Many classes of few positions: the gradients of other blocks are in between.
+    clears = false;
+    for_blocks<NoBuffers>(
+        positions * nll.classes, kBlockElements, nll.threads,
+        [=](int64_t first, int64_t end, auto) { clear(grad.data + first, end - first, streams); });
+  }
+  while (clears && block > 1 && block * nll.classes > kBlockElements) block /= 2;
   const size_t groups = size_t((positions + kGroup - 1) / kGroup);
   std::vector<double> partial(groups);
   std::vector<std::atomic<int64_t>> found(groups);  // the number of losses
   const std::unique_ptr<double[]> losses(block < kGroup ? new double[positions] : nullptr);
   for_blocks<NoBuffers>(positions, block, nll.threads, [&](int64_t first, int64_t end, auto) {
-    for (int64_t at = first, n; grad.data && at < end; at += n) {  // positions with one outer index
+    for (int64_t at = first, n; clears && at < end; at += n) {  // positions with one outer index
       n = std::min(end - at, nll.inner - at % nll.inner);
       clear(nll.at(grad, at), n, grad.inner, nll.classes, grad.classes, streams);
     }

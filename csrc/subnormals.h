@@ -107,7 +107,9 @@ template <class T, class V, class F> PYFUSED_INLINE V with_subnormals(V y, V x, 
   if (!any_zero(maximum(y, x * -1.0f + kUnderflow<float>))) return y;  // masked elements
   const V n = round_to_int(x * kLog2E);
   const V r = x - n * 0.693147182f;
-  const V p = polynomial(kExp, r, 1.0f) * factor;
+  V p;
+  if constexpr (std::is_same_v<F, float>) p = polynomial(kExp, r, factor);
+  else p = polynomial(kExp, r, 1.0f) * factor;
   return or_subnormal(y, times_power_of_2(p, n + 149.0f, x, kUnderflow<float>));
 }
 
