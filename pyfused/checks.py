@@ -232,6 +232,8 @@ def _target(
         indices: The shape of class indices.
         probabilities: The shape of class probabilities, None if they are not supported.
     """
+    if target.dtype is torch.int64 and target.shape == indices:
+        return  # the common case
     indices, shape = tuple(indices), tuple(target.shape)
     floats = target.is_floating_point()
     if floats and probabilities is not None and shape == tuple(probabilities):
