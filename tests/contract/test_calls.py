@@ -84,7 +84,7 @@ CALLS: dict[str, tuple[Callable[[Tensor], Tensor], int]] = {
     "log_probs": (lambda x: fused.log_probs(x, CLASSES)[0].sum(), 63),
     "kl_div_with_logits": (lambda x: fused.kl_div_with_logits(x, OTHER), 54),
     "linear_cross_entropy": (lambda x: fused.linear_cross_entropy(x, OTHER, CLASSES), 116),
-    "linear_log_probs": (lambda x: fused.linear_log_probs(x, OTHER, CLASSES)[0].sum(), 121),
+    "linear_log_probs": (lambda x: fused.linear_log_probs(x, OTHER, CLASSES)[0].sum(), 122),
 }
 
 
