@@ -30,6 +30,7 @@ from pyfused.types import (
 
 # What the functions of this module raise.
 ERRORS = IndexError, RuntimeError, TypeError, ValueError
+REDUCTIONS = ("none", "mean", "sum")
 Keywords = TypeVar("Keywords", bound=Mapping[str, object])
 # A tensor may hold 0, because it is not read on GPUs: the mean is NaN then.
 _DENOMINATOR = Scalar("denominator", low=0.0, error=ValueError)
@@ -101,7 +102,8 @@ def one_of(
 
 
 def reduction(value: Any) -> None:
-    one_of("reduction", value, ("none", "mean", "sum"))
+    if value not in REDUCTIONS:
+        one_of("reduction", value, REDUCTIONS)
 
 
 def memory_budget(value: Any) -> None:
@@ -230,6 +232,8 @@ def _target(
         indices: The shape of class indices.
         probabilities: The shape of class probabilities, None if they are not supported.
     """
+    if target.dtype is torch.int64 and target.shape == indices:
+        return  # the common case
     indices, shape = tuple(indices), tuple(target.shape)
     floats = target.is_floating_point()
     if floats and probabilities is not None and shape == tuple(probabilities):
@@ -271,13 +275,17 @@ def _class_weight(
 
 
 def row_choices(options: Any) -> None:
-    """Checks options of a function of rows that are not numbers, and those that exclude others."""
+    """Checks options of a function of rows that are not numbers, and those that exclude others.
+
+    It is called for each new number, so it calls few functions.
+    """
     for name, value in zip(options._fields, options, strict=True):
         if name == "reduction":
             reduction(value)
         elif name == "ignore_index":
-            integer(name, value)
-        elif name == "memory_budget":
+            if type(value) is not int or value.bit_length() > 63:
+                integer(name, value)
+        elif name == "memory_budget" and value is not None:
             memory_budget(value)
         elif name == "loss_dtype":
             is_floating = isinstance(value, torch.dtype) and value.is_floating_point

@@ -115,7 +115,7 @@ class Fused(torch.autograd.Function):
     def backward(ctx: Any, grad_output: Tensor, *_: Any) -> Any:
         """Returns a gradient for each argument of `forward`."""
         start = report.clock() if report.active else None
-        own, (in_forward, index, missing, is_hooked) = ctx.own, ctx.state
+        in_forward, index, missing, is_hooked = ctx.state
         create_graph, retained, inplace = torch.is_grad_enabled(), graph_is_retained(), index == 0
         # Kernels support plain tensors only, and their gradients cannot be differentiated again.
         second_order = (
@@ -123,6 +123,7 @@ class Fused(torch.autograd.Function):
             or active_mode()
             or layout_reason("gradient", grad_output)
         )
+        own = () if second_order and in_forward else ctx.own
         if second_order and missing is None:
             expected = "operands created outside of inference mode"
             raise RuntimeError(f"{second_order}: expected {expected}")
@@ -138,7 +139,7 @@ class Fused(torch.autograd.Function):
                 memory.release()  # torch's operators do not reuse it
         copies = is_hooked or (retained and not overwrites)
         gradients: Any = []
-        if not own or not in_forward or second_order:
+        if not own or not in_forward:
             gradients = _gradients_of_saved(ctx, own, grad_output, copies, second_order)
         else:
             for saved in own:
@@ -164,17 +165,17 @@ def _gradients_of_saved(
     """Computes the gradients of a call from its saved tensors.
 
     Args:
-        own: The tensors that were saved apart.
-        copies: Whether to copy the saved tensor that a kernel overwrites.
+        own: The tensor that a kernel overwrites, if it was saved apart.
+        copies: Whether to copy it.
         second_order: Why torch's definition computes them, False if a kernel does.
 
     Raises:
         RuntimeError: A saved tensor was changed in place.
     """
-    (op, options, needs, shard), (in_forward, index, missing, _) = ctx.call, ctx.state
+    (op, options, needs, shard), (_, index, missing, _) = ctx.call, ctx.state
     try:
         saved = [*ctx.saved_tensors]
-        overwritten = own[0].unpack() if own and not in_forward and own[0] is not None else None
+        overwritten = own[0].unpack() if own and own[0] is not None else None
     except RuntimeError as error:
         raise _with_hint(error, op.name) from None
     for i in missing:

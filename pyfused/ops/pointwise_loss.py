@@ -259,8 +259,9 @@ class TensorLoss(SpecializedOperator):
 
     def check_choices(self, options: Options) -> None:
         super().check_choices(options)
-        if self.reduces:
-            checks.one_of("reduction", options.reduction, ("none", *self.denominators, "sum"))
+        words = "none", *self.denominators, "sum"
+        if self.reduces and options.reduction not in words:
+            checks.one_of("reduction", options.reduction, words)
 
     def _check_shapes(self, *call: Any) -> None:
         """Checks that the operands broadcast, and that optional ones expand to the input."""
