@@ -51,10 +51,10 @@ def _linear_of(kind: Any) -> Any:
 
     def forward(head: Any, input: Tensor) -> Any:
         options = vars(head).get(MARK)
+        if options is not None and options.metrics:
+            head.pyfused_metrics = None
         if options is None or not (head.training or options.evaluation):
             return kind.forward(head, input)
-        if options.metrics:
-            head.pyfused_metrics = None
         if is_dynamo_compiling() and _stays_in_graph(head, input, options):
             return kind.forward(head, input)
         return output(head, input, options)

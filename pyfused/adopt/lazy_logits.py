@@ -231,6 +231,7 @@ class HeadCall:
         return handle
 
 
+@torch_internals.never_traced
 def _start_backward(ended: threading.Event, hooks: dict[int, Any], grad_outputs: Any) -> None:
     ended.set()
     for hook in [*hooks.values()]:
