@@ -267,7 +267,8 @@ def size_hint(size: int) -> int:
     """
     from torch.fx.experimental import symbolic_shapes  # imported late because it is slow to import
 
-    hint: Any = getattr(symbolic_shapes, "optimization_hint", None)
+    of_torch_2_11 = getattr(symbolic_shapes, "size_hint", None)
+    hint: Any = getattr(symbolic_shapes, "optimization_hint", of_torch_2_11)
     known: int = 0 if hint is None else hint(size, 0)
     return known
 
