@@ -236,17 +236,16 @@ def called_while_tracing(function: Function) -> Function:
 
 def _tracer() -> Any:
     """Returns what Dynamo traces in this thread, None if it traces nothing."""
-    translator = sys.modules.get("torch._dynamo.symbolic_convert")
-    current = getattr(getattr(translator, "InstructionTranslator", None), "current_tx", None)
+    translator: Any = sys.modules.get("torch._dynamo.symbolic_convert")
     try:
-        return current and current()
-    except AttributeError:  # nothing is traced
+        return translator.InstructionTranslator.current_tx()
+    except AttributeError:  # nothing is traced, or another version of torch
         return None
 
 
 @called_while_tracing
 def graph_is_whole() -> bool:
-    """Returns whether the program that Dynamo traces has to be one graph, or whether it may be."""
+    """Returns whether Dynamo must not break the graph of the program that it traces."""
     return _is_whole(_tracer())
 
 
@@ -254,7 +253,7 @@ def _is_whole(tracer: Any) -> bool:
     try:
         is_part = tracer.output.current_tracer.parent is not None  # of a higher-order operator
         whole = tracer.one_graph or tracer.export or tracer.error_on_graph_break
-    except AttributeError:  # in another version of torch
+    except AttributeError:  # another version of torch
         return True
     return bool(whole or is_part or functorch_is_active())
 
@@ -262,19 +261,21 @@ def _is_whole(tracer: Any) -> bool:
 def size_hint(size: int) -> int:
     """Returns a size in a program that Dynamo traces.
 
-    A symbol has the value that it has now, which does not restrict the program; 0 if unknown.
+    A symbolic size has the value of the call that is traced, without a guard; 0 if that is unknown.
     """
     from torch.fx.experimental import symbolic_shapes  # imported late because it is slow to import
 
-    hint = getattr(symbolic_shapes, "optimization_hint", None)
-    if hint is not None:
-        return int(hint(size, 0))
-    known = symbolic_shapes.statically_known_true(size == size)
-    return size if known else 0
+    of_torch_2_11 = getattr(symbolic_shapes, "size_hint", None)
+    hint: Any = getattr(symbolic_shapes, "optimization_hint", of_torch_2_11)
+    known: int = 0 if hint is None else hint(size, 0)
+    return known
 
 
 def leave_traced_frame() -> None:
-    """Makes Dynamo leave the frame that it traces in this thread to Python, unless in one graph."""
+    """Makes Dynamo leave the frame that it traces to Python, unless its graph must not break.
+
+    Other frames, such as those of functions that it calls, are compiled as before.
+    """
     tracer = _tracer()
     if tracer is not None and not _is_whole(tracer):
         raise sys.modules["torch._dynamo.exc"].SkipFrame("lazy logits are not traced")

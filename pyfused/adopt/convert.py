@@ -85,8 +85,9 @@ def convert(
     become :func:`pyfused.functional.linear_cross_entropy`: in training mode with gradients, the
     head returns logits that are computed only if something other than their loss reads them, unless
     they are so few that torch's loss is faster. Read them before ``backward()``: afterwards it is
-    an error. In programs that ``torch.compile`` or ``torch.export`` traces, the head computes its
-    logits; call ``linear_cross_entropy`` by name there.
+    an error. A program that ``torch.compile`` traces breaks its graph at a large head. With
+    ``fullgraph=True`` and in ``torch.export`` the head computes its logits; call
+    ``linear_cross_entropy`` by name there.
 
     :func:`plan_conversion` previews the changes; the logger ``pyfused`` logs them at level INFO.
     ``convert`` warns if nothing was replaced, and if a language model keeps its head, with the

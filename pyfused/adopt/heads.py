@@ -51,10 +51,10 @@ def _linear_of(kind: Any) -> Any:
 
     def forward(head: Any, input: Tensor) -> Any:
         options = vars(head).get(MARK)
+        if options is not None and options.metrics:
+            head.pyfused_metrics = None
         if options is None or not (head.training or options.evaluation):
             return kind.forward(head, input)
-        if options.metrics:
-            head.pyfused_metrics = None
         if is_dynamo_compiling() and _stays_in_graph(head, input, options):
             return kind.forward(head, input)
         return output(head, input, options)
@@ -75,8 +75,9 @@ def _linear_of(kind: Any) -> Any:
 def _stays_in_graph(head: Any, input: Tensor, options: Options) -> bool:
     """Returns whether a program that Dynamo traces computes the logits, without a graph break."""
     limit = COMPILED[LINEAR_CROSS_ENTROPY.name][int(takes_triton(input))]
-    is_small = size_hint(head_elements(input, head.weight)) < limit
-    return is_small or graph_is_whole() or not (options.evaluation or torch.is_grad_enabled())
+    if size_hint(head_elements(input, head.weight)) < limit or graph_is_whole():
+        return True
+    return not (options.evaluation or torch.is_grad_enabled())
 
 
 def _reason(head: Any, input: Tensor, weight: Tensor, bias: Tensor | None) -> str | None:
@@ -160,13 +161,14 @@ def _forward_of(kind: Any) -> Any:
 
 
 def _find_metrics(model: Any) -> None:
+    """Sets the metrics of a converted model to those of its head."""
     name, metrics = vars(model).get(MARK, (None, False))
     if metrics:
         found = [head.pyfused_metrics for head in _heads_of(model, name)]
         model.pyfused_metrics = next((each for each in found if each is not None), None)
 
 
-torch_internals.skip_frames(_find_metrics)  # `forward` is not traced, but what it calls
+torch_internals.skip_frames(_find_metrics)  # which `forward` calls in a frame that is not traced
 
 
 def has_head(module: Any) -> bool:

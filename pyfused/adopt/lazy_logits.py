@@ -12,7 +12,8 @@ The tensor is a wrapper subclass with torch's own autograd graph, which begins w
 ``__torch_function__`` replaces the cross-entropy, and passes a plain view of the tensor to other
 operators. ``__torch_dispatch__`` computes the values.
 
-A program that torch.compile traces breaks its graph at a large head, unless it has to be whole.
+A program that torch.compile traces breaks its graph at a large head, unless it has to be whole. A
+frame that uses lazy logits is left to Python, where Dynamo would break its graph at each operator.
 """
 
 from __future__ import annotations
@@ -233,6 +234,7 @@ class HeadCall:
         return handle
 
 
+@torch_internals.never_traced
 def _start_backward(ended: threading.Event, hooks: dict[int, Any], grad_outputs: Any) -> None:
     ended.set()
     for hook in [*hooks.values()]:
@@ -737,10 +739,9 @@ class LazyLogits(Tensor):
     value: _Value
 
     def __getattr__(self, name: str) -> Any:
-        """Is called by Dynamo, which looks for a method of subclasses that it can trace."""
-        if name == "__tensor_flatten__":
+        if name == "__tensor_flatten__":  # Dynamo asks whether it can trace the operators
             torch_internals.leave_traced_frame()
-        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        return object.__getattribute__(self, name)  # raises the error
 
     @classmethod
     def __torch_function__(
@@ -807,7 +808,6 @@ class LazyLogits(Tensor):
         return tensor
 
 
-# A compiled function breaks its graph at operators of lazy logits; they run uncompiled.
 torch_internals.skip_frames(LazyLogits.__torch_function__)
 # These calls are dispatched to torch's function, whose __torch_function__ computes the fused loss.
 reasons.not_reported.add(f"input is a {LazyLogits.__name__}")

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +19,17 @@ from conftest import KernelCalls
 from torch import Tensor, nn
 from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch._dynamo.utils import counters
 from torch._functorch.aot_autograd import make_boxed_func
 from torch._inductor.decomposition import select_decomp_table
 from torch._subclasses import FakeTensorMode
+from torch.utils.checkpoint import checkpoint
 from torch_reference import parameters
 
+import pyfused
 from pyfused import backends
 from pyfused import functional as fused
+from pyfused.adopt.lazy_logits import HeadCall
 from pyfused.dispatch import sizes
 from pyfused.ops.activation import Activation
 from pyfused.ops.custom_operators import NAMESPACE
@@ -297,6 +303,177 @@ def test_errors_of_a_compiled_head() -> None:
             head(torch.randn(N, C), WEIGHTS, INDICES, token_weight=weight)
         with pytest.raises(Exception, match="target: expected"):
             head(torch.randn(3, 4, C), WEIGHTS, INDICES.view(4, 3))
+
+
+# ---- converted heads -----------------------------------------------------------------------------
+
+LENGTH = 5
+
+
+class Tagger(nn.Module):
+    """Returns logits, or their loss if it is given the classes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(3)
+        self.embedding, self.body, self.head = nn.Embedding(C, 8), nn.Linear(8, 8), nn.Linear(8, C)
+
+    def forward(self, x: Tensor, target: Tensor | None = None) -> Tensor:
+        logits: Tensor = self.head(self.body(self.embedding(x)).tanh())
+        return logits if target is None else loss_of(logits, target)
+
+
+def loss_of(logits: Tensor, target: Tensor) -> Tensor:
+    rows = logits.float()[:, :-1].reshape(-1, logits.size(-1)) / 2
+    return nn.functional.cross_entropy(rows, target[:, 1:].flatten())
+
+
+def loss_outside(model: Any, compiled: Any) -> Step:
+    logits_of = compiled(model)
+    return lambda x: loss_of(logits_of(x), x)
+
+
+def loss_apart(model: Any, compiled: Any) -> Step:
+    logits_of, loss = compiled(model), compiled(loss_of)
+    return lambda x: loss(logits_of(x), x)
+
+
+def loss_inside(model: Any, compiled: Any) -> Step:
+    loss = compiled(model)
+    return lambda x: loss(x, x)
+
+
+def under_autocast(model: Any, compiled: Any) -> Step:
+    def step(x: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            return loss_of(model(x), x)
+
+    return compiled(step)
+
+
+def without_gradients(model: Any, compiled: Any) -> Step:
+    logits_of = compiled(model)
+
+    @torch.no_grad()
+    def step(x: Tensor) -> Tensor:
+        return loss_of(logits_of(x), x)
+
+    return step
+
+
+def checkpointed(model: Any, compiled: Any) -> Step:
+    return compiled(lambda x: checkpoint(model, x, x, use_reentrant=False))
+
+
+# Programs, options of torch.compile, whether the loss of a converted head is fused, and the number
+# of breaks in each graph: one, and one in each function that calls the function with the head.
+PROGRAMS: dict[str, tuple[Callable[[Any, Any], Step], dict[str, Any], bool, int]] = {
+    "loss outside": (loss_outside, {}, True, 1),
+    "loss inside": (loss_inside, {}, True, 1),
+    "loss apart": (loss_apart, {}, True, 1),
+    "dynamic": (loss_inside, {"dynamic": True}, True, 1),
+    "step": (lambda model, c: c(lambda x: loss_of(model(x), x)), {}, True, 2),
+    "autocast": (under_autocast, {}, True, 2),
+    "fullgraph": (loss_inside, {"fullgraph": True}, False, 0),
+    "no_grad": (without_gradients, {}, False, 0),
+    "checkpoint": (checkpointed, {}, False, 0),
+    "vmap": (
+        lambda model, c: c(lambda x: torch.func.vmap(lambda x: model(x))(x).sum()),
+        {},
+        False,
+        0,
+    ),
+}
+
+
+@pytest.fixture
+def fused_losses(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """Returns a list to which each fused loss of a converted head is added."""
+    found, loss = list[Any](), HeadCall.loss
+    monkeypatch.setattr(HeadCall, "loss", lambda *args, **kw: found.append(0) or loss(*args, **kw))
+    return found
+
+
+def outcome_of(step: Step, x: Tensor, model: nn.Module) -> list[Tensor]:
+    """Returns the value of a step, and the gradients of the model's parameters."""
+    value = step(x)
+    gradients = torch.autograd.grad(value, [*model.parameters()]) if value.requires_grad else ()
+    return [value.detach(), *gradients]
+
+
+@pytest.mark.parametrize(
+    ("program", "options", "fuses", "breaks"), PROGRAMS.values(), ids=PROGRAMS.keys()
+)
+def test_a_converted_head_breaks_the_graph_once(
+    program: Any, options: Any, fuses: bool, breaks: int, fused_losses: list[Any]
+) -> None:
+    """Unless the graph has to be whole; there are no more graphs than without the conversion."""
+    batches = [torch.randint(C, (rows, LENGTH)) for rows in (4, 4, 3, 2, 4)]
+    converted, graphs = pyfused.convert(Tagger(), head="head"), list[int]()
+    eager = program(converted, lambda f: f)
+    expected = [outcome_of(eager, x, converted) for x in batches]
+    for model in (Tagger(), converted):
+        torch.compiler.reset()
+        counters.clear()
+        fused_losses.clear()
+        step = program(model, partial(torch.compile, backend="aot_eager", **options))
+        found = [outcome_of(step, x, model) for x in batches]
+        graphs.append(counters["stats"]["unique_graphs"])
+    close(found, expected)
+    assert len(fused_losses) == len(batches) * fuses
+    assert graphs[1] <= graphs[0] * max(breaks, 1)  # autocast is a graph of its own
+    compiled = 1 if "dynamic" in options else 2  # the first batch size, and all others
+    assert counters["graph_break"].total() == breaks * compiled
+
+
+def test_training_and_evaluation_of_a_converted_model_are_compiled_once(
+    fused_losses: list[Any],
+) -> None:
+    model: Any = pyfused.convert(Tagger(), head="head", metrics=True)
+    compiled, x = torch.compile(model, backend="aot_eager"), torch.randint(C, (4, LENGTH))
+    frames = set[int]()
+    for _ in range(3):
+        for training, target in itertools.product((True, False), (None, x)):
+            model.train(training)
+            with torch.set_grad_enabled(training):
+                compiled(x, target)
+            assert (model.pyfused_metrics is None) == (target is None or not training)
+        frames.add(counters["frames"]["total"])
+    assert len(frames) == 1
+    assert len(fused_losses) == 3
+
+
+@pytest.mark.parametrize(("rows", "breaks"), [(3, 0), (4, 1), (None, 0)])
+def test_the_size_of_a_converted_head(
+    rows: int | None, breaks: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Decides about a break; a symbolic size has the value of the call that is traced."""
+    monkeypatch.setitem(sizes.COMPILED, "linear_cross_entropy", (4 * LENGTH * C,) * 2)
+    model, x = pyfused.convert(Tagger(), head="head"), torch.randint(C, (8, LENGTH))
+    counters.clear()
+
+    @torch.compile(backend="aot_eager", dynamic=True)
+    def step(x: Tensor, mask: Tensor) -> Tensor:
+        return model(x if rows else x[mask])
+
+    with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
+        for count in (rows or 8, 2, 8):  # which do not compile the program again
+            step(x[:count], torch.ones(count, dtype=torch.bool))
+    assert counters["graph_break"].total() == 2 * breaks
+    assert counters["stats"]["unique_graphs"] == 1 or rows is None
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["default", "reduce-overhead", "max-autotune-no-cudagraphs"])
+def test_inductor_with_a_converted_head(mode: str, fused_losses: list[Any]) -> None:
+    x, models = torch.randint(C, (4, LENGTH)), (Tagger(), pyfused.convert(Tagger(), head="head"))
+    steps = models[0], torch.compile(models[1], mode=mode)
+    outcomes = [
+        outcome_of(lambda x, f=step: f(x, x), x, model)
+        for step, model in zip(steps, models, strict=True)
+    ]
+    close(*outcomes)
+    assert len(fused_losses) == 1
 
 
 # ---- sizes and numbers that change ---------------------------------------------------------------
