@@ -7,6 +7,8 @@ from functools import cache
 from types import new_class
 from typing import Any
 
+from torch.nn import Sequential
+
 from pyfused.torch_internals import skip_frames
 
 MARK = "_converted_by_pyfused"  # an attribute of modules; copies and saved models keep it
@@ -50,7 +52,8 @@ def _subclass(kind: Any, forward_of: ForwardOf) -> Any:
     forward: Any = forward_of(kind)
     # Dynamo counts recompilations, and skips code that it failed to compile, per code object.
     forward.__code__ = forward.__code__.replace()
-    skip_frames(forward, and_calls=False)
+    if kind.forward is not Sequential.forward:  # which Dynamo traces only as a part of its caller
+        skip_frames(forward, and_calls=False)
     members = {name: getattr(kind, name) for name in ("__module__", "__qualname__", "__doc__")}
     members["__qualname__"] += " (converted by pyfused)"  # in the representation of the class
     members |= {"forward": forward, "_original": kind, "_forward_of": (forward_of,)}

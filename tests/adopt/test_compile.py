@@ -389,8 +389,8 @@ PROGRAMS: dict[str, tuple[Callable[[Any, Any], Step], dict[str, Any], bool, int]
 @pytest.fixture
 def fused_losses(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """Returns a list to which each fused loss of a converted head is added."""
-    found, loss = list[Any](), HeadCall.loss
-    monkeypatch.setattr(HeadCall, "loss", lambda *args, **kw: found.append(0) or loss(*args, **kw))
+    found, run = list[Any](), HeadCall.run
+    monkeypatch.setattr(HeadCall, "run", lambda *args, **kw: found.append(0) or run(*args, **kw))
     return found
 
 
@@ -424,6 +424,16 @@ def test_a_converted_head_breaks_the_graph_once(
     assert graphs[1] <= graphs[0] * max(breaks, 1)  # autocast is a graph of its own
     compiled = 1 if "dynamic" in options else 2  # the first batch size, and all others
     assert counters["graph_break"].total() == breaks * compiled
+
+
+def test_a_converted_sequential_is_a_whole_graph(fused_losses: list[Any]) -> None:
+    """Its class is torch's, whose forward Dynamo does not trace as a frame of its own."""
+    model, x = nn.Sequential(nn.Embedding(C, 8), nn.Linear(8, C)), torch.randint(C, (4, LENGTH))
+    compiled = torch.compile(pyfused.convert(model, head="1"), fullgraph=True, backend="aot_eager")
+    counters.clear()
+    loss_of(compiled(x), x).backward()
+    assert counters["stats"]["unique_graphs"] == 1
+    assert not fused_losses
 
 
 def test_training_and_evaluation_of_a_converted_model_are_compiled_once(
