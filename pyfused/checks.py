@@ -283,7 +283,7 @@ def row_choices(options: Any) -> None:
         if name == "reduction":
             reduction(value)
         elif name == "ignore_index":
-            if type(value) is not int or value.bit_length() > 63:
+            if type(value) is not int or not -(1 << 63) <= value < 1 << 63:
                 integer(name, value)
         elif name == "memory_budget" and value is not None:
             memory_budget(value)
