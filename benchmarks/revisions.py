@@ -1,4 +1,4 @@
-"""Compares the kernels of a revision with those of the working tree: run.py's command compare.
+"""Implements run.py's command compare: times the kernels of a revision and of the working tree.
 
 A process of each times the same calls in turns, on one thread. A time is the minimum of the CPU
 time in the kernels of many calls, which other programs on the machine change little. Calls that

@@ -33,7 +33,7 @@ inline int64_t classes_of_line(const Positions& shape) {
 
 template <class T, int64_t kColumns, int64_t kTileClasses> class Columns {
  public:
-  // How many positions a block has, but for the last one.
+  // The number of positions in each block; the last one may have fewer.
   static int64_t positions_of_block(const Positions& shape) {
     return kFolds && classes_of_line(shape) > 1 ? shape.inner : kColumns;
   }
