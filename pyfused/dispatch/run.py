@@ -127,7 +127,7 @@ def unsupported(
     Args:
         is_traced: Whether Dynamo traces the call.
     """
-    are_on_cpu = backends.FORCED is cpu.MISSING is None and getattr(input, "is_cpu", False)
+    can_be_on_cpus = backends.FORCED is None and cpu.MISSING is None
     for operand, x in zip(operands, tensors, strict=True):
         if x is None and operand.optional:
             continue
@@ -138,7 +138,8 @@ def unsupported(
             return f"{name} is a {type(x).__name__}"
         if not is_traced and (reason := layout_reason(name, x)):
             return reason
-        if not (are_on_cpu and x.is_cpu) and (reason := unsupported_device(name, x, input)):
+        are_on_cpus = can_be_on_cpus and x.is_cpu and input.is_cpu  # the first tensor is plain
+        if not are_on_cpus and (reason := unsupported_device(name, x, input)):
             return reason
         dtype = x.dtype
         if dtype not in DTYPES:
