@@ -660,6 +660,8 @@ def gains() -> str:
         lines.append([name, shown, *_before_and_after(rows[way])])
         if "torch.compile, keep" in rows:
             compiled.append(f"{name.partition(',')[0]} {_cell(rows, 'torch.compile, keep')}")
+        if "convert, torch.compile, keep" in rows:
+            compiled[-1] += f" ({_cell(rows, 'convert, torch.compile, keep')} with `convert`)"
     on_gpu = {row["way"]: row for row in report.read_csv(H100 / "steps.csv")}
     row, alone = on_gpu["convert"], on_gpu["torch.compile"]
     name = f"{row['model']} on an H100, {row['dtype']}, {row['batch']}"
