@@ -490,6 +490,9 @@ class _Value:
         """Returns the logit, or the log-probability, of the class of each row."""
         if not self.is_index(reader, index):
             return None
+        classes = self.call.inputs[1].shape[0]
+        if index.is_cpu and ((index < 0) | (index >= classes)).any():
+            return None  # torch's function raises its error
         if self.log or not self.has_results():
             results = self.row_results(index)
             result = results[..., LOG_P]

@@ -763,10 +763,9 @@ def test_torchs_errors(losses: list[Tensor]) -> None:
     for invalid in (-100, -1, 40):
         index = TARGET.index_fill(0, TARGET[3], invalid).unsqueeze(-1)
         logits = pyfused.convert(Model(), head="head")(X).flatten(0, 1)
-        for _ in range(2):
-            with pytest.raises(IndexError, match=r"expected class indices in|out of range"):
-                logits.gather(-1, index)
-            logits.logsumexp(-1)
+        logits.logsumexp(-1)
+        with pytest.raises(RuntimeError, match="out of bounds"):
+            logits.gather(-1, index)
     assert len(losses) == 3
     for target, options in ((TARGET.int(), {}), (TARGET, {"ignore_index": None})):
         errors = []

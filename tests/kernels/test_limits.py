@@ -119,6 +119,7 @@ def test_every_kernel_returns_or_raises_if_memory_runs_out() -> None:
                         failed += 1
             for run in every:
                 run()
-        print("survived" if failed > 70 else failed)
+        # Memory that earlier calls have freed suffices for some.
+        print("survived" if failed > len(every) / 2 else f"{failed} of {len(every)} raised")
     """)
     assert (done.stdout, done.returncode) == ("survived\n", 0), done.stderr
