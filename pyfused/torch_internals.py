@@ -271,6 +271,13 @@ def size_hint(size: int) -> int:
     return known
 
 
+def forget_functions() -> None:
+    """Makes Dynamo look up torch's functions again, because others stood for them until now."""
+    rules: Any = sys.modules.get("torch._dynamo.trace_rules")
+    if hasattr(rules, "get_torch_obj_rule_map"):
+        rules.get_torch_obj_rule_map.cache_clear()
+
+
 def leave_traced_frame() -> None:
     """Makes Dynamo leave the frame that it traces to Python, unless its graph must not break.
 

@@ -23,7 +23,7 @@ from pyfused import functional
 from pyfused.dispatch import originals, report
 from pyfused.dispatch.sizes import COMPILED
 from pyfused.ops.operators import OPERATORS
-from pyfused.torch_internals import script_as_builtin
+from pyfused.torch_internals import forget_functions, script_as_builtin
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 Functions = Mapping[str, Callable[..., Any]]
@@ -268,6 +268,8 @@ def _replace(caller: str, package: str, current: Functions, new: Functions) -> N
         torch.nn.Module.__getstate__ = _state  # type: ignore[method-assign]
     _set_defaults(new)
     vars(F).update(new)  # at once: an interrupt cannot leave some of them patched
+    if new is _UNPATCHED:
+        forget_functions()
     if _names_not_patched not in report.reasons_of_torch:
         report.reasons_of_torch.append(_names_not_patched)
 

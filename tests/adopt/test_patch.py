@@ -355,14 +355,14 @@ def test_compiled_programs_have_torchs_functions(imports: str) -> None:
             graphs.append(names)
             return graph
         def step(x):
-            loss = F.mse_loss(x, x + 1) + F.cross_entropy(x, TARGET)
+            loss = F.mse_loss(x, x + 1) + F.cross_entropy(x, TARGET) + F.kl_div(x, x)
             return loss + (F.relu(x) + F.gelu(x) + F.softmax(x, -1)).sum()
         results = []
         for patch in (pyfused.patch, torch.no_grad):
             torch.compiler.reset()
             with patch():
                 results.append(torch.compile(step, fullgraph=True, backend=backend)(X))
-        assert graphs[0] == graphs[1], graphs
+        assert graphs[0] == graphs[1], graphs  # kl_div warns, which Dynamo does not trace
         assert results[0] == results[1]
     """)
     assert done.returncode == 0, done.stderr
