@@ -36,6 +36,11 @@ WAYS = ("torch", "torch.compile", "patch", "convert", "linear_cross_entropy")
 # Patched models run torch's functions in compiled programs.
 COMPILED_WAYS = tuple(f"{way}, torch.compile" for way in WAYS[-2:])
 KEEP = ", keep"  # appended to the name of a way
+# README.md compares the times of these ways, so they are measured in turns.
+TOGETHER = (
+    "torch.compile",
+    *(way + KEEP for way in ("torch", "torch.compile", "convert", "convert, torch.compile")),
+)
 RATIO = ("ratio, lower quartile", "ratio, median", "ratio, upper quartile")
 WARM_UP, SECONDS = 1, 0.5  # steps; the least time of a measurement
 
@@ -356,18 +361,12 @@ def compare(
     ]
 
 
-def groups_of(ways: Sequence[str], named: bool) -> list[list[str]]:
-    """Returns the ways to measure on a CPU, whose memory may not hold all models at once.
-
-    Args:
-        named: Whether the user has named these ways; otherwise each also runs with `keep`.
-    """
-    compiled = [way for way in ways if "torch.compile" in way]
-    eager = [way for way in ways if way not in compiled]
-    if not named:
-        kept = [[way + KEEP for way in group] for group in (["torch", *eager], compiled)]
-        return [eager, kept[0], compiled, kept[1]]
-    return [group for group in (eager, compiled) if group]
+def groups_of(ways: Sequence[str]) -> list[list[str]]:
+    """Returns the ways to measure on a CPU, whose memory may not hold all models at once."""
+    ways = [*ways, *(way + KEEP for way in ("torch", *ways))]
+    others = [way for way in ways if way not in TOGETHER]
+    groups = [others[i : i + 4] for i in range(0, len(others), 4)]
+    return [[way for way in ways if way in TOGETHER], *groups]
 
 
 def measure(options: Namespace, machine: str, file: Path | None) -> list[dict[str, Any]]:
@@ -382,7 +381,7 @@ def measure(options: Namespace, machine: str, file: Path | None) -> list[dict[st
         if case.model is UNet:  # its head is a convolution
             of_heads = "linear_cross_entropy", *COMPILED_WAYS
             ways = [way for way in ways if not way.startswith(of_heads)]
-        groups = [ways] if on_gpu else groups_of(ways, named=bool(options.ways))
+        groups = [ways] if on_gpu or options.ways else groups_of(ways)
         described = {
             "model": case.name,
             "batch": " x ".join(map(str, case.batch())),

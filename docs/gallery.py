@@ -641,48 +641,41 @@ ALL_WAYS = {
 }
 SHORTEST = 10.0  # milliseconds; shorter steps vary more between processes than between ways
 NOISE = "1.0: no measurable difference."
-H100_STEPS = "steps of GPT-2 on an H100"
-# The rows of README.md: the beginning of a model's name, the way with pyfused, and its lines.
+# The rows of README.md: the beginning of a model's name, the ways to use pyfused in eager and in
+# compiled programs, and their lines.
+HEAD = "convert, keep", "convert, torch.compile, keep", "`keep`, `convert`"
 GAINS = (
-    ("recommender", "convert, keep", "`keep`, `convert`"),
-    ("GPT-2 small, float32", "convert, keep", "`keep`, `convert`"),
-    ("BERT", "convert, keep", "`keep`, `convert`"),
-    ("ResNet", "torch, keep", "`keep`"),
-    ("U-Net", "torch, keep", "`keep`"),
+    ("recommender", *HEAD),
+    ("GPT-2 small, float32", *HEAD),
+    ("BERT", *HEAD),
+    ("ResNet", "torch, keep", "torch.compile, keep", "`keep`"),
+    ("U-Net", "torch, keep", "torch.compile, keep", "`keep`"),
 )
 
 
 def gains() -> str:
     """Returns the table of README.md: times and peaks of training steps."""
-    found, lines, compiled = _newest_steps(), [], []
-    for start, way, shown in GAINS:
+    found, lines = _newest_steps(), []
+    for start, eager, compiled, shown in GAINS:
         name, rows = next((n, rows) for n, rows in found.items() if n.startswith(start))
-        lines.append([name, shown, *_before_and_after(rows[way])])
-        if "torch.compile, keep" in rows:
-            compiled.append(f"{name.partition(',')[0]} {_cell(rows, 'torch.compile, keep')}")
-        if "convert, torch.compile, keep" in rows:
-            compiled[-1] += f" ({_cell(rows, 'convert, torch.compile, keep')} with `convert`)"
-    on_gpu = {row["way"]: row for row in report.read_csv(H100 / "steps.csv")}
-    row, alone = on_gpu["convert"], on_gpu["torch.compile"]
-    name = f"{row['model']} on an H100, {row['dtype']}, {row['batch']}"
-    lines.append([name, "`convert`", *_before_and_after(row)])
-    both = float(on_gpu["linear_cross_entropy, torch.compile"]["ms"])
-    columns = ["model, dtype, batch", "lines", "step: torch", "with pyfused", "peak: torch"]
-    table = report.tabulated([*columns, "with pyfused"], lines, names=2)
-    machines = _machines([line[0] for line in lines[:-1]], found)
-    return (
-        f"{table}\n\n*With `torch.compile` and `keep` instead, times as fast as eager torch:"
-        f" {', '.join(compiled)}. On the H100, a compiled step takes {float(alone['ms']):.0f} ms,"
-        f" and {both:.0f} ms with pyfused's head. {machines}*"
-    )
+        lines.append([name, shown, *_times_and_peaks(rows, eager, compiled)])
+    machines = _machines([line[0] for line in lines], found)
+    rows = {row["way"]: row for row in report.read_csv(H100 / "steps.csv")}
+    name = "{model} on an H100, {dtype}, {batch}".format_map(rows["convert"])
+    cells = _times_and_peaks(rows, "convert", "linear_cross_entropy, torch.compile")
+    lines.append([name, "`convert`, compiled: `linear_cross_entropy`", *cells])
+    columns = ["model, dtype, batch", "lines", "eager step: torch", "with pyfused"]
+    columns += ["compiled step: torch", "with pyfused", "eager peak: torch", "with pyfused"]
+    noise = "Medians, which vary by up to 20% between runs."
+    return f"{report.tabulated(columns, lines, names=2)}\n\n*{machines} {noise}*"
 
 
-def _before_and_after(row: dict[str, str]) -> list[str]:
-    """Returns the time of a step and the peak memory, with torch and with pyfused."""
-    low, _, high = (float(row[name]) for name in steps.RATIO)
-    before, after = (f"{float(row[column]):,.0f} ms" for column in ("torch, ms", "ms"))
-    peaks = (f"{int(row[column]) / 2**30:.2f} GiB" for column in ("torch, peak", "peak"))
-    return [before, "the same" if low < 1 < high else after, *peaks]
+def _times_and_peaks(rows: dict[str, dict[str, str]], eager: str, compiled: str) -> list[str]:
+    """Returns times of eager and of compiled steps, and peaks of eager ones, torch's first."""
+    row, columns = rows[eager], ("torch, peak", "peak")
+    times = row["torch, ms"], row["ms"], rows["torch.compile"]["ms"], rows[compiled]["ms"]
+    peaks = [f"{int(row[column]) / 2**30:.2f} GiB" for column in columns]
+    return [f"{float(time):,.0f} ms" for time in times] + peaks
 
 
 def all_steps() -> str:
@@ -690,11 +683,11 @@ def all_steps() -> str:
     found = _newest_steps()
     ways = {way: name for way, name in ALL_WAYS.items() if any(way in r for r in found.values())}
     lines = [
-        [name, f"{_eager(rows):,.0f} ms", *(_cell(rows, way) for way in ways), _peaks(rows)]
+        [name, f"{_eager(rows):,.0f} ms", *(_cell(rows, way) for way in ways), *_peaks(rows)]
         for name, rows in found.items()
     ]
-    peaks = "peak in GiB: eager, `keep`, `keep` and `convert`"
-    columns = ["model, dtype, batch", "eager torch", *ways.values(), peaks]
+    peaks = (f"peak: {way}" for way in ("eager torch", "`keep`", "`keep`, `convert`"))
+    columns = ["model, dtype, batch", "eager torch", *ways.values(), *peaks]
     caption = f"*Speed-up over eager torch, medians. {NOISE} {_machines([*found], found)}*"
     return f"{report.tabulated(columns, lines, names=1)}\n\n{caption}"
 
@@ -737,11 +730,11 @@ def _rounded(low: float, middle: float, high: float) -> str:
     return "1.0" if ratio == 1 else f"{ratio:.2f}"
 
 
-def _peaks(rows: dict[str, dict[str, str]]) -> str:
+def _peaks(rows: dict[str, dict[str, str]]) -> list[str]:
     """Returns the peak memory with eager torch, with `keep`, and with `convert` too."""
     eager = max(int(row["torch, peak"]) for row in rows.values())
     kept = (int(rows[way]["peak"]) for way in ("torch, keep", "convert, keep"))
-    return ", ".join(f"{peak / 2**30:.2g}" for peak in (eager, *kept))
+    return [f"{peak / 2**30:.2f} GiB" for peak in (eager, *kept)]
 
 
 def _machines(names: Sequence[str], found: dict[str, dict[str, dict[str, str]]]) -> str:
