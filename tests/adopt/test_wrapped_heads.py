@@ -7,6 +7,7 @@ losses, the gradient of an input, parameters after the steps and collectives.
 from __future__ import annotations
 
 import contextlib
+import sys
 import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -25,7 +26,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, loss_parallel, pa
 from torch.utils.checkpoint import checkpoint
 
 import pyfused
-from pyfused.dispatch import reasons
+from pyfused.dispatch import reasons, sizes
 
 pytestmark = [
     pytest.mark.skipif(torch.__version__ < "2.12", reason="torch 2.11 lacks parts of FSDP2"),
@@ -55,7 +56,7 @@ class Model(nn.Module):
         tied: Whether the embedding and the head share a parameter.
         saves: Whether the blocks are checkpointed.
         reads: What the forward does in addition: "maximum" reads the logits, "twice" calls the head
-            for a second loss, and "DTensor" needs DTensor logits.
+            for a second loss, and "DTensor" needs DTensor logits; "later" computes no loss.
     """
 
     def __init__(self, tied: bool = False, saves: bool = True, reads: str = "") -> None:
@@ -76,6 +77,8 @@ class Model(nn.Module):
         logits = self.lm_head(x)
         if self.reads == "DTensor":
             targets = distribute_tensor(targets, logits.device_mesh, [Replicate()])
+        if self.reads == "later":
+            return logits, None
         loss = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
         if self.reads == "maximum":
             loss = loss + 0.01 * logits.max()
@@ -181,25 +184,40 @@ def zero3(model: Any) -> Any:
     return model
 
 
-def compiled(model: Any) -> Any:
-    torch.compiler.reset()
-    return torch.compile(model, backend="eager")
-
-
 def same(model: Any) -> Any:
     return model
+
+
+def compiled(wrap: Callable[[Any], Any] = same, from_elements: int = 0) -> Any:
+    """Compiles a wrapped model.
+
+    Args:
+        from_elements: The number of logits from which a head is fused.
+    """
+
+    def wrap_and_compile(model: Any) -> Any:
+        torch.compiler.reset()
+        sizes.COMPILED["linear_cross_entropy"] = from_elements, from_elements
+        return torch.compile(wrap(model), backend="eager")
+
+    return wrap_and_compile
 
 
 HALF = {"param_dtype": torch.bfloat16, "reduce_dtype": torch.float32}
 WRAPPERS = {
     "plain": Wrapper(same, "fused", "fused"),
     "checkpointing": Wrapper(same, "fused", "fused", {"saves": False}),
-    "torch.compile": Wrapper(compiled, "left", "left"),
+    "compiled": Wrapper(compiled(), "fused", "fused"),
+    "compiled, small": Wrapper(compiled(from_elements=sys.maxsize), "left", "left"),
+    "DDP, compiled": Wrapper(compiled(ddp), "fused", "fused"),
+    "root unit, compiled": Wrapper(compiled(fsdp2("")), "fused", "refused"),
     "DDP": Wrapper(ddp, "fused", "fused"),
     "DDP, unused": Wrapper(partial(ddp, find_unused_parameters=True), "fused", "fused"),
     "DDP, tied": Wrapper(ddp, "fused", "fused", {"tied": True}),
+    "DDP, loss outside": Wrapper(ddp, "fused", "fused", {"reads": "later"}),
     "FSDP1": Wrapper(fsdp1(False), "fused", "fused"),
     "FSDP1, flat": Wrapper(fsdp1(True), "fused", "fused"),
+    "FSDP1, loss outside": Wrapper(fsdp1(False), "warned", "warned", {"reads": "later"}),
     "root unit, tied": Wrapper(fsdp2(""), "fused", "refused", {"tied": True}),
     "root unit, bf16": Wrapper(fsdp2("", **HALF), "fused", "refused", {}, 2e-2),
     "unit": Wrapper(fsdp2(), "warned", "refused"),
@@ -311,6 +329,8 @@ def train(wrapper: Wrapper, when: str, accumulates: bool = False) -> Trained:
                     tokens, targets, shift = batch(2 * step + part, rank)
                     with without_sync(wrapped, accumulates and part == 0):
                         logits, loss = wrapped(tokens, targets, shift)
+                        if loss is None:
+                            loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten())
                         loss.backward()
                     computed |= are_computed(logits)
                     values += [loss.detach(), shift.grad]
