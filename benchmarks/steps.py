@@ -32,15 +32,13 @@ from torch import Tensor, nn
 import pyfused
 import pyfused.functional
 
-WAYS = ("torch", "torch.compile", "patch", "convert", "linear_cross_entropy")
+WAYS = ("torch.compile", "patch", "convert", "linear_cross_entropy")
 # Patched models run torch's functions in compiled programs.
-COMPILED_WAYS = tuple(f"{way}, torch.compile" for way in WAYS[-2:])
+WAYS += tuple(f"{way}, torch.compile" for way in WAYS[-2:])
 KEEP = ", keep"  # appended to the name of a way
-# README.md compares the times of these ways, so they are measured in turns.
-TOGETHER = (
-    "torch.compile",
-    *(way + KEEP for way in ("torch", "torch.compile", "convert", "convert, torch.compile")),
-)
+# The ways that take turns with torch on a CPU, whose memory does not hold more models.
+OF_HEADS = ("torch.compile", "torch, keep", "convert", "convert, keep", "convert, torch.compile")
+OF_IMAGES = "torch.compile", "torch, keep", "torch.compile, keep"
 RATIO = ("ratio, lower quartile", "ratio, median", "ratio, upper quartile")
 WARM_UP, SECONDS = 1, 0.5  # steps; the least time of a measurement
 
@@ -361,14 +359,6 @@ def compare(
     ]
 
 
-def groups_of(ways: Sequence[str]) -> list[list[str]]:
-    """Returns the ways to measure on a CPU, whose memory may not hold all models at once."""
-    ways = [*ways, *(way + KEEP for way in ("torch", *ways))]
-    others = [way for way in ways if way not in TOGETHER]
-    groups = [others[i : i + 4] for i in range(0, len(others), 4)]
-    return [[way for way in ways if way in TOGETHER], *groups]
-
-
 def measure(options: Namespace, machine: str, file: Path | None) -> list[dict[str, Any]]:
     """Returns a row for each case and way, and writes the rows after each case."""
     started, on_gpu = time.perf_counter(), torch.cuda.is_available()
@@ -377,11 +367,8 @@ def measure(options: Namespace, machine: str, file: Path | None) -> list[dict[st
         name = f"{case.name} {case.dtype}"
         if options.only not in name or time.perf_counter() - started > options.seconds:
             continue
-        ways = options.ways or [*WAYS[1:], *COMPILED_WAYS]
-        if case.model is UNet:  # its head is a convolution
-            of_heads = "linear_cross_entropy", *COMPILED_WAYS
-            ways = [way for way in ways if not way.startswith(of_heads)]
-        groups = [ways] if on_gpu or options.ways else groups_of(ways)
+        on_cpu = OF_IMAGES if case.unit == "images" else OF_HEADS
+        ways = options.ways or (WAYS if on_gpu else on_cpu)
         described = {
             "model": case.name,
             "batch": " x ".join(map(str, case.batch())),
@@ -389,10 +376,9 @@ def measure(options: Namespace, machine: str, file: Path | None) -> list[dict[st
             "count": math.prod(case.batch()[: 2 if case.unit == "tokens" else 1]),
             "unit": case.unit,
         }
-        for group in groups:
-            found = compare(options.trial, index, group, options.rounds, options.cpu)
-            rows += [{**described, **row, "machine": machine} for row in found]
-            print(*rows[-len(found) :], sep="\n", flush=True)
+        found = compare(options.trial, index, ways, options.rounds, options.cpu)
+        rows += [{**described, **row, "machine": machine} for row in found]
+        print(*rows[-len(found) :], sep="\n", flush=True)
         if file is not None:
             report.write_csv(file, rows)
     return rows

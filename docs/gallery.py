@@ -176,16 +176,16 @@ def gain() -> Figure:
         limit_of = {cells["op"]: int(cells["limit"]) for cells in shown}
         rows = [report.row_of(cells) for cells in shown]
         for index, (op, limit) in enumerate(limit_of.items()):
-            known = [row for row in rows if row.op == op]
-            elements = [row.elements for row in known]
             # A limit of LOGITS is the size of new pages: with `keep`, no kernel runs.
-            smallest = NEVER if keep and limit == LOGITS else limit
-            kernels = [i for i, size in enumerate(elements) if size >= smallest]
+            if keep and limit == LOGITS:
+                continue
+            known = [row for row in rows if row.op == op and row.elements >= limit]
+            elements = [row.elements for row in known]
             low, median, high = zip(*(row.peers["torch"].ratio for row in known), strict=True)
             colour, marker = SERIES[index]
             axes.fill_between(elements, low, high, color=colour, alpha=0.2, linewidth=0)
             label = f"{op}, 1,000 classes" if op == "cross_entropy" else op
-            style = {"color": colour, "ls": "-", "markersize": 4, "markevery": kernels}
+            style = {"color": colour, "ls": "-", "markersize": 4}
             axes.plot(elements, median, marker, label=label, **style)
         axes.set_xscale("log", base=2)
         axes.set_yscale("log")
@@ -193,14 +193,10 @@ def gain() -> Figure:
         label_ratios(axes.yaxis)
         axes.set_ylabel("time of torch / of pyfused", fontsize=9)
         axes.set_title("both with keep" if keep else "torch's defaults", fontsize=10)
-    ticks = elements[::2]
-    axes.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
-    axes.set_xlabel(
-        "elements of the input; with a marker, pyfused runs a kernel,\n"
-        "without one, both run torch's operator",
-        fontsize=9,
-    )
-    labels = axes.get_legend_handles_labels()
+    exponents = range(15, 26)
+    axes.set_xticks([2**n for n in exponents], [f"$2^{{{n}}}$" for n in exponents])
+    axes.set_xlabel("elements of the input, from the smallest that runs a kernel", fontsize=9)
+    labels = panels[0].get_legend_handles_labels()
     figure.legend(*labels, loc="outside upper center", ncols=2, frameon=False, fontsize=9)
     return _with_grid(figure)
 
@@ -633,23 +629,24 @@ def _middle_and_range(ratios: Sequence[float]) -> str:
 
 ALL_WAYS = {
     "torch, keep": "`keep`",
+    "convert": "`convert`",
     "convert, keep": "`keep`, `convert`",
-    "linear_cross_entropy, keep": "`keep`, `linear_cross_entropy`",
-    "torch.compile, keep": "`keep`, `torch.compile`",
-    "linear_cross_entropy, torch.compile, keep": "`keep`, `linear_cross_entropy`, `torch.compile`",
-    "convert, torch.compile, keep": "`keep`, `convert`, `torch.compile`",
+    "torch.compile": "`torch.compile`",
+    "torch.compile, keep": "`torch.compile`, `keep`",
+    "convert, torch.compile": "`torch.compile`, `convert`",
 }
 SHORTEST = 10.0  # milliseconds; shorter steps vary more between processes than between ways
 NOISE = "1.0: no measurable difference."
 # The rows of README.md: the beginning of a model's name, the ways to use pyfused in eager and in
-# compiled programs, and their lines.
-HEAD = "convert, keep", "convert, torch.compile, keep", "`keep`, `convert`"
+# compiled programs, and their line.
+CONVERTED = "convert", "convert, torch.compile", "`pyfused.convert(model)`"
+KEPT = "torch, keep", "torch.compile, keep", "`pyfused.memory.keep()`"
 GAINS = (
-    ("recommender", *HEAD),
-    ("GPT-2 small, float32", *HEAD),
-    ("BERT", *HEAD),
-    ("ResNet", "torch, keep", "torch.compile, keep", "`keep`"),
-    ("U-Net", "torch, keep", "torch.compile, keep", "`keep`"),
+    ("recommender", *CONVERTED),
+    ("GPT-2 small, float32", *CONVERTED),
+    ("BERT", *CONVERTED),
+    ("ResNet", *KEPT),
+    ("U-Net", *KEPT),
 )
 
 
@@ -663,19 +660,21 @@ def gains() -> str:
     rows = {row["way"]: row for row in report.read_csv(H100 / "steps.csv")}
     name = "{model} on an H100, {dtype}, {batch}".format_map(rows["convert"])
     cells = _times_and_peaks(rows, "convert", "linear_cross_entropy, torch.compile")
-    lines.append([name, "`convert`, compiled: `linear_cross_entropy`", *cells])
-    columns = ["model, dtype, batch", "lines", "eager step: torch", "with pyfused"]
+    lines.append([name, f"{CONVERTED[-1]}, not compiled", *cells])
+    columns = ["model, dtype, batch", "line", "eager step: torch", "with pyfused"]
     columns += ["compiled step: torch", "with pyfused", "eager peak: torch", "with pyfused"]
-    noise = "Medians, which vary by up to 20% between runs."
-    return f"{report.tabulated(columns, lines, names=2)}\n\n*{machines} {noise}*"
+    table = report.tabulated(columns, lines, names=2)
+    on_gpu = f"H100: {_short(rows['convert']['machine']).partition(', ')[2]}"
+    return f"{table}\n\n*Medians. Batch: sequences x tokens, images x pixels. {machines} {on_gpu}*"
 
 
 def _times_and_peaks(rows: dict[str, dict[str, str]], eager: str, compiled: str) -> list[str]:
     """Returns times of eager and of compiled steps, and peaks of eager ones, torch's first."""
     row, columns = rows[eager], ("torch, peak", "peak")
-    times = row["torch, ms"], row["ms"], rows["torch.compile"]["ms"], rows[compiled]["ms"]
-    peaks = [f"{int(row[column]) / 2**30:.2f} GiB" for column in columns]
-    return [f"{float(time):,.0f} ms" for time in times] + peaks
+    torch_ms = float(row["torch, ms"])
+    ratios = (float(rows[way]["ratio, median"]) for way in (eager, "torch.compile", compiled))
+    times = (f"{torch_ms / ratio:,.0f} ms" for ratio in (1, *ratios))
+    return [*times, *(f"{int(row[column]) / 2**30:.2f} GiB" for column in columns)]
 
 
 def all_steps() -> str:
@@ -686,7 +685,7 @@ def all_steps() -> str:
         [name, f"{_eager(rows):,.0f} ms", *(_cell(rows, way) for way in ways), *_peaks(rows)]
         for name, rows in found.items()
     ]
-    peaks = (f"peak: {way}" for way in ("eager torch", "`keep`", "`keep`, `convert`"))
+    peaks = (f"peak: {way}" for way in ("eager torch", "`keep`", "`convert`"))
     columns = ["model, dtype, batch", "eager torch", *ways.values(), *peaks]
     caption = f"*Speed-up over eager torch, medians. {NOISE} {_machines([*found], found)}*"
     return f"{report.tabulated(columns, lines, names=1)}\n\n{caption}"
@@ -697,8 +696,7 @@ def _newest_steps() -> dict[str, dict[str, dict[str, str]]]:
     found: dict[str, dict[str, dict[str, str]]] = {}
     for table in _of_cpus("steps"):
         found |= _steps(table)
-    long = (name for name, rows in found.items() if _eager(rows) > SHORTEST)
-    return {name: found[name] for name in long if "torch, keep" in found[name]}
+    return {name: rows for name, rows in found.items() if _eager(rows) > SHORTEST}
 
 
 def _steps(table: list[dict[str, str]]) -> dict[str, dict[str, dict[str, str]]]:
@@ -711,7 +709,7 @@ def _steps(table: list[dict[str, str]]) -> dict[str, dict[str, dict[str, str]]]:
 
 
 def _eager(rows: dict[str, dict[str, str]]) -> float:
-    return median(float(row["torch, ms"]) for row in rows.values())
+    return float(rows["torch, keep"]["torch, ms"]) if "torch, keep" in rows else 0.0
 
 
 def _cell(rows: dict[str, dict[str, str]], way: str) -> str:
@@ -731,10 +729,10 @@ def _rounded(low: float, middle: float, high: float) -> str:
 
 
 def _peaks(rows: dict[str, dict[str, str]]) -> list[str]:
-    """Returns the peak memory with eager torch, with `keep`, and with `convert` too."""
-    eager = max(int(row["torch, peak"]) for row in rows.values())
-    kept = (int(rows[way]["peak"]) for way in ("torch, keep", "convert, keep"))
-    return [f"{peak / 2**30:.2f} GiB" for peak in (eager, *kept)]
+    """Returns the peak memory with eager torch, with `keep`, and with `convert`."""
+    kept = rows["torch, keep"]
+    peaks = kept["torch, peak"], kept["peak"], rows.get("convert", {}).get("peak")
+    return [f"{int(peak) / 2**30:.2f} GiB" if peak else "n/a" for peak in peaks]
 
 
 def _machines(names: Sequence[str], found: dict[str, dict[str, dict[str, str]]]) -> str:

@@ -175,14 +175,14 @@ def cross_entropy(
         inplace: Overwrites ``input`` with its gradient, which saves as much memory as the logits
             take. Do not use ``input`` afterwards: it holds the gradient, already after the forward
             pass if the loss is a scalar. Autograd raises if an earlier operation saved ``input``;
-            other uses silently give wrong numbers. Only one backward pass is possible, without
-            ``create_graph``. Nothing is overwritten if no gradient is needed or if torch's operator
-            runs.
+            other uses silently give wrong numbers. With ``"none"``, only one backward pass is
+            possible, and none with ``create_graph``. Nothing is overwritten if no gradient is
+            needed or if torch's operator runs.
         shard: The :class:`pyfused.VocabShard` of this process, if a process group shards the
             classes. All processes pass the same targets and the ``weight`` of all classes. Each
             gets the loss over all classes and the gradient of its local logits. Requires class
-            indices, without ``gamma``. If the calls do not match, or one process raises, every
-            process raises.
+            indices, without ``gamma``. Calls that do not match, or of which one raises, are
+            undefined, as for torch's collectives.
 
     Returns:
         The loss, of the input's dtype, promoted with the probabilities' and their weight's dtype;

@@ -43,7 +43,7 @@ class Stats(NamedTuple):
         pages_are_kept: Whether the pages of a freed block of 64 MiB serve the next one, because of
             :func:`keep`, or of an allocator or environment variables that rule it out. In the
             latter case they are measured, once and in a few milliseconds.
-        glibc: The version of glibc, None for other C libraries. :func:`keep` can double a peak
+        glibc: The version of glibc, None for other C libraries. :func:`keep` can triple a peak
             before 2.39, and raise it by 40 % since.
     """
 
@@ -125,9 +125,9 @@ def keep(enabled: bool = True, *, trim_every: float | None = 30.0) -> Keep:
     defaults and releases its copy of the free memory; it may call `keep` itself.
 
     Args:
-        enabled: False returns free memory to the system and restores glibc's defaults, with the
-            largest thresholds that glibc chooses by itself: it returns blocks of 32 MiB or more
-            when they are freed.
+        enabled: False ends an earlier call: it returns free memory to the system and restores
+            glibc's defaults, with the largest thresholds that glibc chooses by itself: it returns
+            blocks of 32 MiB or more when they are freed.
         trim_every: The number of seconds after which the thread returns the free pages, again and
             again. None for never: call :func:`trim`.
 
@@ -223,10 +223,11 @@ def why_not_kept() -> str | None:
     variables = _environment()
     known = [f"MALLOC_{name.upper()}_" for name in _VARIABLES]
     names = [name for name in known if name in variables]
-    tunables = variables.get("GLIBC_TUNABLES", "")
-    if any(f"glibc.malloc.{name}=" in tunables for name in _VARIABLES):
+    # glibc may have replaced the colons in GLIBC_TUNABLES by the ends of variables.
+    settings = ":".join((variables.get("GLIBC_TUNABLES", ""), *(f"{name}=" for name in variables)))
+    if any(f"glibc.malloc.{name}=" in settings for name in _VARIABLES):
         names.append("GLIBC_TUNABLES")
-    return f"the environment configures malloc by {', '.join(names)}" if names else None
+    return f"the environment configures malloc; unset {', '.join(names)}" if names else None
 
 
 def _requested() -> _Setting:
@@ -355,7 +356,7 @@ def recycle(enabled: bool = True, *, limit: int | None = None) -> None:
             a quarter of the machine's memory, or of the control group's limit if that is less.
 
     Raises:
-        RuntimeError: ``enabled`` is True and the system is not Linux.
+        RuntimeError: ``enabled`` is True without the CPU kernels or on another system than Linux.
         TypeError: ``enabled`` is not a bool, or ``limit`` is not an int.
         ValueError: ``limit`` is not positive, or is passed with ``enabled=False``.
     """
@@ -374,7 +375,7 @@ def recycle(enabled: bool = True, *, limit: int | None = None) -> None:
         _limit = min(_default_limit() if limit is None else limit, sys.maxsize) if enabled else 0
         cpu.native.recycler_limit(_limit)
     elif enabled:
-        raise RuntimeError("enabled: expected False on systems other than Linux, got True")
+        raise RuntimeError("enabled: expected False without CPU kernels for Linux, got True")
 
 
 def release() -> int:

@@ -299,15 +299,10 @@ def script_as_builtin(function: Any, original: Callable[..., Any]) -> None:
         register(function, operator_name)
 
 
-def has_compiled_call(module: Any) -> bool:
-    """Returns whether ``module.compile()`` was called."""
-    return getattr(module, "_compiled_call_impl", None) is not None
-
-
 def is_compiled_module(module: Any) -> bool:
     """Returns whether a module was compiled by ``module.compile()`` or ``torch.compile``."""
     kind = getattr(sys.modules.get("torch._dynamo"), "OptimizedModule", ())
-    return has_compiled_call(module) or isinstance(module, kind)
+    return getattr(module, "_compiled_call_impl", None) is not None or isinstance(module, kind)
 
 
 def has_own_hooks(module: Any) -> bool:

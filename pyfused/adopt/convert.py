@@ -35,6 +35,7 @@ _NOTHING = (
     "layer that computes its logits."
 )
 _ALREADY = heads.ALREADY, "is already a module of pyfused.nn"
+_MAY_BE_HEAD = "pass head="  # the beginning of a reason
 _MANY_OUTPUTS = 4096  # a layer with at least this many may be a head
 
 
@@ -90,9 +91,10 @@ def convert(
     ``linear_cross_entropy`` by name there.
 
     :func:`plan_conversion` previews the changes; the logger ``pyfused`` logs them at level INFO.
-    ``convert`` warns if nothing was replaced, and if a language model keeps its head, with the
-    reason; a converted model warns if no loss of its head is fused in training. Another call
-    changes the options of a converted model.
+    ``convert`` warns if nothing was replaced, if a language model keeps its head, with the reason,
+    and if another layer may be a head. A converted head warns if it computes its logits in
+    training. Another call replaces the options of a converted model, and converts a head that was
+    replaced, for example by ``resize_token_embeddings``.
 
     ``type(module)`` changes. Libraries that look up the exact class of a module do not recognise a
     replaced one, often without an error: ``torch.ao.quantization`` in eager mode, Captum's
@@ -146,8 +148,7 @@ def _replace(model: Module, head: str | None, options: heads.Options) -> None:
     for name, module in modules.items():
         kind, head_name = type(module).__name__, head if name == "." else None
         if heads.is_converted(module):
-            if head_name or any(options) or heads.has_head(module):
-                heads.fuse(module, head_name, options)
+            heads.fuse(module, head_name, options)
             continue
         if name not in plan.swapped:
             continue
@@ -229,6 +230,10 @@ def _warn(plan: Conversion, modules: dict[str, Module], head: str | None, option
         module, is_named = modules[name], head is not None and name == "."
         if is_named or (heads.has_head(module) and not heads.shares_head(module)):
             messages += [f"{kind} computes all of its logits: {reason}"] * (reason not in _ALREADY)
+    if not messages and not plan.is_empty():
+        possible = [each for each in plan.left if each.reason.startswith(_MAY_BE_HEAD)]
+        listed = (f"{name} may compute logits: {reason}" for name, _, reason in possible)
+        messages = ["; ".join(listed)] * bool(possible)
     if not messages and plan.is_empty():
         messages = [str(plan)]
     elif not messages and options and not any(map(heads.is_converted, modules.values())):
@@ -261,7 +266,7 @@ def plan_conversion(model: Module, *, head: str | None = None) -> Conversion:
             replacement = "linear_cross_entropy"
             reason = heads.reason_to_leave_model(module, head_name)
         elif name in possible:
-            left.append(Unconverted(name, kind, f"pass head={name!r} to fuse it with its loss"))
+            left.append(Unconverted(name, kind, f"{_MAY_BE_HEAD}{name!r} to fuse it with its loss"))
             rows.append((name, f"{kind}({possible[name]})", left[-1].reason))
             continue
         else:
@@ -337,7 +342,7 @@ def _modules(model: Any) -> list[tuple[str, Module]]:
     for name, module in modules:
         wrapper = _wrapper(module)
         if wrapper:
-            call = "Convert or revert the model before wrapping it"
+            call = "Convert or revert the model before compiling or sharding it"
             if hasattr(module, "_orig_mod"):  # the result of torch.compile
                 path = "model" if name == "." else f"model.{name}"
                 call = f"Convert or revert the module that was compiled, {path}._orig_mod"

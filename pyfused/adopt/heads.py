@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import sys
-from functools import wraps
 from typing import Any, NamedTuple
 
 import torch
@@ -27,7 +26,6 @@ from pyfused.torch_internals import (
     PLAIN,
     active_mode,
     graph_is_whole,
-    has_compiled_call,
     has_own_hooks,
     size_hint,
 )
@@ -46,8 +44,8 @@ class Options(NamedTuple):
     model_name: str = ""
 
 
-def _linear_of(kind: Any) -> Any:
-    """Returns the ``forward`` of a head, whose output is lazy if a later loss could be fused."""
+def _of_head(kind: Any) -> dict[str, Any]:
+    """Returns a ``forward`` whose output is lazy if a later loss could be fused."""
 
     def forward(head: Any, input: Tensor) -> Any:
         options = vars(head).get(MARK)
@@ -69,7 +67,7 @@ def _linear_of(kind: Any) -> Any:
             tell(options.model_name, reason)
         return kind.forward(head, input)
 
-    return forward
+    return {"forward": forward}
 
 
 def _stays_in_graph(head: Any, input: Tensor, options: Options) -> bool:
@@ -116,7 +114,7 @@ def _reason(head: Any, input: Tensor, weight: Tensor, bias: Tensor | None) -> st
 def reason_to_leave(head: Any) -> str | None:
     """Returns why a head keeps computing its logits, None if it can return lazy ones."""
     kind = type(head)
-    if kind is not Linear and not subclass.is_fused(head, _linear_of):
+    if kind is not Linear and not subclass.is_fused(head, _of_head):
         adapter = isinstance(getattr(head, "base_layer", None), Module)
         is_a = "has an adapter," if adapter else "is a"
         end = "" if adapter else ", not a plain torch.nn.Linear"
@@ -127,8 +125,6 @@ def reason_to_leave(head: Any) -> str | None:
         return "its head is a unit of fully_shard. Leave the head in the root unit"
     if has_own_hooks(head):
         return "its head has hooks"
-    if has_compiled_call(head):
-        return "its head is compiled separately"
     if not has_original_forward(head):
         return "the forward of its head was replaced"
     return None
@@ -148,27 +144,14 @@ def has_original_forward(module: Any) -> bool:
 # ---- models and their heads ----------------------------------------------------------------------
 
 
-def _forward_of(kind: Any) -> Any:
-    """Returns the ``forward`` of a converted model's class."""
-
-    @wraps(kind.forward)
-    def forward(model: Any, *args: Any, **kwargs: Any) -> Any:
-        output = kind.forward(model, *args, **kwargs)
-        _find_metrics(model)
-        return output
-
-    return forward
+def _of_model(kind: Any) -> dict[str, Any]:  # noqa: ARG001
+    return {"pyfused_metrics": property(_metrics)}
 
 
-def _find_metrics(model: Any) -> None:
-    """Sets the metrics of a converted model to those of its head."""
-    name, metrics = vars(model).get(MARK, (None, False))
-    if metrics:
-        found = [head.pyfused_metrics for head in _heads_of(model, name)]
-        model.pyfused_metrics = next((each for each in found if each is not None), None)
-
-
-torch_internals.skip_frames(_find_metrics)  # which `forward` calls in a frame that is not traced
+def _metrics(model: Any) -> Any:
+    """Returns the metrics of the last call of a converted model's head, None if there are none."""
+    found = (vars(head).get("pyfused_metrics") for head in _heads_of(model, vars(model)[MARK]))
+    return next((metrics for metrics in found if metrics is not None), None)
 
 
 def has_head(module: Any) -> bool:
@@ -202,25 +185,25 @@ def reason_to_leave_model(model: Any, name: str | None) -> str | None:
         if name not in names:
             known = f"one of {names[-5:]}" if names else "but it has none"
             raise ValueError(f"head: expected the name of a torch.nn.Linear, {known}, got {name!r}")
-    if is_converted(model):
+    if is_converted(model) and shares_head(model):
         return ALREADY
     return next(filter(None, map(reason_to_leave, _heads_of(model, name))), None)
 
 
 def _may_be_head(module: Any) -> bool:
     is_adapter = isinstance(getattr(module, "base_layer", None), Module)
-    is_linear = type(module) is Linear or subclass.is_fused(module, _linear_of)
+    is_linear = type(module) is Linear or subclass.is_fused(module, _of_head)
     return is_linear or hasattr(module, "modules_to_save") or is_adapter
 
 
 def is_converted(model: Any) -> bool:
     """Returns whether `fuse` has changed a model."""
-    return subclass.is_fused(model, _forward_of) and MARK in vars(model)
+    return subclass.is_fused(model, _of_model) and MARK in vars(model)
 
 
 def shares_head(model: Any) -> bool:
-    """Returns whether a transformers model shares its head with a converted model."""
-    return MARK in vars(_heads_of(model, None)[0])
+    """Returns whether the head of a model is converted, perhaps with another model."""
+    return MARK in vars(_heads_of(model, vars(model).get(MARK))[0])
 
 
 def fuse(model: Any, name: str | None, options: Options) -> None:
@@ -230,12 +213,11 @@ def fuse(model: Any, name: str | None, options: Options) -> None:
         name: The name of the head; None for a transformers model or the head of the last call.
         options: The options of `convert`.
     """
-    name = name or vars(model).get(MARK, (None,))[0]
-    subclass.fuse(model, _forward_of, (name, options.metrics))
-    vars(model).pop("pyfused_metrics", None)
+    name = name or vars(model).get(MARK)
+    subclass.fuse(model, _of_model, name)
     options = options._replace(model_name=type(model).__name__)
     for head in _heads_of(model, name):
-        subclass.fuse(head, _linear_of, options)
+        subclass.fuse(head, _of_head, options)
         vars(head)["pyfused_metrics"] = None
 
 

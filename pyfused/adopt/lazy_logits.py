@@ -78,9 +78,10 @@ class _ThisThread(threading.local):
 _this_thread = _ThisThread()
 _NO_INDEX = -(1 << 63)  # an ignore_index that is no class index
 _ADVICE = (
-    "Views, permutations and slices such as logits[:, :n] keep them lazy for a cross_entropy of "
-    "class indices, which also knows their argmax, for gather and for logsumexp. For an entropy, "
-    "call pyfused.functional.linear_log_probs. Or call pyfused.revert(model)"
+    "This takes a second product of the head and memory for all logits. Views, permutations and "
+    "slices such as logits[:, :n] keep them lazy for cross_entropy with class indices, for gather "
+    "and for logsumexp; the argmax is known after the loss. For an entropy, call "
+    "pyfused.functional.linear_log_probs. Or call pyfused.revert(model)"
 )
 
 
@@ -163,19 +164,18 @@ class HeadCall:
         """
         freed = not self.inputs[1].untyped_storage().nbytes()  # by FSDP
         if self.ended.is_set():
-            problem = f"{reader} after it"
+            event, line = "the backward pass of their loss", "`backward()`"
         elif freed or any(version_of(x) != version for x, version in self.versions):
-            problem = (
-                "a change of the head's input, weight or bias, or of a tensor that was added to "
-                "the logits or selected their rows"
-            )
+            event = "a change of the head's input, weight or bias, or of a tensor that was added "
+            event, line = f"{event}to the logits or selected their rows", "the change"
         else:
             return
         raise RuntimeError(
             f"pyfused.convert: expected the logits of {self.options.model_name} to be read before "
-            f"the backward pass of their loss, got {problem}. Move the line with {reader} above "
-            "`backward()`, or call pyfused.revert(model). The argmax, max and topk(1) of rows that "
-            "count in the loss are known after it, on GPUs if pyfused.convert had metrics=True"
+            f"{event}, got {reader} after it. Move the line with {reader} above {line}, or call "
+            "pyfused.revert(model). After a loss, the argmax, max and topk(1) of the rows that "
+            "count in it are known: select these rows first, as in logits[mask].argmax(-1). On "
+            "GPUs, this needs pyfused.convert(model, metrics=True)"
         )
 
     def compute(self, reader: str) -> None:

@@ -138,7 +138,8 @@ class Patch(ContextDecorator):
         return self
 
     def __exit__(self, *error: object) -> None:
-        _update(partial(_blocks.remove, self), partial(_blocks.append, self))
+        # If other code has replaced a function, the patch stays until `unpatch`.
+        _update(partial(_blocks.remove, self), partial(_calls.add, self))
 
     def __call__(self, function: Function) -> Function:
         if not callable(function) or isinstance(function, (torch.nn.Module, type)):

@@ -1,4 +1,4 @@
-"""Replaces the ``forward`` of other libraries' modules by changing their class to a subclass."""
+"""Replaces members of other libraries' modules by changing their class to a subclass."""
 
 from __future__ import annotations
 
@@ -7,19 +7,17 @@ from functools import cache
 from types import new_class
 from typing import Any
 
-from torch.nn import Sequential
-
 from pyfused.torch_internals import skip_frames
 
 MARK = "_converted_by_pyfused"  # an attribute of modules; copies and saved models keep it
-ForwardOf = Callable[[Any], Callable[..., Any]]  # returns the forward of a class's subclass
+MembersOf = Callable[[Any], dict[str, Any]]  # returns the members of a class's subclass
 
 
 class Fused:
     """The first base of the subclasses, which pickle cannot import."""
 
     _original: Any
-    _forward_of: Any
+    _members_of: Any
 
     def __init_subclass__(cls) -> None:
         """Does not call the method of the original class, which may register its subclasses."""
@@ -34,42 +32,41 @@ class Fused:
             function, args, *state = original.__reduce_ex__(protocol)
         finally:
             original.__class__ = Fused  # which has no finaliser
-        return _restored, (function, args, kind._original, kind._forward_of[0]), *state
+        return _restored, (function, args, kind._original, kind._members_of[0]), *state
 
 
-def _restored(function: Any, args: Any, kind: Any, forward_of: ForwardOf) -> Any:
+def _restored(function: Any, args: Any, kind: Any, members_of: MembersOf) -> Any:
     """Returns a module whose class is the subclass again, for pickle and copy."""
     module = function(*args)
     is_original = type(module) is kind
     if is_original:
-        object.__setattr__(module, "__class__", _subclass(kind, forward_of))
+        object.__setattr__(module, "__class__", _subclass(kind, members_of))
     return module
 
 
 @cache
-def _subclass(kind: Any, forward_of: ForwardOf) -> Any:
-    """Returns a subclass of the same ``__name__``, whose forward is ``forward_of(kind)``."""
-    forward: Any = forward_of(kind)
-    # Dynamo counts recompilations, and skips code that it failed to compile, per code object.
-    forward.__code__ = forward.__code__.replace()
-    if kind.forward is not Sequential.forward:  # which Dynamo traces only as a part of its caller
-        skip_frames(forward, and_calls=False)
+def _subclass(kind: Any, members_of: MembersOf) -> Any:
+    """Returns a subclass of the same ``__name__``, with the members ``members_of(kind)``."""
     members = {name: getattr(kind, name) for name in ("__module__", "__qualname__", "__doc__")}
     members["__qualname__"] += " (converted by pyfused)"  # in the representation of the class
-    members |= {"forward": forward, "_original": kind, "_forward_of": (forward_of,)}
+    members |= {"_original": kind, "_members_of": (members_of,), **members_of(kind)}
+    if forward := members.get("forward"):
+        # Dynamo counts recompilations, and skips code that it failed to compile, per code object.
+        forward.__code__ = forward.__code__.replace()
+        skip_frames(forward, and_calls=False)
     return new_class(kind.__name__, (Fused, kind), {}, lambda body: body.update(members))
 
 
-def fuse(module: Any, forward_of: ForwardOf, mark: Any) -> None:
+def fuse(module: Any, members_of: MembersOf, mark: Any) -> None:
     """Changes the class of a module to a subclass, and marks the module."""
     vars(module)[MARK] = mark
     if not isinstance(module, Fused):
         kind: Any = type(module)
-        module.__class__ = _subclass(kind, forward_of)
+        module.__class__ = _subclass(kind, members_of)
 
 
-def is_fused(module: Any, forward_of: ForwardOf) -> bool:
-    return isinstance(module, Fused) and type(module)._forward_of[0] is forward_of
+def is_fused(module: Any, members_of: MembersOf) -> bool:
+    return isinstance(module, Fused) and type(module)._members_of[0] is members_of
 
 
 def unfuse(module: Any) -> None:

@@ -72,7 +72,10 @@ def cross_entropy(
     has_z_loss = isinstance(options.z_loss, Tensor) or options.z_loss
     lse = x.logsumexp(dim) if has_z_loss else None
     loss = row_losses(at_target, smooth, lse, target_weight, options, x.shape[dim])
-    loss = loss if is_valid is None else loss.where(is_valid, 0)
+    if is_valid is not None:
+        loss = loss.where(is_valid, 0)
+        if token_weight is not None:  # infinity times 0 is NaN
+            token_weight = token_weight.reshape(shape).where(is_valid, 0)
     return reduced_rows(loss, token_weight, options, divisors).to(result_dtype)
 
 

@@ -315,9 +315,9 @@ ALL_ROWS = Rows()
 
 
 def rows_that_count(valid: Tensor, backend: Backend) -> Rows:
-    """Returns the rows to compute: those that count, if there are any.
+    """Returns the rows to compute: those that count, or one row if none does.
 
-    All rows are computed if reading the mask would synchronise, and if no row counts.
+    All rows are computed if reading the mask would synchronise.
 
     Args:
         valid: (N), whether each row counts.
@@ -327,4 +327,6 @@ def rows_that_count(valid: Tensor, backend: Backend) -> Rows:
     indices, total = valid.nonzero().flatten(), valid.shape[0]
     if indices.shape[0] == total:
         return ALL_ROWS
-    return Rows(indices, None, total) if indices.shape[0] else Rows(None, valid)
+    if indices.shape[0] == 0:
+        return Rows(indices.new_zeros(1), valid[:1], total)
+    return Rows(indices, None, total)

@@ -211,6 +211,8 @@ def test_linear_layers_that_may_be_heads() -> None:
         "body.1  Linear(8 -> 32000)  pass head='body.1' to fuse it with its loss",
     ]
     assert plan.left[1] == ("body.1", "Linear", "pass head='body.1' to fuse it with its loss")
+    with pytest.warns(RuntimeWarning, match="tied may compute logits: pass head='tied'"):
+        pyfused.convert(nn.ModuleDict(layers))
     layers["body"][1] = nn.Linear(8, 1000)
     assert "body.1" not in str(pyfused.plan_conversion(nn.ModuleDict(layers)))
 
@@ -256,7 +258,7 @@ def test_a_compiled_model_is_not_changed(where: str) -> None:
     name, call = {
         "whole": ("'.'", r"was compiled, model\._orig_mod"),
         "part": ("'layers'", r"was compiled, model\.layers\._orig_mod"),
-        "in place": ("'layers'", "before wrapping it"),
+        "in place": ("'layers'", "before compiling or sharding it"),
     }[where]
     for function in (pyfused.convert, pyfused.revert):
         with pytest.raises(ValueError, match=f"is not compiled yet, got .* at {name}.*{call}$"):

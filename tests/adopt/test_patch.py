@@ -477,6 +477,11 @@ def test_later_patches_by_others_are_not_undone() -> None:
     assert F.relu is len
     F.relu = ours
     pyfused.unpatch()
+    with pytest.raises(RuntimeError, match="got len"), pyfused.patch():
+        F.relu = len
+    F.relu = ours
+    pyfused.unpatch()
+    assert F.relu is not ours
 
 
 async def coroutine() -> None: ...

@@ -312,7 +312,11 @@ SETTINGS: dict[str, tuple[dict[str, str], bool, str]] = {
     "threshold": (TRIM | {"MALLOC_MMAP_THRESHOLD_": "4294967296"}, True, "MALLOC_"),
     "low threshold": ({"MALLOC_MMAP_THRESHOLD_": "1048576"}, False, "MALLOC_MMAP_THRESHOLD_"),
     "no maps": (TRIM | {"MALLOC_MMAP_MAX_": "0"}, True, "MALLOC_MMAP_MAX_, MALLOC_TRIM_THRESHOLD_"),
-    "tunables": ({"GLIBC_TUNABLES": "glibc.malloc.mmap_max=9999"}, False, "GLIBC_TUNABLES"),
+    "tunables": (
+        {"GLIBC_TUNABLES": "glibc.malloc.perturb=0:glibc.malloc.mmap_max=9999"},
+        False,
+        "GLIBC_TUNABLES",
+    ),
     "a library": ({"LD_PRELOAD": "built"}, False, "liballocator.so"),
     "tcmalloc": ({"LD_PRELOAD": library("tcmalloc_minimal")}, True, "tcmalloc"),
     "jemalloc": (JEMALLOC | {"MALLOC_CONF": "dirty_decay_ms:-1"}, True, "jemalloc"),

@@ -50,10 +50,19 @@ def test_scaled_logits_are_not_rounded(
 @pytest.mark.thresholds
 def test_the_size_of_a_head_is_its_number_of_logits(kernel_calls: KernelCalls) -> None:
     x, target = torch.randn(8, 4), torch.arange(8)
-    for classes in (10, 4000):
+    for classes in (10, 70_000):
         assert not kernel_calls
         fused.linear_cross_entropy(x, torch.randn(classes, 4), target)
     assert kernel_calls
+
+
+@pytest.mark.thresholds
+@pytest.mark.parametrize("rows", [4, 8000])  # computed by torch and by a kernel
+def test_an_ignored_row_with_an_infinite_factor(rows: int) -> None:
+    x, target, factor = torch.randn(rows, 5), torch.arange(rows) % 5, torch.ones(rows)
+    target[1], factor[1] = -100, torch.inf
+    loss = fused.cross_entropy(x, target, token_weight=factor, denominator=3.0)
+    torch.testing.assert_close(loss, F.cross_entropy(x, target, reduction="sum") / 3)
 
 
 @pytest.mark.interpreted

@@ -64,8 +64,10 @@ def test_rows_are_selected_and_scattered(valid: list[bool]) -> None:
     mask, values = torch.tensor(valid), torch.arange(8.0).view(4, 2) + 1
     rows = rows_that_count(mask, cpu)
     taken = rows.take(values)
-    assert taken.shape[0] == (sum(valid) or 4)  # all rows if none counts
-    expected = values if not any(valid) else values.where(mask[:, None], 0)
+    assert taken.shape[0] == (sum(valid) or 1)  # one row if none counts
+    assert rows.counts is None or not rows.counts.any()
+    computed = mask if any(valid) else torch.arange(4) == 0
+    expected = values.where(computed[:, None], 0)
     assert rows.spread(taken).equal(expected)
     assert rows.spread(rows.take(values.t(), 1), 1).equal(expected.t())
     assert rows.take(None) is None is rows.spread(None)
