@@ -105,10 +105,7 @@ ON_CPU: dict[str, Limits] = {
     "triplet_margin_loss": Limits(ALWAYS, without_gradient=2 * SMALL, unreduced=4 * SMALL),
     "LongFormula": Limits(TINY),  # 3 to 4 times as fast as torch from this size on
     "Formula": Limits(SMALL),
-    "linear_cross_entropy": Limits(LARGE),  # the elements of heads are logits
-    "linear_kl_div": Limits(2 * MEDIUM),
-    "linear_log_probs": Limits(LARGE),
-    "linear_topk_kl_div": Limits(2 * MEDIUM),
+    **dict.fromkeys(LINEAR, Limits(2 * MEDIUM)),  # the elements of heads are logits
     "binary_cross_entropy": Limits(SMALL, without_gradient=MEDIUM, unreduced=MEDIUM),
     "binary_cross_entropy_with_logits": Limits(SMALL, without_gradient=MEDIUM, unreduced=MEDIUM),
     "kl_div": Limits(SMALL, without_gradient=MEDIUM, unreduced=MEDIUM),
