@@ -9,6 +9,7 @@ import sys
 import sysconfig
 import time
 import zlib
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -84,23 +85,36 @@ class BuildKernels(build_ext):
         kind = "msvc" if self.compiler.compiler_type == "msvc" else "unix"
         for extension, isa in zip(self.extensions, ISAS.values(), strict=True):
             extension.extra_compile_args = f"{COMMON[kind]} {isa[kind]}".split()
-        start = time.monotonic()
         # setuptools initialises MSVC lazily, which is not thread-safe.
         jobs = self.parallel or (os.cpu_count() if kind == "unix" else 1)
         compiler = (getattr(self.compiler, "compiler_so_cxx", None) or ["MSVC"])[0]
-        say(f"Compiling the kernels with {compiler} for {PLATFORM}: {', '.join(ISAS)}")
+        say(f"Compiling the kernels with {compiler} for the instruction sets {', '.join(ISAS)}")
+        own = len(self.extensions[0].sources) - len(SHARED)
+        total, done = len(SHARED) + own * len(self.extensions), 0
+        start, shown = time.monotonic(), 0.0
+
+        def awaited(objects: Iterable[str]) -> Iterator[str]:
+            nonlocal done, shown
+            for each in objects:
+                done, seconds = done + 1, time.monotonic() - start
+                if done == total or seconds - shown > 20:
+                    left = seconds / done * (total - done)
+                    say(
+                        f"Compiled {done} of {total} files in {seconds:.0f} s, about {left:.0f} s left"
+                    )
+                    shown = seconds
+                yield each
+
         with ThreadPoolExecutor(jobs) as pool:
             first = self.extensions[0]
             sources = [source for source in first.sources if source in SHARED]
             shared = pool.map(partial(self.compile_source, first), sources)
             for extension in self.extensions:
-                own = [source for source in extension.sources if source not in SHARED]
-                extension.extra_objects = pool.map(partial(self.compile_source, extension), own)
-            objects = list(shared)
-            for number, (isa, extension) in enumerate(zip(ISAS, self.extensions, strict=True), 1):
-                extension.extra_objects = list(extension.extra_objects)
-                seconds = time.monotonic() - start
-                say(f"Compiled {isa} ({number} of {len(ISAS)}) after {seconds:.0f} s")
+                sources = [source for source in extension.sources if source not in SHARED]
+                extension.extra_objects = pool.map(partial(self.compile_source, extension), sources)
+            objects = list(awaited(shared))
+            for extension in self.extensions:
+                extension.extra_objects = list(awaited(extension.extra_objects))
         for extension in self.extensions:
             extension.sources, extension.extra_objects = [], [*objects, *extension.extra_objects]
             extension.depends = extension.extra_objects
