@@ -98,10 +98,8 @@ class BuildKernels(build_ext):
             for each in objects:
                 done, seconds = done + 1, time.monotonic() - start
                 if done == total or seconds - shown > 20:
-                    left = seconds / done * (total - done)
-                    say(
-                        f"Compiled {done} of {total} files in {seconds:.0f} s, about {left:.0f} s left"
-                    )
+                    left = f"about {seconds / done * (total - done):.0f} s left"
+                    say(f"Compiled {done} of {total} files in {seconds:.0f} s, {left}")
                     shown = seconds
                 yield each
 
