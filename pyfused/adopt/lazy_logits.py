@@ -78,9 +78,9 @@ class _ThisThread(threading.local):
 _this_thread = _ThisThread()
 _NO_INDEX = -(1 << 63)  # an ignore_index that is no class index
 _ADVICE = (
-    "This takes a second product of the head and memory for all logits. Views, permutations and "
-    "slices such as logits[:, :n] keep them lazy for cross_entropy with class indices, for gather "
-    "and for logsumexp; the argmax is known after the loss. For an entropy, call "
+    "This takes time, and memory for all logits. Views, permutations and slices such as "
+    "logits[:, :n] keep them lazy for cross_entropy with class indices, for gather and for "
+    "logsumexp; the argmax is known after the loss. For an entropy, call "
     "pyfused.functional.linear_log_probs. Or call pyfused.revert(model)"
 )
 
