@@ -1,8 +1,8 @@
 """Times whole training steps: torch, torch.compile, and each way to use pyfused.
 
-Each way runs in its own process, which takes turns with a process that only uses torch. On a CPU,
-each way runs with and without ``pyfused.memory.keep()``. With --cpu, the CPU time on one thread is
-measured, which other load on the machine hardly affects.
+Each way runs in its own process. The processes of a model take turns, also with one that only uses
+torch. With --cpu, the CPU time on one thread is measured, which other load on the machine hardly
+affects.
 """
 
 from __future__ import annotations

@@ -642,7 +642,7 @@ NOISE = "1.0: no measurable difference."
 CONVERTED = "convert", "convert, torch.compile", "`pyfused.convert(model)`"
 KEPT = "torch, keep", "torch.compile, keep", "`pyfused.memory.keep()`"
 GAINS = (
-    ("recommender", *CONVERTED),
+    ("recommender", *CONVERTED[:2], '`pyfused.convert(model, head="head")`'),
     ("GPT-2 small, float32", *CONVERTED),
     ("BERT", *CONVERTED),
     ("ResNet", *KEPT),
@@ -660,12 +660,13 @@ def gains() -> str:
     rows = {row["way"]: row for row in report.read_csv(H100 / "steps.csv")}
     name = "{model} on an H100, {dtype}, {batch}".format_map(rows["convert"])
     cells = _times_and_peaks(rows, "convert", "linear_cross_entropy, torch.compile")
-    lines.append([name, f"{CONVERTED[-1]}, not compiled", *cells])
+    lines.append([name, f"{CONVERTED[-1]}, eager only", *cells])
     columns = ["model, dtype, batch", "line", "eager step: torch", "with pyfused"]
     columns += ["compiled step: torch", "with pyfused", "eager peak: torch", "with pyfused"]
     table = report.tabulated(columns, lines, names=2)
-    on_gpu = f"H100: {_short(rows['convert']['machine']).partition(', ')[2]}"
-    return f"{table}\n\n*Medians. Batch: sequences x tokens, images x pixels. {machines} {on_gpu}*"
+    on_gpu = "H100: " + ", ".join(_short(rows["convert"]["machine"]).split(", ")[-2:])
+    batch = "Batch: samples, sequences x tokens, or images x width."
+    return f"{table}\n\n*Medians. {batch} {machines} {on_gpu}*"
 
 
 def _times_and_peaks(rows: dict[str, dict[str, str]], eager: str, compiled: str) -> list[str]:
