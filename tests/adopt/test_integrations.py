@@ -34,7 +34,6 @@ pytestmark = [
     pytest.mark.integrations,
     pytest.mark.filterwarnings("ignore"),  # raised by these libraries
 ]
-as_users_run_it = pytest.mark.thresholds
 STEPS = 12
 
 
@@ -55,7 +54,6 @@ def assert_equal_and_falling(losses: list[float], expected: list[float]) -> None
     assert losses[-1] < losses[0]
 
 
-@as_users_run_it
 @pytest.mark.parametrize("name", ["GPT-2", "BERT"])
 def test_transformers_trainer(name: str, kernel_calls: KernelCalls) -> None:
     train = example("with_transformers").train
@@ -167,7 +165,6 @@ def assert_same_steps(found: Any, expected: Any, logits: bool = False) -> None:
     torch.testing.assert_close(found[1], expected[1], rtol=1e-4, atol=1e-6)
 
 
-@as_users_run_it
 @pytest.mark.parametrize("name", LANGUAGE_MODELS)
 def test_language_models(name: str, kernel_calls: KernelCalls) -> None:
     model, inputs = LANGUAGE_MODELS[name]()
@@ -180,7 +177,6 @@ def test_language_models(name: str, kernel_calls: KernelCalls) -> None:
     assert_same_steps(step(model, **inputs), expected, logits=True)
 
 
-@as_users_run_it
 def test_language_models_that_return_logits() -> None:
     model = llama()
     assert "." in pyfused.plan_conversion(model).swapped
@@ -213,7 +209,6 @@ def offloaded(how: str, folder: Path, model: Any) -> Any:
     return model
 
 
-@as_users_run_it
 @pytest.mark.parametrize("when", ["before", "after"])
 @pytest.mark.parametrize("how", ["cpu_offload", "disk_offload", "dispatch_model"])
 def test_offloaded_language_models(how: str, when: str, tmp_path: Path) -> None:
@@ -236,7 +231,6 @@ def test_offloaded_language_models(how: str, when: str, tmp_path: Path) -> None:
     assert are_computed(output.logits)
 
 
-@as_users_run_it
 def test_outputs_of_language_models() -> None:
     """The output has the plain model's entries, in the same order."""
     plain, model = llama(), pyfused.convert(llama())
@@ -278,7 +272,6 @@ def test_a_converted_language_model_is_saved_under_its_own_name(tmp_path: Path) 
     assert inspect.signature(model.forward) == inspect.signature(again.forward)
 
 
-@as_users_run_it
 def test_calls_with_shifted_labels_and_kept_logits() -> None:
     plain, model = llama(), pyfused.convert(llama())
     tokens, labels = batch().values()
@@ -334,7 +327,6 @@ def losses(train: Any) -> list[float]:
     return [entry["loss"] for entry in train.state.log_history if "loss" in entry]
 
 
-@as_users_run_it
 def test_evaluation_and_metrics_with_trainer() -> None:
     import transformers
 
@@ -370,7 +362,6 @@ def test_every_causal_language_model_of_the_list() -> None:
     assert found == listed
 
 
-@as_users_run_it
 def test_gradient_accumulation_with_a_fused_head() -> None:
     """Trainer passes the number of targets of all micro-batches."""
     train = example("with_transformers").train
@@ -440,7 +431,6 @@ def with_adapters(model: Any, **options: Any) -> Any:
     return get_peft_model(model, LoraConfig(init_lora_weights=False, **options)).train()
 
 
-@as_users_run_it
 @pytest.mark.parametrize("when", ["the PEFT model", "the model inside", "before get_peft_model"])
 def test_a_trained_copy_of_the_head(when: str) -> None:
     pytest.importorskip("peft")
@@ -458,7 +448,6 @@ def test_a_trained_copy_of_the_head(when: str) -> None:
         assert_same_steps(step(model), expected)
 
 
-@as_users_run_it
 @pytest.mark.parametrize("when", ["before", "after", "named"])
 def test_torch_computes_the_logits_of_a_head_with_an_adapter(when: str) -> None:
     pytest.importorskip("peft")
