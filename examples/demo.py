@@ -91,9 +91,11 @@ def take_turns(
         if progress.disable and (number in (1, steps) or number % math.ceil(steps / 4) == 0):
             # Print lines instead of a progress bar if the output is not a terminal.
             seconds = time.perf_counter() - started
-            left = (
-                f"about {seconds * (steps / number - 1):.0f} s left" if number < steps else "done"
-            )
+            if number == 1:  # which includes the start of the processes
+                first, left = seconds, "started"
+            else:
+                rest = (seconds - first) / (number - 1) * (steps - number)
+                left = f"about {rest:.0f} s left" if number < steps else "done"
             print(f"{title}: {number:,} of {steps:,} steps, {seconds:.0f} s, {left}", flush=True)
     progress.update(bar, description=title)
     assert all(next(run, None) is None for run in runs.values())  # which ends the processes
