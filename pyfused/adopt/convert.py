@@ -93,8 +93,7 @@ def convert(
     :func:`plan_conversion` previews the changes; the logger ``pyfused`` logs them at level INFO.
     ``convert`` warns if nothing was replaced, if a language model keeps its head, with the reason,
     and if another layer may be a head. A converted head warns if it computes its logits in
-    training. Another call replaces the options of a converted model, and converts a head that was
-    replaced, for example by ``resize_token_embeddings``.
+    training. Another call replaces the options, and converts a head that was replaced.
 
     ``type(module)`` changes. Libraries that look up the exact class of a module do not recognise a
     replaced one, often without an error: ``torch.ao.quantization`` in eager mode, Captum's
