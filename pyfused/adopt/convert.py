@@ -143,12 +143,12 @@ def convert(
 def _replace(model: Module, head: str | None, options: heads.Options) -> None:
     """Replaces modules as `convert` does, logs the changes, and warns if there are none."""
     plan, modules = plan_conversion(model, head=head), dict(_modules(model))
+    already = {name for name, _, reason in plan.left if reason == heads.ALREADY}
     kinds: Counter[str] = Counter()
     for name, module in modules.items():
         kind, head_name = type(module).__name__, head if name == "." else None
-        if heads.is_converted(module):
+        if name in already:
             heads.fuse(module, head_name, options)
-            continue
         if name not in plan.swapped:
             continue
         if type(module) in FUSED:
@@ -226,16 +226,19 @@ def _warn(plan: Conversion, modules: dict[str, Module], head: str | None, option
     """Warns if `convert` changed nothing, left a language model as is, or ignored an option."""
     messages = []
     for name, kind, reason in plan.left:
-        module, is_named = modules[name], head is not None and name == "."
+        module = modules[name]
+        is_named = heads.is_converted(module) or (head is not None and name == ".")
         if is_named or (heads.has_head(module) and not heads.shares_head(module)):
             messages += [f"{kind} computes all of its logits: {reason}"] * (reason not in _ALREADY)
-    if not messages and not plan.is_empty():
-        possible = [each for each in plan.left if each.reason.startswith(_MAY_BE_HEAD)]
-        listed = (f"{name} may compute logits: {reason}" for name, _, reason in possible)
-        messages = ["; ".join(listed)] * bool(possible)
-    if not messages and plan.is_empty():
+    possible = [each for each in plan.left if each.reason.startswith(_MAY_BE_HEAD)]
+    if messages:
+        pass
+    elif plan.is_empty():
         messages = [str(plan)]
-    elif not messages and options and not any(map(heads.is_converted, modules.values())):
+    elif possible:
+        listed = (f"{name} may compute logits: {reason}" for name, _, reason in possible)
+        messages = ["; ".join(listed)]
+    elif options and not any(map(heads.is_converted, modules.values())):
         names = "evaluation, metrics and memory_budget"
         messages = [f"{names} have no effect, because no head was converted"]
     for message in messages:

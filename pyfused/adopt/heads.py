@@ -186,9 +186,10 @@ def reason_to_leave_model(model: Any, name: str | None) -> str | None:
         if name not in names:
             known = f"one of {names[-5:]}" if names else "but it has none"
             raise ValueError(f"head: expected the name of a torch.nn.Linear, {known}, got {name!r}")
-    if is_converted(model) and shares_head(model):
+    found = _heads_of(model, name or vars(model).get(MARK))
+    if is_converted(model) and MARK in vars(found[0]):
         return ALREADY
-    return next(filter(None, map(reason_to_leave, _heads_of(model, name))), None)
+    return next(filter(None, map(reason_to_leave, found)), None)
 
 
 def _may_be_head(module: Any) -> bool:
@@ -203,8 +204,8 @@ def is_converted(model: Any) -> bool:
 
 
 def shares_head(model: Any) -> bool:
-    """Returns whether the head of a model is converted, perhaps with another model."""
-    return MARK in vars(_heads_of(model, vars(model).get(MARK))[0])
+    """Returns whether a transformers model shares its head with a converted model."""
+    return MARK in vars(_heads_of(model, None)[0])
 
 
 def fuse(model: Any, name: str | None, options: Options) -> None:

@@ -26,6 +26,7 @@ import torch
 from compare import FLOATS
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.utils.parametrize import register_parametrization
 from torch.testing import assert_close
 from torch.utils.checkpoint import checkpoint
 
@@ -451,6 +452,37 @@ def test_converting_again_changes_the_options() -> None:
     assert pyfused.revert(model) == (".",)
     assert type(model.head) is nn.Linear
     assert vars(model.head).keys() == vars(Model().head).keys()
+
+
+def test_a_head_that_was_replaced_after_the_conversion() -> None:
+    model: Any = pyfused.convert(Model(), head="head")
+    base = model.head
+    model.head = nn.Linear(8, 40)
+    assert pyfused.plan_conversion(model).swapped == (".",)
+    pyfused.convert(model)
+    assert type(model(X)) is LazyLogits
+    model.head = nn.Sequential(base)
+    model.head.base_layer = base  # as an adapter of PEFT
+    with pytest.warns(RuntimeWarning, match="Model computes all of its logits: its head has an ad"):
+        pyfused.convert(model)
+    assert type(model.head) is nn.Sequential
+
+
+@pytest.mark.thresholds
+def test_a_parametrized_weight_is_read_as_often_as_by_torch() -> None:
+    reads = list[int]()
+
+    class Counted(nn.Module):
+        def forward(self, weight: Tensor) -> Tensor:
+            reads.append(1)
+            return weight
+
+    for converts in (False, True):
+        model = pyfused.convert(Model(), head="head") if converts else Model()
+        register_parametrization(model.head, "weight", Counted())
+        reads.clear()
+        model(X, TARGET)
+        assert len(reads) == 1
 
 
 class Checkpointed(Model):
