@@ -1,6 +1,7 @@
 #include "activation.h"
 
 #include <algorithm>
+#include <cmath>
 
 #include "formulas.h"
 #include "memory.h"
@@ -37,10 +38,17 @@ const Loaded<T>* loaded(const T* from, [[maybe_unused]] Accumulate<T>* buffer,
   else return from;
 }
 
-template <class T> void scale(T* x, Accumulate<T> factor, int64_t n, int threads) {
+template <class T>
+void scale(T* x, Accumulate<T> factor, int64_t n, int threads, bool keeps_zeros) {
   if (factor == 1) return;
+  keeps_zeros = keeps_zeros && !std::isfinite(factor);
   map(x, n, threads, [=](int64_t first, Accumulate<T>* out, int64_t count) {
     const Loaded<T>* const from = loaded(x + first, out, count);
+    if (keeps_zeros) {
+      for (int64_t i = 0; i < count; ++i)
+        out[i] = widen(from[i]) == 0 ? 0 : factor * widen(from[i]);
+      return;
+    }
     PYFUSED_SIMD()
     for (int64_t i = 0; i < count; ++i) out[i] = factor * widen(from[i]);
   });
@@ -119,9 +127,9 @@ PYFUSED_INSTANTIATE(bfloat16)
 PYFUSED_INSTANTIATE(float16)
 #undef PYFUSED_INSTANTIATE
 
-template void scale(float*, Accumulate<float>, int64_t, int);
-template void scale(double*, Accumulate<double>, int64_t, int);
-template void scale(bfloat16*, Accumulate<bfloat16>, int64_t, int);
-template void scale(float16*, Accumulate<float16>, int64_t, int);
+template void scale(float*, Accumulate<float>, int64_t, int, bool);
+template void scale(double*, Accumulate<double>, int64_t, int, bool);
+template void scale(bfloat16*, Accumulate<bfloat16>, int64_t, int, bool);
+template void scale(float16*, Accumulate<float16>, int64_t, int, bool);
 
 }  // namespace pyfused

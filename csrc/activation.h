@@ -50,7 +50,9 @@ void activation_backward(const ActivationFormula& formula, const Operand<T>& gra
                          const Operand<T>& saved, T* grad_input, const Parameters& parameters,
                          int64_t n, int threads, const Order& order);
 
-// x *= factor: multiplies a gradient that the forward pass computed by grad_output.
-template <class T> void scale(T* x, Accumulate<T> factor, int64_t n, int threads);
+// x *= factor: multiplies a gradient that the forward pass computed by grad_output. keeps_zeros: 0
+// remains 0 if the factor is infinite or NaN, for rows that do not count.
+template <class T>
+void scale(T* x, Accumulate<T> factor, int64_t n, int threads, bool keeps_zeros);
 
 }  // namespace pyfused

@@ -3,6 +3,7 @@
 #include "cross_entropy.h"
 
 #include <algorithm>
+#include <limits>
 
 #include "cross_entropy_columns.h"
 #include "cross_entropy_groups.h"
@@ -47,7 +48,8 @@ template <class T> int64_t cross_entropy(const CrossEntropy<T>& ce) {
   const TargetStatistics statistics = target_statistics(ce);
   if (statistics.out_of_range >= 0) return statistics.out_of_range;
   const bool mean = ce.reduction == Reduction::mean, each = ce.reduction == Reduction::none;
-  const double denominator = mean ? ce.denominator.value_or(statistics.denominator) : 1;
+  double denominator = mean ? ce.denominator.value_or(statistics.denominator) : 1;
+  if (denominator == 0) denominator = std::numeric_limits<double>::quiet_NaN();  // as torch's mean
   const size_t bytes = size_t(ce.positions() * ce.classes) * sizeof(T);
   Sum weights;  // for 50,000 classes this takes half as long as a row
   if (ce.weight && ce.label_smoothing > 0) {

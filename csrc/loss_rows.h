@@ -2,6 +2,7 @@
 #pragma once
 
 #include <algorithm>
+#include <cmath>
 
 #include "cross_entropy.h"
 #include "parallel.h"
@@ -27,9 +28,13 @@ template <class T> struct CrossEntropyBatch : CrossEntropy<T> {
         common_scale((ce.grad_output ? double(*ce.grad_output) : 1) / denominator) {
     const double uniform = ce.label_smoothing / double(ce.classes), rest = 1 - ce.label_smoothing;
     const bool reads = !ce.target && rest > 0;
-    prob_weight = reads;
-    smooth_bias = reads ? uniform / rest : 1;
-    options = {ce.target ? rest : 0, reads ? rest : uniform, ce.gamma, ce.z_loss};
+    const double smooth_weight = reads ? rest : uniform;
+    // The sum of w_c (lse - x_c) of probabilities must not overflow unless the loss does. A power
+    // of two moves from smooth_weight to w_c without rounding.
+    const double unit = ce.target ? 1 : std::exp2(std::floor(std::log2(smooth_weight)));
+    prob_weight = reads ? unit : 0;
+    smooth_bias = (reads ? uniform / rest : 1) * unit;
+    options = {ce.target ? rest : 0, smooth_weight / unit, ce.gamma, ce.z_loss};
   }
 
   bool has_position_scale() const {

@@ -25,7 +25,8 @@
 //   probabilities  1 - smoothing  weight_c (y_c + smoothing/C/smooth_weight)  0
 //   smoothing 1    1 / C          weight_c                                    0
 //
-// The last line is for probabilities y with smoothing 1.
+// The last line is for probabilities y with smoothing 1. For probabilities, a power of two is moved
+// from smooth_weight to w_c.
 // smooth_weight multiplies sums in double; rounded to a float, it would bias all terms alike.
 #pragma once
 
@@ -77,7 +78,7 @@ struct LossOptions {
   double hard, smooth_weight, gamma, z_loss;  // one_hot is hard times the target's weight
 };
 
-// w_c, with prob_weight 0 for class indices and for smoothing 1.
+// w_c, with prob_weight 0 for class indices and for smoothing 1, else a power of two.
 template <class A>
 PYFUSED_INLINE A soft_target(A weight, A probability, A prob_weight, A smooth_bias) {
   return weight * (prob_weight * probability + smooth_bias);

@@ -164,7 +164,8 @@ def divided(weight, denominator):
     if denominator is not None:
         if denominator.dtype.is_ptr():
             denominator = tl.load(denominator)
-        weight /= denominator.to(weight.dtype)
+        # Like torch's mean, a mean of total weight 0 is NaN, also if the sum is not 0.
+        weight /= tl.where(denominator == 0, float("nan"), denominator.to(weight.dtype))
     return weight
 
 
@@ -201,12 +202,18 @@ def count_kernel(targets, counted, n, classes, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def scale_kernel(x, factor, n, BLOCK: tl.constexpr):
-    """Computes x *= factor in float32, or in float64 if x is float64."""
+def scale_kernel(x, factor, n, KEEPS_ZEROS: tl.constexpr, BLOCK: tl.constexpr):
+    """Computes x *= factor in float32, or in float64 if x is float64.
+
+    KEEPS_ZEROS: 0 remains 0 if the factor is infinite or NaN.
+    """
     factor = tl.load(factor).to(tl.float64 if x.dtype.element_ty == tl.float64 else tl.float32)
     if factor != 1.0:
         step = tl.num_programs(0).to(tl.int64) * BLOCK
         for start in range(tl.program_id(0).to(tl.int64) * BLOCK, n, step):
             i = start + tl.arange(0, BLOCK)
-            scaled = tl.load(x + i, mask=i < n).to(factor.dtype) * factor
+            value = tl.load(x + i, mask=i < n).to(factor.dtype)
+            scaled = value * factor
+            if KEEPS_ZEROS:
+                scaled = tl.where(value == 0, value, scaled)
             tl.store(x + i, scaled, mask=i < n)

@@ -9,9 +9,9 @@ expected and what was passed.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from numbers import Integral, Real
-from typing import Any, NoReturn, TypeVar
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -24,14 +24,12 @@ from pyfused.types import (
     CrossEntropyOptions,
     DivergenceOptions,
     LogProbsOptions,
-    ModuleOptions,
     Scalar,
 )
 
 # What the functions of this module raise.
 ERRORS = IndexError, RuntimeError, TypeError, ValueError
 REDUCTIONS = ("none", "mean", "sum")
-Keywords = TypeVar("Keywords", bound=Mapping[str, object])
 # A tensor may hold 0, because it is not read on GPUs: the mean is NaN then.
 _DENOMINATOR = Scalar("denominator", low=0.0, error=ValueError)
 _INDEX_DTYPES = (torch.int64, torch.uint8)
@@ -113,13 +111,12 @@ def memory_budget(value: Any) -> None:
             raise _error("memory_budget", "a positive number of bytes", value, ValueError)
 
 
-def keywords(function: str, options: Keywords) -> Keywords:
-    known = ModuleOptions.__annotations__
-    if unknown := options.keys() - known.keys():
+def keywords(function: str, options: Iterable[str], known: Iterable[str]) -> None:
+    """Raises for the names of options that a function does not take."""
+    if unknown := {*options} - {*known}:
         close = difflib.get_close_matches(min(unknown), known, 1)
         hint = f". Did you mean {close[0]!r}?" if close else ""
         raise TypeError(f"{function}() got an unexpected keyword argument {min(unknown)!r}{hint}")
-    return options
 
 
 # ---- losses over classes -------------------------------------------------------------------------

@@ -267,7 +267,8 @@ def _split_factors(
     function: str, keywords: Mapping[str, Any]
 ) -> tuple[tuple[Any, Any], dict[str, Any]]:
     """Returns token_weight and the denominator if it is a tensor, and the other keywords."""
-    options = dict(checks.keywords(function, keywords))
+    checks.keywords(function, keywords, FusedOptions.__annotations__)
+    options = dict(keywords)
     token_weight, denominator = options.pop("token_weight", None), None
     if isinstance(options.get("denominator"), Tensor):
         denominator = options.pop("denominator")

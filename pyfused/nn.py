@@ -189,7 +189,8 @@ class CrossEntropyLoss(torch.nn.CrossEntropyLoss, _Module):
     ) -> None:
         super().__init__(weight, size_average, ignore_index, reduce, reduction, label_smoothing)
         self.gamma, self.inplace = gamma, inplace
-        set_options(self, checks.keywords("CrossEntropyLoss", options))
+        checks.keywords("CrossEntropyLoss", options, ModuleOptions.__annotations__)
+        set_options(self, options)
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
         options, gamma = options_of(self), getattr(self, "gamma", 0.0)
@@ -260,7 +261,8 @@ class LinearCrossEntropyLoss(_LinearCrossEntropyLoss, _Module):
         self.linear = torch.nn.Linear(in_features, columns, bias, device, dtype)
         self.options = options
         self.memory_budget, self.filter_eps = memory_budget, filter_eps
-        set_options(self, checks.keywords("LinearCrossEntropyLoss", fused_options))
+        checks.keywords("LinearCrossEntropyLoss", fused_options, ModuleOptions.__annotations__)
+        set_options(self, fused_options)
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
         shape = self.num_classes, *self.out_features
@@ -337,6 +339,8 @@ class LinearLogProbs(LogProbs):
         memory_budget: int | None = None,
         **options: Any,
     ) -> None:
+        if "dim" in options:  # the classes are those of the layer
+            raise TypeError("LinearLogProbs() got an unexpected keyword argument 'dim'")
         super().__init__(**options)
         self.fused_options.pop("dim")
         self.linear = torch.nn.Linear(in_features, num_classes, bias, device, dtype)
@@ -363,9 +367,10 @@ class KLDivWithLogitsLoss(_Loss, _Module):
         **options: Any,
     ) -> None:
         super().__init__(reduction=reduction)
-        for name in options:
-            if name not in inspect.signature(getattr(F, self._function)).parameters:
-                raise TypeError(f"{type(self).__name__}() got an unexpected argument {name!r}")
+        parameters = inspect.signature(getattr(F, self._function)).parameters.values()
+        known = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY]
+        known.remove("token_weight")
+        checks.keywords(type(self).__name__, options, known)
         set_options(self, {"beta": beta, "temperature": temperature, **options})
 
     def forward(self, *tensors: Tensor, **by_name: Tensor | None) -> Tensor:

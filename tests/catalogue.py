@@ -6,6 +6,7 @@ Operands and the values of options come from `samples.py`.
 from __future__ import annotations
 
 import inspect
+import itertools
 import math
 import random
 from collections.abc import Callable, Iterator
@@ -63,12 +64,14 @@ class Call:
         given: The arguments; tensors that require grad are differentiated.
         layout: The layout of grad_output, and of overwritten tensors.
         seed: The seed of grad_output.
+        shared: The operands that share memory.
     """
 
     op: Operator
     given: dict[str, Any]
     layout: Layout = contiguous
     seed: int = 0
+    shared: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         texts = {n: repr(x) for n, x in self.given.items()}
@@ -292,9 +295,17 @@ class Random(random.Random):
 
 
 def random_call(
-    op: Operator, seed: int, elements: int, layouts: dict[str, Layout] = LAYOUTS
+    op: Operator,
+    seed: int,
+    elements: int,
+    layouts: dict[str, Layout] = LAYOUTS,
+    shared: Shared | None = None,
 ) -> Call:
-    """Draws a call with tensors of at most `elements` elements; deterministic for a seed."""
+    """Draws a call with tensors of at most `elements` elements; deterministic for a seed.
+
+    Args:
+        shared: Two operands that share memory, and how; by default, one call in four has such.
+    """
     rng = Random(seed)
     torch.manual_seed(seed)
     dtype = rng.choice(FLOATS)
@@ -351,7 +362,7 @@ def random_call(
         alike = op.is_linear or isinstance(op, Divergence)
         mixed = tensors and not alike and rng.once_in(20)
         x = found[name]
-        if operand.optional and not rng.once_in(3):
+        if operand.optional and not rng.once_in(3) and name not in (shared or ()):
             continue
         if isinstance(x, Tensor):
             if x.is_floating_point():
@@ -361,9 +372,65 @@ def random_call(
             if operand.differentiated and x.is_floating_point() and x.frac().any():  # not integers
                 x.requires_grad_(not rng.once_in(4))
         tensors[name] = x
+    if shared is None and rng.once_in(4):
+        shared = rng.choice(pairs_of(op) or [None])
+    names = shared[:2] if shared and share_memory(op, tensors, *shared) else ()
     if "linear_weight" in tensors and tensors["linear_weight"].stride(0) == 0:
         given = without_metrics(given)  # all logits are equal up to rounding
-    return Call(op, tensors | given, rng.choice(chosen), seed)
+    return Call(op, tensors | given, rng.choice(chosen), seed, names)
+
+
+# Two operands, and the way in which they share memory: a key of SHARED.
+Shared = tuple[str, str, str]
+# Each takes a tensor and a shape, and returns the tensor, or a leaf that reads its memory.
+SHARED: dict[str, Callable[[Tensor, torch.Size], Tensor]] = {
+    "one object": lambda x, _: x,
+    "alias": lambda x, _: x.detach(),
+    "view": lambda x, shape: x.detach().flatten()[: shape.numel()].view(shape),
+    "expanded": lambda x, shape: x.detach().as_strided(shape, [0] * len(shape)),
+}
+
+
+def pairs_of(op: Operator) -> list[Shared]:
+    """Returns all pairs of operands that may share memory, with each way to do so."""
+    names = [name for name in declared(op) if name != "teacher_indices"]
+    return [(*pair, kind) for pair in itertools.combinations(names, 2) for kind in SHARED]
+
+
+def share_memory(op: Operator, tensors: dict[str, Any], first: str, second: str, kind: str) -> bool:
+    """Makes two operands share memory, with values that are valid for both.
+
+    Returns False, and changes nothing, if their dtypes or shapes do not allow it.
+    """
+    x, y = (tensors.get(name) for name in (first, second))
+    if not (isinstance(x, Tensor) and isinstance(y, Tensor) and x.numel() and y.numel()):
+        return False
+    source, other = declared(op)[first], declared(op)[second]
+    is_narrower = other.sign or second == "teacher_log_probs" or x.numel() < y.numel()
+    if is_narrower or not y.is_floating_point():
+        source, other, x, y = other, source, y, x
+    integers = [not z.is_floating_point() for z in (x, y)]
+    if (integers[0] and not (other.converts and x.min() >= 0)) or integers[1]:
+        return False
+    low, high = max(source.low, other.low), min(source.high, other.high)
+    low = max(low, 0.0) if "token_weight" in (first, second) else low
+    if kind in ("one object", "alias") and x.shape != y.shape:
+        return False
+    if low > high or (kind == "view" and x.numel() < y.numel()):
+        return False
+    if (source.sign and low > -1) or (other.sign and not source.sign):
+        return False
+    if not integers[0]:
+        x = x.detach()
+        if (low, high) != (source.low, source.high):
+            x = (x if low < 0 else x.abs()).clamp(low, high)
+        x = x.contiguous() if kind == "view" else x
+        x.requires_grad_(source.differentiated)
+    shared = SHARED[kind](x, y.shape)
+    if shared is not x and x.is_floating_point():
+        shared.requires_grad_(other.differentiated)
+    tensors |= {source.name: x, other.name: shared}
+    return True
 
 
 def without_metrics(given: dict[str, Any]) -> dict[str, Any]:

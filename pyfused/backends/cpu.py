@@ -463,8 +463,9 @@ def pointwise_loss(
     divisor: Tensor | int | None = None,
     grad_output: Tensor | None = None,
     on_nan: Callable[[], Any] | None = None,
+    ordered_like: int = 0,
 ) -> LossResult:
-    like, count = operands[0], len(operands)
+    like, count = operands[ordered_like], len(operands)
     dtype, missing = like.dtype, (None,) * (4 - count)
     if isinstance(formula, Program):
         kernel, parameters = formula.kernel(native, _native_program), tuple(parameters)
@@ -485,7 +486,7 @@ def pointwise_loss(
             in_rows = in_rows or step == 1
         views.append((x.data_ptr(), step))
     gradient_like = torch.empty_like if like.nbytes < RECYCLED_BYTES else empty_like
-    if not views[0][1]:  # outputs have the memory order of the first tensor that has one
+    if not views[ordered_like][1]:  # expanded: take the order of the first tensor that has one
         like = next((x for x, (_, step) in zip(inputs, views, strict=True) if step), like)
     losses = total = output = None
     if outputs.loss and reduction == "none":
@@ -563,9 +564,9 @@ def _parameters(formula: Kernel, options: Options) -> tuple[float, ...]:
     return (*options[: len(formula.parameters)], 0.0, 0.0, 0.0)[:3]
 
 
-def scale_(tensor: Tensor, factor: Tensor) -> None:
+def scale_(tensor: Tensor, factor: Tensor, keeps_zeros: bool) -> None:
     dtype = torch.float64 if tensor.dtype is torch.float64 else torch.float32
     if factor.dtype is not dtype:
         factor = factor.to(dtype)
-    pointers = tensor.data_ptr(), factor.data_ptr()
-    native.scale(DTYPES[tensor.dtype], tensor.numel(), *pointers, torch.get_num_threads())
+    arguments = tensor.data_ptr(), factor.data_ptr(), keeps_zeros, torch.get_num_threads()
+    native.scale(DTYPES[tensor.dtype], tensor.numel(), *arguments)

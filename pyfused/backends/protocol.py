@@ -167,6 +167,7 @@ class Backend(Protocol):
         divisor: Tensor | int | None = None,
         grad_output: Tensor | None = None,
         on_nan: Callable[[], Any] | None = None,
+        ordered_like: int = 0,
     ) -> LossResult:
         """Computes a pointwise loss, and the gradients of the operands.
 
@@ -178,6 +179,7 @@ class Backend(Protocol):
             divisor: The divisor of the sum of the losses, and of the gradients; None for 1.
             grad_output: The gradient of the loss, of their shape; None for ones.
             on_nan: Called if the loss has a NaN, unless reading it would synchronise a device.
+            ordered_like: The index of the operand whose memory order the results have.
 
         Returns:
             The loss of each element in the operands' dtype, or the sum in the accumulation dtype,
@@ -211,5 +213,9 @@ class Backend(Protocol):
             saved: The output or the input.
         """
 
-    def scale_(self, tensor: Tensor, factor: Tensor) -> None:
-        """Multiplies a dense tensor in place by a scalar tensor."""
+    def scale_(self, tensor: Tensor, factor: Tensor, keeps_zeros: bool) -> None:
+        """Multiplies a dense tensor in place by a scalar tensor.
+
+        Args:
+            keeps_zeros: Whether 0 remains 0 if the factor is infinite or NaN.
+        """

@@ -66,7 +66,11 @@ SCALE_PROGRAMS = 512  # few, because in most calls the factor is 1 and programs 
 # Threads that keep a whole row in registers: 0.76 times the time of two passes at 32,000 classes.
 SOFTMAX_THREADS = 1024
 COUNT = Launch(count_kernel, Choice(1, 1024, 256))
-SCALE = {itemsize: Launch(scale_kernel, choose(itemsize)) for itemsize in (2, 4, 8)}
+SCALE = {
+    (itemsize, keeps_zeros): Launch(scale_kernel, choose(itemsize), KEEPS_ZEROS=keeps_zeros)
+    for itemsize in (2, 4, 8)
+    for keeps_zeros in (False, True)
+}
 
 
 def describe(input: Tensor, strategy: str) -> tuple[str, str, None, None]:  # noqa: ARG001
@@ -484,8 +488,9 @@ def pointwise_loss(
     divisor: Tensor | int | None = None,
     grad_output: Tensor | None = None,
     on_nan: Callable[[], Any] | None = None,  # noqa: ARG001 a NaN loss is not read
+    ordered_like: int = 0,
 ) -> LossResult:
-    like = dense_operand(operands)
+    like = dense_operand([operands[ordered_like], *operands])
     padding, each = (None,) * (OPERANDS - len(operands)), reduction == "none"
     views, columns, strides = in_rows(like, [*operands, *padding, weight, grad_output])
     program = formula if isinstance(formula, Program) else formula.programs[0]
@@ -547,6 +552,6 @@ def _run_activation(
     kernel(-(-n // kernel.choice.block), *tensors, n, columns, strides, *parameters, (), None)
 
 
-def scale_(tensor: Tensor, factor: Tensor) -> None:
-    n, scale = tensor.numel(), SCALE[tensor.element_size()]
+def scale_(tensor: Tensor, factor: Tensor, keeps_zeros: bool) -> None:
+    n, scale = tensor.numel(), SCALE[tensor.element_size(), keeps_zeros]
     scale(min(-(-n // scale.choice.block), SCALE_PROGRAMS), tensor, factor, n)

@@ -267,6 +267,7 @@ BINARY_CROSS_ENTROPY_WITH_LOGITS = PointwiseLoss(
     torch_backward=lambda grad, operands, _: (
         grad * _slope_of_binary_cross_entropy_with_logits(*operands)
     ),
+    ordered_like=1,
 )
 
 
@@ -304,6 +305,7 @@ KL_DIV = PointwiseLoss(
     fallback_reason=_differ_in_shape,
     formula=_kl_div,
     gradient=_gradient_of_kl_div,
+    ordered_like=1,
 )
 
 
@@ -404,6 +406,7 @@ GAUSSIAN_NLL_LOSS = PointwiseLoss(
     fallback_reason=_shape_reason,
     formula=_gaussian_nll_loss,
     gradient=_gradient_of_gaussian_nll_loss,
+    ordered_like=2,
 )
 
 SOFT_MARGIN_LOSS = PointwiseLoss(
@@ -434,6 +437,7 @@ HINGE_EMBEDDING_LOSS = PointwiseLoss(
     numbers=(Scalar("margin"),),
     clamps=True,
     formula=_hinge_embedding_loss,
+    ordered_like=1,
 )
 
 MARGIN_RANKING_LOSS = PointwiseLoss(
@@ -450,6 +454,7 @@ MARGIN_RANKING_LOSS = PointwiseLoss(
     formula=lambda input1, input2, target, margin: (margin - target * (input1 - input2)).clamp(
         min=0
     ),
+    ordered_like=2,
 )
 
 
@@ -471,6 +476,7 @@ QUANTILE_LOSS = PointwiseLoss(
         quantile * (target - input), (quantile - 1) * (target - input)
     ),
     gradient=_gradient_of_quantile_loss,
+    ordered_like=1,
 )
 
 
@@ -502,6 +508,7 @@ HINGE_LOSS = PointwiseLoss(
     numbers=(Scalar("margin"),),
     clamps=True,
     formula=_hinge_loss,
+    ordered_like=1,
 )
 
 
@@ -557,6 +564,7 @@ SIGMOID_FOCAL_LOSS = PointwiseLoss(
     fallback_reason=_differ_in_shape,
     formula=_sigmoid_focal_loss,
     gradient=_gradient_of_sigmoid_focal_loss,
+    ordered_like=1,
 )
 
 # ---- activations ---------------------------------------------------------------------------------

@@ -137,12 +137,10 @@ class TensorLoss(SpecializedOperator):
     # ---- calls -----------------------------------------------------------------------------------
 
     def method_of(self, tensors: Tensors, options: Options) -> Any:
-        input, count = tensors[0], self.uniform
-        dtype, shape, is_uniform = input.dtype, input.shape, count > 0 and not any_autocast()
+        dtype, shape, count = tensors[0].dtype, tensors[0].shape, self.uniform
+        is_uniform = count > 0 and not any_autocast()
         for i, x in enumerate(tensors):
-            if x is input or x is None:
-                continue
-            if i >= count or x.dtype is not dtype or x.shape != shape:
+            if x is not None and (i >= count or x.dtype is not dtype or x.shape != shape):
                 is_uniform = False
                 break
         return self.fused_uniform if is_uniform else super().method_of(tensors, options)
@@ -315,7 +313,8 @@ class TensorLoss(SpecializedOperator):
                 dtypes.append(torch.float32 if is_integer_weight else dtype)
         numbers = [None if number.optional else 1.0 for number in self.numbers]
         flags = [choice.values[0] for choice in self.choices if choice.values]
-        with torch.no_grad():
+        with torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the call itself warns
             options = self.options(*numbers, *flags, *([reduction] if self.reduces else ()))
             result: torch.dtype = self.torch(*ones, options).dtype
         return reduce(torch.promote_types, dtypes, result), result
@@ -338,6 +337,7 @@ class PointwiseLoss(TensorLoss):
             calls torch's function and differentiates it twice, which takes longer.
         clamps: Whether the formula's derivative depends on torch's derivative of clamp at a bound.
         masks: The indices of the operands that are bool in the formula.
+        ordered_like: The index of the operand whose memory order the unreduced loss has, as torch's.
     """
 
     formula: Callable[..., Tensor]
@@ -345,6 +345,7 @@ class PointwiseLoss(TensorLoss):
     torch_backward: Callable[..., Tensor] | None = None
     clamps: bool = False
     masks: tuple[int, ...] = ()
+    ordered_like: int = 0
 
     def __post_init__(self) -> None:
         if self.torch is None:
@@ -431,7 +432,7 @@ class PointwiseLoss(TensorLoss):
         on_nan = partial(self.unreduced, operands, options) if self.nan_on_invalid else None
         inputs = operands, weight, parameters(options), reduction
         return backend_of(operands[0]).pointwise_loss(
-            kernel, *inputs, outputs, divisor, grad_output, on_nan
+            kernel, *inputs, outputs, divisor, grad_output, on_nan, self.ordered_like
         )
 
     def define(

@@ -6,9 +6,12 @@ that other tests lack. `HYPOTHESIS_PROFILE=search` draws 5000 calls of each oper
 
 from __future__ import annotations
 
+import itertools
+from collections import Counter
+
 import interpreter
 import pytest
-from catalogue import random_call
+from catalogue import pairs_of, random_call
 from check_calls import check_call
 from compare import DEVICE
 from hypothesis import given, note, settings
@@ -39,3 +42,24 @@ def test_call(op: Operator) -> None:
         check_call(call)
 
     check()
+
+
+SEVERAL = {name: op for name, op in OPERATORS.items() if pairs_of(op)}
+
+
+@pytest.mark.parametrize("op", SEVERAL.values(), ids=SEVERAL)
+def test_operands_that_share_memory(op: Operator) -> None:
+    """Each pair of operands is one object, or views of one storage, if dtypes and shapes allow it.
+
+    A check that is skipped because a tensor is another operand must not be needed for its role.
+    """
+    if DEVICE != "cpu" and op.name == "nll_loss":
+        pytest.skip("torch computes it on GPUs, and raises for some strides")
+    tried = Counter[tuple[str, ...]]()
+    for shared in pairs_of(op):
+        for seed in range(2 if interpreter.ON else 6):
+            call = random_call(op, seed, SIZES[seed % 2], shared=shared)
+            tried[call.shared] += 1
+            check_call(call)
+    operands = [operand.name for operand in op.operands if not operand.indices]
+    assert tried.keys() >= {*itertools.combinations(operands, 2)} - UNLIKE.get(op.name, set())

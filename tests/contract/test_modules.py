@@ -162,3 +162,22 @@ def test_weights_move_with_the_module(name: str) -> None:
         torch.testing.assert_close(moved.state_dict()[name], weight.double())
         assert moved(x.double(), TARGET).dtype == torch.float64
         assert getattr(module.to("meta"), name).is_meta
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "unknown"),
+    [
+        ("KLDivWithLogitsLoss", {}, "logits"),
+        ("KLDivWithLogitsLoss", {}, "token_weight"),
+        ("LinearKLDivLoss", {}, "dim"),
+        ("LinearTopKKLDivLoss", {}, "teacher_softcap"),
+        ("LinearLogProbs", HEAD, "dim"),
+        ("CrossEntropyLoss", {}, "memory_budget"),
+        ("LinearCrossEntropyLoss", HEAD, "gamma"),
+    ],
+)
+def test_modules_refuse_options_that_their_function_lacks(
+    name: str, arguments: dict[str, Any], unknown: str
+) -> None:
+    with pytest.raises(TypeError, match=rf"{name}\(\) got an unexpected keyword argument '{unknown}'"):
+        getattr(fused, name)(**arguments, **{unknown: 1})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from typing import Any
 
@@ -266,3 +267,19 @@ def test_ignored_targets_are_compared_in_their_dtype(
         for create_graph in (False, True):  # by the kernel, and by the definition
             args = loss.sum(), leaf, None, True, create_graph
             assert not torch.autograd.grad(*args)[0][::2].any()
+
+
+UNREDUCED = [x for x in FIRST if sum(not operand.optional for operand in x.op.operands) > 1]
+
+
+@pytest.mark.interpreted
+@grid(loss=UNREDUCED)
+def test_unreduced_losses_have_the_memory_order_of_torchs(loss: Loss) -> None:
+    names = [operand.name for operand in loss.op.operands if not operand.optional]
+    for transposed in itertools.product((False, True), repeat=len(names)):
+        given = {
+            name: torch.rand(5, 4).t() if swapped else torch.rand(4, 5)
+            for name, swapped in zip(names, transposed, strict=True)
+        }
+        call = Call(loss.op, given | loss.parameters | {"reduction": "none"})
+        assert call.ours().stride() == call.reference().stride(), transposed
