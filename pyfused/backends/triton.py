@@ -208,7 +208,7 @@ def cross_entropy(
     has_indices, each = target.dtype is torch.int64, options.reduction == "none"
     grad_of_input, grad_of_target = outputs.gradients or (False, False)
     accumulate, itemsize = accumulate_dtype(input.dtype), input.element_size()
-    logits, strides, grad_format, grad_strides = class_layout(input, outputs.inplace)
+    logits, strides, grad_format, grad_strides = class_layout(input)
     grad = grad_target = None
     target_strides = grad_target_strides = NO_STRIDES
     if has_indices:
@@ -216,8 +216,9 @@ def cross_entropy(
     else:
         target, target_strides, target_format, grad_target_strides = class_layout(target)
     if grad_of_input:
-        grad = logits.detach()
-        if not outputs.inplace:
+        if outputs.inplace:
+            grad, grad_strides = logits.detach(), strides
+        else:
             grad = torch.empty_like(logits, memory_format=grad_format)
     if grad_of_target:
         grad_target = torch.empty_like(target, memory_format=target_format)

@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import increment_version
 
 from pyfused import memory
 from pyfused.backends import backend_of
@@ -71,41 +70,15 @@ def compute(op: Any, tensors: Sequence[Any], options: Any, student: int, shard: 
 class Fused(torch.autograd.Function):
     """The autograd function of all operators, which calls their `forward` and `backward`.
 
-    Operands are saved by ``save_for_backward``. Tensors that backward may overwrite, such as the
-    gradients that the forward pass has computed, are saved apart: reading them does not check
-    whether user code has modified the operands. Copies are overwritten if the graph is retained,
-    because another pass may read the tensors, even concurrently, and if hooks have returned them.
-    ``create_graph`` frees gradients of the forward pass; later passes compute them again.
+    A call saves the tensors from which `Operator.backward` and `Operator.define` compute gradients.
+    If its forward pass has computed the gradients, it saves them too, and backward scales them.
     """
 
     @staticmethod
     def forward(ctx: Any, call: tuple[Any, ...], *tensors: Tensor | None) -> Any:
         op, options, needs, shard = ctx.call = call
-        output, saved, own = op.forward(tensors, options, needs, shard)
-        in_forward, index = bool(own), None
-        if op.overwritten is not None:
-            index = op.overwritten(saved, options, shard)
-            if index is not None and not in_forward:
-                own, saved = (saved[index],), [*saved[:index], None, *saved[index + 1 :]]
-        kept: list[Tensor] = []  # without None, as tools that draw graphs read saved tensors
-        missing: Any = []  # the indices of None; None if backward cannot read the operands
-        for i, x in enumerate(saved):
-            if x is None:
-                missing.append(i)
-            elif not x.is_inference() or x.requires_grad:
-                kept.append(x)
-            elif not in_forward:  # autograd cannot save inference tensors
-                kept.append(x.clone())
-            else:
-                kept, missing = [], None
-                break
-        ctx.save_for_backward(*kept)
-        ctx.own = []
-        for x in own:
-            ctx.own.append(x if x is None else save_apart(x, False))
-        ctx.state = in_forward, index, missing, saved_tensors_hooks(True) is not None
-        if index == 0:
-            ctx.input_is_overwritten = in_forward
+        output, saved, gradients = op.forward(tensors, options, needs, shard)
+        _save(ctx, saved, gradients)
         if type(output) is tuple:
             ctx.mark_non_differentiable(*[x for x in output[1:] if x is not None])
         return output
@@ -115,81 +88,108 @@ class Fused(torch.autograd.Function):
     def backward(ctx: Any, grad_output: Tensor, *_: Any) -> Any:
         """Returns a gradient for each argument of `forward`."""
         start = report.clock() if report.active else None
-        in_forward, index, missing, is_hooked = ctx.state
-        create_graph, retained, inplace = torch.is_grad_enabled(), graph_is_retained(), index == 0
         # Kernels support plain tensors only, and their gradients cannot be differentiated again.
-        second_order = (
-            (create_graph and "create_graph")
+        reason = (
+            (torch.is_grad_enabled() and "create_graph")
             or active_mode()
             or layout_reason("gradient", grad_output)
         )
-        own = () if second_order and in_forward else ctx.own
-        if second_order and missing is None:
-            expected = "operands created outside of inference mode"
-            raise RuntimeError(f"{second_order}: expected {expected}")
-        overwrites = inplace and (second_order or not in_forward)
-        if overwrites and ctx.input_is_overwritten:
-            raise RuntimeError(
-                "inplace: expected False for create_graph=True or a second backward pass, got "
-                "True, and the gradient has overwritten the logits"
-            )
-        if not retained or (create_graph and not inplace):
-            ctx.own = ()
-            if second_order:
-                memory.release()  # torch's operators do not reuse it
-        copies = is_hooked or (retained and not overwrites)
-        gradients: Any = []
-        if not own or not in_forward:
-            gradients = _gradients_of_saved(ctx, own, grad_output, copies, second_order)
+        if reason:
+            gradients = _defined_gradients(ctx, grad_output, reason)
+        elif ctx.gradients:
+            gradients = _scaled_gradients(ctx, grad_output)
         else:
-            for saved in own:
-                gradients.append(gradient := None if saved is None else saved.unpack())
-                if gradient is not None:
-                    dense = gradient.is_contiguous() or is_dense(gradient)
-                    if copies or not (dense or inplace):
-                        gradients[-1] = gradient = gradient.clone()
-                        dense = True
-                    if dense:
-                        backend_of(gradient).scale_(gradient, grad_output)
-                    else:  # it has overwritten a part of a tensor
-                        gradient.mul_(grad_output)
+            op, options, needs, shard = ctx.call
+            gradients = op.backward(_saved_tensors(ctx), options, needs, grad_output, shard)
         constants = len(ctx.needs_input_grad) - 1 - len(gradients)
         if start is not None:
             report.count_seconds(report.clock() - start)
         return None, *gradients, *(None,) * constants
 
 
-def _gradients_of_saved(
-    ctx: Any, own: Sequence[Any], grad_output: Tensor, copies: bool, second_order: Any
-) -> Gradients:
-    """Computes the gradients of a call from its saved tensors.
+def _save(ctx: Any, saved: Sequence[Any], gradients: Gradients) -> None:
+    """Saves the tensors of a call, and the gradients that its forward pass has computed.
+
+    The gradients are saved apart: reading them does not check whether the tensors were changed.
 
     Args:
-        own: The tensor that a kernel overwrites, if it was saved apart.
-        copies: Whether to copy it.
-        second_order: Why torch's definition computes them, False if a kernel does.
+        saved: Some may be None, which are not saved, as tools that draw graphs read saved tensors.
+        gradients: () if backward computes them.
+    """
+    tensors: list[Tensor] = []
+    ctx.missing = missing = list[int]()  # the indices of None
+    for i, x in enumerate(saved):
+        if x is None:
+            missing.append(i)
+        elif not x.is_inference() or x.requires_grad:
+            tensors.append(x)
+        elif not gradients:  # autograd cannot save inference tensors
+            tensors.append(x.clone())
+        else:
+            tensors, ctx.missing = [], None  # the gradients can be scaled, but not computed again
+            break
+    ctx.save_for_backward(*tensors)
+    ctx.gradients = [x if x is None else save_apart(x, False) for x in gradients]
+    ctx.is_hooked = saved_tensors_hooks(True) is not None
+
+
+def _saved_tensors(ctx: Any) -> list[Any]:
+    """Returns the tensors that a call has saved.
 
     Raises:
-        RuntimeError: A saved tensor was changed in place.
+        RuntimeError: One was changed in place, or an earlier backward pass has freed them.
     """
-    (op, options, needs, shard), (_, index, missing, _) = ctx.call, ctx.state
     try:
         saved = [*ctx.saved_tensors]
-        overwritten = own[0].unpack() if own and own[0] is not None else None
     except RuntimeError as error:
-        raise _with_hint(error, op.name) from None
-    for i in missing:
+        raise _with_hint(error, ctx.call[0].name) from None
+    for i in ctx.missing:
         saved.insert(i, None)
-    if overwritten is not None:
-        saved[index] = overwritten.clone() if copies and not second_order else overwritten
-    if second_order:
-        log_once(f"backward of {op.name}", second_order)
-        gradients: Gradients = op.define(saved, options, needs, grad_output, shard)
-        return in_graph(gradients, saved) if torch.is_grad_enabled() else gradients
-    if index == 0:
-        increment_version(saved[0])
-        ctx.input_is_overwritten = True
-    return op.backward(saved, options, needs, grad_output, shard)  # type: ignore[no-any-return]
+    return saved
+
+
+def _scaled_gradients(ctx: Any, grad_output: Tensor) -> Gradients:
+    """Returns the gradients of the forward pass times grad_output.
+
+    They are scaled in place, unless the graph is retained, because another pass may read them, even
+    concurrently, or hooks have returned them, which may keep them.
+    """
+    gradients, retained = ctx.gradients, graph_is_retained()
+    if not retained:
+        ctx.gradients = ()
+    scaled = list[Tensor | None]()
+    for saved in gradients:
+        gradient = None if saved is None else saved.unpack()
+        if gradient is not None:
+            if retained or ctx.is_hooked or not is_dense(gradient):
+                gradient = gradient.clone()
+            backend_of(gradient).scale_(gradient, grad_output)
+        scaled.append(gradient)
+    return tuple(scaled)
+
+
+def _defined_gradients(ctx: Any, grad_output: Tensor, reason: str) -> Gradients:
+    """Returns the gradients from torch's definition, which can be differentiated again.
+
+    ``create_graph`` frees the gradients of the forward pass; later passes compute them again.
+
+    Args:
+        reason: Why no kernel computes them.
+
+    Raises:
+        RuntimeError: A tensor of the call was created in inference mode.
+    """
+    op, options, needs, shard = ctx.call
+    if ctx.missing is None:
+        raise RuntimeError(f"{reason}: expected operands created outside of inference mode")
+    create_graph = torch.is_grad_enabled()
+    if create_graph or not graph_is_retained():
+        ctx.gradients = ()
+        memory.release()  # torch's operators do not reuse it
+    saved = _saved_tensors(ctx)
+    log_once(f"backward of {op.name}", reason)
+    gradients: Gradients = op.define(saved, options, needs, grad_output, shard)
+    return in_graph(gradients, saved) if create_graph else gradients
 
 
 def _with_hint(error: RuntimeError, name: str) -> RuntimeError:
