@@ -38,20 +38,15 @@ const Loaded<T>* loaded(const T* from, [[maybe_unused]] Accumulate<T>* buffer,
   else return from;
 }
 
-template <class T>
-void scale(T* x, Accumulate<T> factor, int64_t n, int threads, bool keeps_zeros) {
-  if (factor == 1) return;
-  keeps_zeros = keeps_zeros && !std::isfinite(factor);
+template <class T> bool scale(T* x, Accumulate<T> factor, int64_t n, int threads) {
+  if (!std::isfinite(factor)) return false;
+  if (factor == 1) return true;
   map(x, n, threads, [=](int64_t first, Accumulate<T>* out, int64_t count) {
     const Loaded<T>* const from = loaded(x + first, out, count);
-    if (keeps_zeros) {
-      for (int64_t i = 0; i < count; ++i)
-        out[i] = widen(from[i]) == 0 ? 0 : factor * widen(from[i]);
-      return;
-    }
     PYFUSED_SIMD()
     for (int64_t i = 0; i < count; ++i) out[i] = factor * widen(from[i]);
   });
+  return true;
 }
 
 template <class T>
@@ -127,9 +122,9 @@ PYFUSED_INSTANTIATE(bfloat16)
 PYFUSED_INSTANTIATE(float16)
 #undef PYFUSED_INSTANTIATE
 
-template void scale(float*, Accumulate<float>, int64_t, int, bool);
-template void scale(double*, Accumulate<double>, int64_t, int, bool);
-template void scale(bfloat16*, Accumulate<bfloat16>, int64_t, int, bool);
-template void scale(float16*, Accumulate<float16>, int64_t, int, bool);
+template bool scale(float*, Accumulate<float>, int64_t, int);
+template bool scale(double*, Accumulate<double>, int64_t, int);
+template bool scale(bfloat16*, Accumulate<bfloat16>, int64_t, int);
+template bool scale(float16*, Accumulate<float16>, int64_t, int);
 
 }  // namespace pyfused

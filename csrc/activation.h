@@ -50,9 +50,8 @@ void activation_backward(const ActivationFormula& formula, const Operand<T>& gra
                          const Operand<T>& saved, T* grad_input, const Parameters& parameters,
                          int64_t n, int threads, const Order& order);
 
-// x *= factor: multiplies a gradient that the forward pass computed by grad_output. keeps_zeros: 0
-// remains 0 if the factor is infinite or NaN, for rows that do not count.
-template <class T>
-void scale(T* x, Accumulate<T> factor, int64_t n, int threads, bool keeps_zeros);
+// x *= factor: multiplies a gradient that the forward pass computed by grad_output. Returns false,
+// and changes nothing, if the factor is infinite or NaN: masked gradients have to remain 0.
+template <class T> bool scale(T* x, Accumulate<T> factor, int64_t n, int threads);
 
 }  // namespace pyfused

@@ -408,11 +408,11 @@ void run_activation_backward(const ActivationFormula& formula, int dtype, int64_
   });
 }
 
-void run_scale(int dtype, int64_t n, int64_t data, int64_t factor, bool keeps_zeros, int threads) {
-  with_dtype(dtype, [&](auto element) {
+bool run_scale(int dtype, int64_t n, int64_t data, int64_t factor, int threads) {
+  return with_dtype(dtype, [&](auto element) {
     using T = decltype(element);
     const Accumulate<T> number = *pointer<const Accumulate<T>>(factor);
-    scale(pointer<T>(data), number, n, threads_for(n, threads), keeps_zeros);
+    return scale(pointer<T>(data), number, n, threads_for(n, threads));
   });
 }
 

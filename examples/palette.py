@@ -14,7 +14,6 @@ STYLES = {
     "torch.compile": (GREEN, "D"),
     "torch.compile, keep": (GREEN, "D"),
     "pyfused": (ORANGE, "o"),
-    "pyfused, inplace=True": (PINK, "v"),
     "pyfused, linear": (PINK, "v"),
     "liger": (YELLOW, "v"),
     "Liger": (YELLOW, "v"),

@@ -202,18 +202,12 @@ def count_kernel(targets, counted, n, classes, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def scale_kernel(x, factor, n, KEEPS_ZEROS: tl.constexpr, BLOCK: tl.constexpr):
-    """Computes x *= factor in float32, or in float64 if x is float64.
-
-    KEEPS_ZEROS: 0 remains 0 if the factor is infinite or NaN.
-    """
+def scale_kernel(x, factor, n, BLOCK: tl.constexpr):
+    """Computes x *= factor in float32, or in float64 if x is float64; 0 times NaN is 0."""
     factor = tl.load(factor).to(tl.float64 if x.dtype.element_ty == tl.float64 else tl.float32)
     if factor != 1.0:
         step = tl.num_programs(0).to(tl.int64) * BLOCK
         for start in range(tl.program_id(0).to(tl.int64) * BLOCK, n, step):
             i = start + tl.arange(0, BLOCK)
             value = tl.load(x + i, mask=i < n).to(factor.dtype)
-            scaled = value * factor
-            if KEEPS_ZEROS:
-                scaled = tl.where(value == 0, value, scaled)
-            tl.store(x + i, scaled, mask=i < n)
+            tl.store(x + i, tl.where(value == 0, value, value * factor), mask=i < n)

@@ -19,7 +19,7 @@ from torch.compiler import is_dynamo_compiling
 from torch.nn import Parameter
 
 from pyfused.layout import broadcast_with, loss_shape
-from pyfused.torch_internals import base_of, dispatch_modes, is_functorch_wrapped
+from pyfused.torch_internals import dispatch_modes, is_functorch_wrapped
 from pyfused.types import (
     CrossEntropyOptions,
     DivergenceOptions,
@@ -376,22 +376,6 @@ def class_indices(classes: int, target: Tensor, ignore_index: int) -> None:
     if invalid.any():
         first = int(invalid.flatten().nonzero()[0])
         raise_out_of_range(classes, target, ignore_index, first)
-
-
-def overwritable(input: Tensor) -> None:
-    """Raises for a tensor whose values may be read after the call, other than by autograd."""
-    base = base_of(input)
-    base = input if base is None else base
-    if base.is_leaf:
-        what = "a leaf" if base is input else "a view of a leaf"
-        got = "True, which would overwrite the leaf's values"
-        raise _error("inplace", f"False for an input that is {what}", got)
-    extent = 0  # of the dimensions with smaller strides
-    for stride, size in sorted(zip(input.stride(), input.shape, strict=True)):
-        if size > 1 and stride <= extent:
-            expected = "False for an input whose elements share memory"
-            raise _error("inplace", expected, f"True with strides {input.stride()}")
-        extent += stride * (size - 1)
 
 
 # ---- linear layers, contrastive losses and distillation ------------------------------------------

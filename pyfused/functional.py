@@ -132,7 +132,6 @@ def cross_entropy(
     token_weight: Tensor | None = None,
     denominator: float | Tensor | None = None,
     loss_dtype: torch.dtype | None = None,
-    inplace: bool = False,
     shard: VocabShard | None = None,
 ) -> Tensor:
     """Returns the cross-entropy between logits and class indices or class probabilities.
@@ -162,7 +161,7 @@ def cross_entropy(
         scale: Multiplies the logits, without copying them. Losses over cosines use about 64
             (:func:`additive_margin`).
         softcap: Replaces the logits with ``softcap * tanh(input / softcap)`` before scaling, like
-            :func:`softcap` but without copying them. ``inplace`` then has no effect.
+            :func:`softcap` but without copying them.
         temperature: Divides the logits; the inverse of ``scale``.
         token_weight: A factor for the loss of each row, of the shape of class indices. The mean
             divides by the sum of ``token_weight * weight[target]``.
@@ -172,12 +171,6 @@ def cross_entropy(
         loss_dtype: The dtype of the loss. With half-precision logits, ``torch.float32`` returns the
             loss of ``input.float()`` without making this copy; a bfloat16 loss near 36 would be
             rounded to a multiple of 0.25.
-        inplace: Overwrites ``input`` with its gradient, which saves as much memory as the logits
-            take. Do not use ``input`` afterwards: it holds the gradient, already after the forward
-            pass if the loss is a scalar. Autograd raises if an earlier operation saved ``input``;
-            other uses silently give wrong numbers. With ``"none"``, only one backward pass is
-            possible, and none with ``create_graph``. Nothing is overwritten if no gradient is
-            needed or if torch's operator runs.
         shard: The :class:`pyfused.VocabShard` of this process, if a process group shards the
             classes. All processes pass the same targets and the ``weight`` of all classes. Each
             gets the loss over all classes and the gradient of its local logits. Requires class
@@ -190,8 +183,7 @@ def cross_entropy(
 
     Raises:
         IndexError: A class index is out of range; the message has the index and its position.
-        RuntimeError, ValueError: A shape, dtype or option is invalid; or ``inplace`` is set and
-            ``input`` is a leaf or has overlapping elements.
+        RuntimeError, ValueError: A shape, dtype or option is invalid.
     """
     op = operators.CROSS_ENTROPY
     if (
@@ -199,7 +191,6 @@ def cross_entropy(
         and softcap is token_weight is denominator is loss_dtype is shard is None
         and gamma is z_loss is _ZERO
         and scale is temperature is _ONE
-        and not inplace
     ):
         others = size_average, ignore_index, reduce, reduction, label_smoothing
         return F.cross_entropy(input, target, weight, *others)
@@ -220,7 +211,6 @@ def cross_entropy(
         ignore_index=ignore_index,
         reduction=reduction,
         loss_dtype=loss_dtype,
-        inplace=inplace,
     )
     return run(op, (input, target, weight, token_weight, tensor), options, shard)
 
@@ -234,15 +224,14 @@ def cross_entropy_with_metrics(
     reduction: Reduction = "mean",
     label_smoothing: float = 0.0,
     gamma: float = 0.0,
-    inplace: bool = False,
     shard: VocabShard | None = None,
     **options: Unpack[FusedOptions],
 ) -> tuple[Tensor, Metrics]:
     """Returns :func:`cross_entropy` and metrics of each target, from one pass over the logits.
 
     Args:
-        input, target, weight, ignore_index, reduction, label_smoothing, gamma, inplace, shard: As
-            in :func:`cross_entropy`.
+        input, target, weight, ignore_index, reduction, label_smoothing, gamma, shard: As in
+            :func:`cross_entropy`.
         options: The other keyword arguments of :func:`cross_entropy`.
 
     Returns:
@@ -257,7 +246,6 @@ def cross_entropy_with_metrics(
         label_smoothing=label_smoothing,
         gamma=gamma,
         with_metrics=True,
-        inplace=inplace,
         **others,
     )
     return run(op, (input, target, weight, *factors), loss_options, shard)  # type: ignore[return-value]

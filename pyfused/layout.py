@@ -128,21 +128,18 @@ def along(tensor: Tensor, dim: int) -> tuple[Tensor, tuple[int, int, int], Strid
     return tensor, (outer, inner, length), (strides[0], strides[2], strides[1])
 
 
-def class_layout(
-    tensor: Tensor, inplace: bool = False
-) -> tuple[Tensor, Strides, torch.memory_format, Strides]:
+def class_layout(tensor: Tensor) -> tuple[Tensor, Strides, torch.memory_format, Strides]:
     """Returns how kernels read a tensor (N, C, d1, ..., dk) and write its gradient.
 
     Returns:
         The tensor, or a contiguous copy if kernels cannot use its strides; its strides; the memory
-        format of the gradient, for ``torch.empty_like``; and the strides of the gradient, which
-        overwrites the tensor if ``inplace``.
+        format of the gradient, for ``torch.empty_like``; and the strides of the gradient.
     """
     strides: Any = strides_of(tensor)
     if strides is None:
         tensor = tensor.contiguous()
         strides = strides_of(tensor)
-    if inplace or tensor.is_contiguous():
+    if tensor.is_contiguous():
         return tensor, strides, torch.preserve_format, strides
     grad = torch.empty_like(tensor, device="meta")
     grad_strides = strides_of(grad)

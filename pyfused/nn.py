@@ -164,12 +164,10 @@ def keep_in_graphs(module: torch.nn.Module) -> None:
 class CrossEntropyLoss(torch.nn.CrossEntropyLoss, _Module):
     """:class:`torch.nn.CrossEntropyLoss` over :func:`pyfused.functional.cross_entropy`.
 
-    Takes torch's arguments and the function's keyword arguments, including ``gamma`` (focal loss)
-    and ``inplace`` (the gradient overwrites the logits).
+    Takes torch's arguments and the function's keyword arguments, including ``gamma`` (focal loss).
     """
 
     # Class attributes, because `convert` only changes the class of a torch.nn.CrossEntropyLoss.
-    inplace = False
     fused_options: Mapping[str, Any] = {}
     tensor_options: tuple[str, ...] = ()
     gamma: float  # without a class attribute, which a Parameter could not replace
@@ -184,11 +182,10 @@ class CrossEntropyLoss(torch.nn.CrossEntropyLoss, _Module):
         label_smoothing: float = 0.0,
         *,
         gamma: float = 0.0,
-        inplace: bool = False,
         **options: Unpack[ModuleOptions],
     ) -> None:
         super().__init__(weight, size_average, ignore_index, reduce, reduction, label_smoothing)
-        self.gamma, self.inplace = gamma, inplace
+        self.gamma = gamma
         checks.keywords("CrossEntropyLoss", options, ModuleOptions.__annotations__)
         set_options(self, options)
 
@@ -203,12 +200,11 @@ class CrossEntropyLoss(torch.nn.CrossEntropyLoss, _Module):
             ignore_index=self.ignore_index,
             reduction=self.reduction,
             label_smoothing=self.label_smoothing,
-            inplace=self.inplace,
             **options,
         )
 
     def extra_repr(self) -> str:
-        return _changed(self, gamma=0.0, inplace=False)
+        return _changed(self, gamma=0.0)
 
 
 if TYPE_CHECKING:

@@ -140,7 +140,6 @@ class CrossEntropyOptions(NamedTuple):
         with_metrics: Whether the call returns a tuple of the loss and the metrics of each target;
             PREDICTION for a tuple of the loss and the prediction, which may be -1 if a logit of the
             row is not finite.
-        inplace: Whether the gradient of the logits overwrites them.
         torch_options: The options of torch's linear_cross_entropy, which kernels ignore.
     """
 
@@ -157,7 +156,6 @@ class CrossEntropyOptions(NamedTuple):
     memory_budget: int | None = None
     loss_dtype: torch.dtype | None = None
     with_metrics: bool | str = False
-    inplace: bool = False
     torch_options: Any = None
 
     def row_options(self) -> RowOptions:

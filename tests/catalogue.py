@@ -199,7 +199,7 @@ def examples(op: Operator) -> Iterator[Example]:
         name: tried(op, name, default)
         for name, default in every.items()
         if name not in ("reduction", *DEPRECATED)
-        and name != "inplace"  # test_inplace.py
+        and name != "inplace"  # test_activation.py
         and (name != "dim" or isinstance(op, Softmax))  # other operators infer it from the shapes
     }
     required = [name for name, default in every.items() if default is inspect.Parameter.empty]
@@ -312,7 +312,7 @@ def random_call(
     given = {
         name: rng.choice(values_of(op, name))
         for name in options(op)
-        if name not in ("inplace", *DEPRECATED)  # test_inplace.py, test_values.py
+        if name not in ("inplace", *DEPRECATED)  # test_activation.py, test_values.py
         if name in ("dim", "reduction") or rng.once_in(12 if name in ROUNDED else 4)
     }
     given = {n: x.clone() if isinstance(x, Tensor) else x for n, x in given.items()}

@@ -22,7 +22,7 @@ from pyfused.backends import cpu
 TESTS = Path(__file__).parent
 PRODUCTS = "log_probs linear_cross_entropy distillation shards metrics wrapped_heads"
 KERNELS = """accuracy activation compile values class_losses cross_entropy cross_entropy_options
-    formula inplace log_probs margin metrics pointwise_loss softmax"""
+    formula log_probs margin metrics pointwise_loss softmax"""
 THREADS = "threads parallel processes recycle wrapped_heads"
 
 MACHINES: tuple[tuple[dict[str, str], str], ...] = (

@@ -15,7 +15,6 @@ SHARED = (
     "ops/test_cross_entropy_options.py",
     "ops/test_distillation.py",
     "ops/test_embedding_loss.py",
-    "ops/test_inplace.py",
     "ops/test_linear_cross_entropy.py",
     "ops/test_log_probs.py",
     "ops/test_metrics.py",

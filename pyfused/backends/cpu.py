@@ -229,7 +229,7 @@ def cross_entropy(
     input, target, weight, token_weight, denominator = tensors
     accumulate, indices = accumulate_dtype(input.dtype), target.dtype is torch.int64
     grad_of_input, grad_of_target = outputs.gradients or (False, False)
-    logits, sizes, strides, grad_format, grad_strides = _logits_layout(input, outputs.inplace)
+    logits, sizes, strides, grad_format, grad_strides = _logits_layout(input)
     numbers, loss, grad, grad_target = _NO_OPTIONS, None, None, None
     target_view = grad_view = grad_target_view = _NO_VIEW
     if not normalized:
@@ -249,8 +249,11 @@ def cross_entropy(
         shape = loss_shape(input, "none") if options.reduction == "none" else None
         loss = _new_loss(shape, accumulate)
     if grad_of_input:
-        like = torch.empty_like if logits.nbytes < RECYCLED_BYTES else empty_like
-        grad = logits.detach() if outputs.inplace else like(logits, memory_format=grad_format)
+        if outputs.inplace:
+            grad, grad_strides = logits.detach(), strides
+        else:
+            like = torch.empty_like if logits.nbytes < RECYCLED_BYTES else empty_like
+            grad = like(logits, memory_format=grad_format)
         grad_view = (grad.data_ptr(), *grad_strides)
     if grad_of_target:
         grad_target = empty_like(targets, memory_format=target_format)
@@ -280,7 +283,7 @@ def cross_entropy(
     return loss, (grad, grad_target)
 
 
-def _logits_layout(input: Tensor, inplace: bool) -> tuple[Any, ...]:
+def _logits_layout(input: Tensor) -> tuple[Any, ...]:
     """Returns logits, or a copy, the sizes of `row_sizes`, and the layout of `class_layout`.
 
     Contiguous logits, the common case, need no call of these functions.
@@ -292,7 +295,7 @@ def _logits_layout(input: Tensor, inplace: bool) -> tuple[Any, ...]:
     if input.is_contiguous():
         strides = (0, classes, 1) if inner == 1 else (classes * inner, 1, inner)
         return input, sizes, strides, torch.preserve_format, strides
-    logits, *layout = class_layout(input, inplace)
+    logits, *layout = class_layout(input)
     return logits, sizes, *layout
 
 
@@ -564,9 +567,10 @@ def _parameters(formula: Kernel, options: Options) -> tuple[float, ...]:
     return (*options[: len(formula.parameters)], 0.0, 0.0, 0.0)[:3]
 
 
-def scale_(tensor: Tensor, factor: Tensor, keeps_zeros: bool) -> None:
-    dtype = torch.float64 if tensor.dtype is torch.float64 else torch.float32
+def scale_(gradient: Tensor, factor: Tensor) -> bool:
+    dtype = torch.float64 if gradient.dtype is torch.float64 else torch.float32
     if factor.dtype is not dtype:
         factor = factor.to(dtype)
-    arguments = tensor.data_ptr(), factor.data_ptr(), keeps_zeros, torch.get_num_threads()
-    native.scale(DTYPES[tensor.dtype], tensor.numel(), *arguments)
+    pointers, threads = (gradient.data_ptr(), factor.data_ptr()), torch.get_num_threads()
+    scaled: bool = native.scale(DTYPES[gradient.dtype], gradient.numel(), *pointers, threads)
+    return scaled

@@ -213,9 +213,9 @@ class Backend(Protocol):
             saved: The output or the input.
         """
 
-    def scale_(self, tensor: Tensor, factor: Tensor, keeps_zeros: bool) -> None:
-        """Multiplies a dense tensor in place by a scalar tensor.
+    def scale_(self, gradient: Tensor, factor: Tensor) -> bool:
+        """Multiplies a dense gradient in place by a scalar tensor.
 
-        Args:
-            keeps_zeros: Whether 0 remains 0 if the factor is infinite or NaN.
+        0 times NaN or infinity is NaN, but masked gradients have to remain 0. For these factors, a
+        CPU kernel returns False and changes nothing. A GPU's, which are not read, keep all zeros.
         """

@@ -66,11 +66,7 @@ SCALE_PROGRAMS = 512  # few, because in most calls the factor is 1 and programs 
 # Threads that keep a whole row in registers: 0.76 times the time of two passes at 32,000 classes.
 SOFTMAX_THREADS = 1024
 COUNT = Launch(count_kernel, Choice(1, 1024, 256))
-SCALE = {
-    (itemsize, keeps_zeros): Launch(scale_kernel, choose(itemsize), KEEPS_ZEROS=keeps_zeros)
-    for itemsize in (2, 4, 8)
-    for keeps_zeros in (False, True)
-}
+SCALE = {itemsize: Launch(scale_kernel, choose(itemsize)) for itemsize in (2, 4, 8)}
 
 
 def describe(input: Tensor, strategy: str) -> tuple[str, str, None, None]:  # noqa: ARG001
@@ -212,7 +208,7 @@ def cross_entropy(
     has_indices, each = target.dtype is torch.int64, options.reduction == "none"
     grad_of_input, grad_of_target = outputs.gradients or (False, False)
     accumulate, itemsize = accumulate_dtype(input.dtype), input.element_size()
-    logits, strides, grad_format, grad_strides = class_layout(input, outputs.inplace)
+    logits, strides, grad_format, grad_strides = class_layout(input)
     grad = grad_target = None
     target_strides = grad_target_strides = NO_STRIDES
     if has_indices:
@@ -220,8 +216,9 @@ def cross_entropy(
     else:
         target, target_strides, target_format, grad_target_strides = class_layout(target)
     if grad_of_input:
-        grad = logits.detach()
-        if not outputs.inplace:
+        if outputs.inplace:
+            grad, grad_strides = logits.detach(), strides
+        else:
             grad = torch.empty_like(logits, memory_format=grad_format)
     if grad_of_target:
         grad_target = torch.empty_like(target, memory_format=target_format)
@@ -552,6 +549,7 @@ def _run_activation(
     kernel(-(-n // kernel.choice.block), *tensors, n, columns, strides, *parameters, (), None)
 
 
-def scale_(tensor: Tensor, factor: Tensor, keeps_zeros: bool) -> None:
-    n, scale = tensor.numel(), SCALE[tensor.element_size(), keeps_zeros]
-    scale(min(-(-n // scale.choice.block), SCALE_PROGRAMS), tensor, factor, n)
+def scale_(gradient: Tensor, factor: Tensor) -> bool:
+    n, scale = gradient.numel(), SCALE[gradient.element_size()]
+    scale(min(-(-n // scale.choice.block), SCALE_PROGRAMS), gradient, factor, n)
+    return True

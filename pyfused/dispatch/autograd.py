@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import increment_version
 
 from pyfused import memory
 from pyfused.backends import backend_of
@@ -71,41 +70,15 @@ def compute(op: Any, tensors: Sequence[Any], options: Any, student: int, shard: 
 class Fused(torch.autograd.Function):
     """The autograd function of all operators, which calls their `forward` and `backward`.
 
-    Operands are saved by ``save_for_backward``. Tensors that backward may overwrite, such as the
-    gradients that the forward pass has computed, are saved apart: reading them does not check
-    whether user code has modified the operands. Copies are overwritten if the graph is retained,
-    because another pass may read the tensors, even concurrently, and if hooks have returned them.
-    ``create_graph`` frees gradients of the forward pass; later passes compute them again.
+    A call saves the tensors from which `Operator.backward` and `Operator.define` compute gradients.
+    If its forward pass has computed the gradients, it saves them too, and backward scales them.
     """
 
     @staticmethod
     def forward(ctx: Any, call: tuple[Any, ...], *tensors: Tensor | None) -> Any:
         op, options, needs, shard = ctx.call = call
-        output, saved, own = op.forward(tensors, options, needs, shard)
-        in_forward, index = bool(own), None
-        if op.overwritten is not None:
-            index = op.overwritten(saved, options, shard)
-            if index is not None and not in_forward:
-                own, saved = (saved[index],), [*saved[:index], None, *saved[index + 1 :]]
-        kept: list[Tensor] = []  # without None, as tools that draw graphs read saved tensors
-        missing: Any = []  # the indices of None; None if backward cannot read the operands
-        for i, x in enumerate(saved):
-            if x is None:
-                missing.append(i)
-            elif not x.is_inference() or x.requires_grad:
-                kept.append(x)
-            elif not in_forward:  # autograd cannot save inference tensors
-                kept.append(x.clone())
-            else:
-                kept, missing = [], None
-                break
-        ctx.save_for_backward(*kept)
-        ctx.own = []
-        for x in own:
-            ctx.own.append(x if x is None else save_apart(x, False))
-        ctx.state = in_forward, index, missing, saved_tensors_hooks(True) is not None
-        if index == 0:
-            ctx.input_is_overwritten = in_forward
+        output, saved, gradients = op.forward(tensors, options, needs, shard)
+        _save(ctx, saved, gradients)
         if type(output) is tuple:
             ctx.mark_non_differentiable(*[x for x in output[1:] if x is not None])
         return output
@@ -115,81 +88,125 @@ class Fused(torch.autograd.Function):
     def backward(ctx: Any, grad_output: Tensor, *_: Any) -> Any:
         """Returns a gradient for each argument of `forward`."""
         start = report.clock() if report.active else None
-        in_forward, index, missing, is_hooked = ctx.state
-        create_graph, retained, inplace = torch.is_grad_enabled(), graph_is_retained(), index == 0
         # Kernels support plain tensors only, and their gradients cannot be differentiated again.
-        second_order = (
-            (create_graph and "create_graph")
+        reason = (
+            (torch.is_grad_enabled() and "create_graph")
             or active_mode()
             or layout_reason("gradient", grad_output)
         )
-        own = () if second_order and in_forward else ctx.own
-        if second_order and missing is None:
-            expected = "operands created outside of inference mode"
-            raise RuntimeError(f"{second_order}: expected {expected}")
-        overwrites = inplace and (second_order or not in_forward)
-        if overwrites and ctx.input_is_overwritten:
-            raise RuntimeError(
-                "inplace: expected False for create_graph=True or a second backward pass, got "
-                "True, and the gradient has overwritten the logits"
-            )
-        if not retained or (create_graph and not inplace):
-            ctx.own = ()
-            if second_order:
-                memory.release()  # torch's operators do not reuse it
-        copies = is_hooked or (retained and not overwrites)
-        gradients: Any = []
-        if not own or not in_forward:
-            gradients = _gradients_of_saved(ctx, own, grad_output, copies, second_order)
-        else:
-            for saved in own:
-                gradients.append(gradient := None if saved is None else saved.unpack())
-                if gradient is not None:
-                    dense = gradient.is_contiguous() or is_dense(gradient)
-                    if copies or not (dense or inplace):
-                        gradients[-1] = gradient = gradient.clone()
-                        dense = True
-                    if dense:
-                        backend_of(gradient).scale_(gradient, grad_output)
-                    else:  # it has overwritten a part of a tensor
-                        gradient.mul_(grad_output)
+        gradients: Gradients | None = None
+        if not reason and ctx.gradients:
+            gradients = _scaled_gradients(ctx, grad_output)
+        if gradients is None:
+            gradients = _computed_gradients(ctx, grad_output, reason)
         constants = len(ctx.needs_input_grad) - 1 - len(gradients)
         if start is not None:
             report.count_seconds(report.clock() - start)
         return None, *gradients, *(None,) * constants
 
 
-def _gradients_of_saved(
-    ctx: Any, own: Sequence[Any], grad_output: Tensor, copies: bool, second_order: Any
-) -> Gradients:
-    """Computes the gradients of a call from its saved tensors.
+def _save(ctx: Any, saved: Sequence[Any], gradients: Gradients) -> None:
+    """Saves the tensors of a call, and the gradients that its forward pass has computed.
+
+    The gradients are saved apart: reading them does not check whether the tensors were changed.
 
     Args:
-        own: The tensor that a kernel overwrites, if it was saved apart.
-        copies: Whether to copy it.
-        second_order: Why torch's definition computes them, False if a kernel does.
+        saved: Some may be None, which are not saved, as tools that draw graphs read saved tensors.
+        gradients: () if backward computes them.
+    """
+    tensors: list[Tensor] = []
+    ctx.missing = missing = list[int]()  # the indices of None
+    for i, x in enumerate(saved):
+        if x is None:
+            missing.append(i)
+        elif not x.is_inference() or x.requires_grad:
+            tensors.append(x)
+        elif not gradients:  # autograd cannot save inference tensors
+            tensors.append(x.clone())
+        else:
+            tensors, ctx.missing = [], None  # the gradients can be scaled, but not computed again
+            break
+    ctx.save_for_backward(*tensors)
+    ctx.gradients = [x if x is None else save_apart(x, False) for x in gradients]
+    ctx.formats = None  # without hooks for saved tensors, autograd returns what was saved
+    if saved_tensors_hooks(True) is not None:
+        ctx.formats = [*map(_format, saved)], [*map(_format, gradients)]
+
+
+def _format(x: Tensor | None) -> Any:
+    """Returns what kernels assume of a saved tensor, whose strides they read."""
+    return None if x is None else (layout_reason("saved", x), x.dtype, x.device, x.shape)
+
+
+def _saved_tensors(ctx: Any) -> list[Any]:
+    """Returns the tensors that a call has saved.
 
     Raises:
-        RuntimeError: A saved tensor was changed in place.
+        RuntimeError: One was changed in place, or an earlier backward pass has freed them.
     """
-    (op, options, needs, shard), (_, index, missing, _) = ctx.call, ctx.state
     try:
         saved = [*ctx.saved_tensors]
-        overwritten = own[0].unpack() if own and own[0] is not None else None
     except RuntimeError as error:
-        raise _with_hint(error, op.name) from None
-    for i in missing:
+        raise _with_hint(error, ctx.call[0].name) from None
+    for i in ctx.missing:
         saved.insert(i, None)
-    if overwritten is not None:
-        saved[index] = overwritten.clone() if copies and not second_order else overwritten
-    if second_order:
-        log_once(f"backward of {op.name}", second_order)
-        gradients: Gradients = op.define(saved, options, needs, grad_output, shard)
-        return in_graph(gradients, saved) if torch.is_grad_enabled() else gradients
-    if index == 0:
-        increment_version(saved[0])
-        ctx.input_is_overwritten = True
-    return op.backward(saved, options, needs, grad_output, shard)  # type: ignore[no-any-return]
+    return saved
+
+
+def _scaled_gradients(ctx: Any, grad_output: Tensor) -> Gradients | None:
+    """Returns the gradients of the forward pass times grad_output.
+
+    They are scaled in place, unless the graph is retained, because another pass may read them, even
+    concurrently, or hooks have returned them, which may keep them. Returns None if hooks have
+    changed them, or if grad_output is infinite or NaN.
+    """
+    gradients, retained = ctx.gradients, graph_is_retained()
+    if not retained:
+        ctx.gradients = ()
+    scaled = list[Tensor | None]()
+    for i, saved in enumerate(gradients):
+        gradient = None if saved is None else saved.unpack()
+        if ctx.formats is not None and _format(gradient) != ctx.formats[1][i]:
+            return None
+        if gradient is not None:
+            if retained or ctx.formats is not None or not is_dense(gradient):
+                gradient = gradient.clone()
+            if not backend_of(gradient).scale_(gradient, grad_output):
+                if ctx.missing is not None:
+                    return None
+                gradient.mul_(grad_output)
+        scaled.append(gradient)
+    return tuple(scaled)
+
+
+def _computed_gradients(ctx: Any, grad_output: Tensor, reason: str | None) -> Gradients:
+    """Returns the gradients from the saved tensors.
+
+    ``create_graph`` frees the gradients of the forward pass; later passes compute them again.
+
+    Args:
+        reason: Why torch's definition computes them, which can be differentiated again. If it is
+            None, a kernel does, unless hooks have changed the saved tensors.
+
+    Raises:
+        RuntimeError: A tensor of the call was created in inference mode.
+    """
+    op, options, needs, shard = ctx.call
+    if ctx.missing is None:
+        message = "expected operands created outside of inference mode"
+        raise RuntimeError(f"{reason or 'hooks that change saved tensors'}: {message}")
+    saved = _saved_tensors(ctx)
+    if not reason and ctx.formats is not None and [*map(_format, saved)] != ctx.formats[0]:
+        reason = "hooks have changed the dtype, device or shape of saved tensors"
+    if not reason:
+        return op.backward(saved, options, needs, grad_output, shard)  # type: ignore[no-any-return]
+    create_graph = torch.is_grad_enabled()
+    if create_graph or not graph_is_retained():
+        ctx.gradients = ()
+        memory.release()  # torch's operators do not reuse it
+    log_once(f"backward of {op.name}", reason)
+    gradients: Gradients = op.define(saved, options, needs, grad_output, shard)
+    return in_graph(gradients, saved) if create_graph else gradients
 
 
 def _with_hint(error: RuntimeError, name: str) -> RuntimeError:

@@ -227,10 +227,6 @@ class Operator(ABC):
     ) -> Gradients:
         """Computes the same gradients from torch's definition, which is differentiable."""
 
-    # Returns the index of the saved tensor that backward may overwrite, or None; takes the saved
-    # tensors, the options and the shard. 0 means that the gradient of the input overwrites it.
-    overwritten: ClassVar[Any] = None
-
     # ---- checks ----------------------------------------------------------------------------------
 
     def method_of(self, tensors: Tensors, options: Options) -> Any:

@@ -16,12 +16,7 @@ from pyfused.ops import definitions, metrics
 from pyfused.ops.head_loop import ALL_ROWS, HeadLoop, Rows, rows_that_count
 from pyfused.ops.heads import BlockResult, HeadBlocks, cap_backward, capped
 from pyfused.ops.row_sources import LogitRows
-from pyfused.ops.rows import (
-    RowLoss,
-    RowOperator,
-    index_of_saved_logits,
-    loss_forward,
-)
+from pyfused.ops.rows import RowLoss, RowOperator, loss_forward
 from pyfused.ops.shards import class_range
 from pyfused.types import (
     INDEX,
@@ -214,9 +209,6 @@ class CrossEntropy(RowOperator):
         """Returns whether only the kernels of row states support a call."""
         return shard is not None or options.softcap is not None
 
-    def overwritten(self, _saved: Tensors, options: Options, shard: Any) -> int | None:
-        return 0 if options.inplace and not self.needs_state(options, shard) else None
-
     def method_of(self, tensors: Tensors, options: Options) -> Any:
         input, target, weight, token_weight, denominator = tensors
         if (  # the common case, for which nothing else has to be checked
@@ -230,8 +222,6 @@ class CrossEntropy(RowOperator):
         return super().method_of(tensors, options)
 
     def arranged(self, tensors: Tensors, options: Options, shard: Any = None) -> Tensors:
-        if options.inplace and not self.needs_state(options, shard):
-            definitions.prepare_inplace(tensors[0])
         input, target, weight, token_weight, denominator = tensors
         if target.dtype is not torch.int64 and target.is_floating_point():
             dtype = definitions.operand_dtype(input, target, weight)
@@ -254,9 +244,7 @@ class CrossEntropy(RowOperator):
         if options.with_metrics:
             state = metrics_state(tensors[0], tensors[1], options, METRICS_FIELDS)
         kernel = backend_of(tensors[0]).cross_entropy
-        loss, saved, gradients = loss_forward(
-            kernel, tensors, options, needs, dtype, options.inplace
-        )
+        loss, saved, gradients = loss_forward(kernel, tensors, options, needs, dtype)
         return loss if state is None else (loss, state), saved, gradients
 
     def backward(
@@ -264,7 +252,7 @@ class CrossEntropy(RowOperator):
     ) -> Gradients:
         if self.needs_state(options, shard):
             return super().backward(saved, options, needs, grad_output, shard)
-        outputs = Outputs(False, tuple(needs), options.inplace)
+        outputs = Outputs(False, tuple(needs))
         return backend_of(saved[0]).cross_entropy(saved, options, outputs, grad_output)[1]
 
     def define(
@@ -324,7 +312,6 @@ class LinearCrossEntropy(RowOperator):
 
     flattens = True
     tiles = True
-    overwritten = index_of_saved_logits
 
     def by_torch(self, tensors: Tensors, options: Options) -> Any:
         """Returns the result; torch's function does not check the budget and `filter_eps`."""

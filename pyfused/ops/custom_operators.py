@@ -187,7 +187,8 @@ class CustomOperator:
             pairs = zip(gradients, values, strict=False)
             gradients = [x if x is None else x.reshape(like.shape) for x, like in pairs]
         elif saved[count:]:
-            gradients = [gradient * grad_output for gradient in saved[count:]]
+            # Rows that do not count have gradients of 0, also if grad_output is infinite or NaN.
+            gradients = [torch.where(x == 0, x, x * grad_output) for x in saved[count:]]
         else:
             gradients = getattr(TORCH_OPS, f"{self.name}_backward")(grad_output, *values, needs)
         pairs = zip(gradients, needs, strict=False)

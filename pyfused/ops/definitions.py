@@ -8,17 +8,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import increment_version
-from torch.compiler import is_dynamo_compiling
 
 from pyfused import checks
 from pyfused.dispatch.autograd import autocast_dtype
-from pyfused.dispatch.operator import grad_enabled, requires_grad
+from pyfused.dispatch.operator import requires_grad
 from pyfused.dispatch.originals import F
 from pyfused.layout import accumulate_dtype, common_dtype, loss_shape, with_leading_dims
 from pyfused.ops import metrics
 from pyfused.ops.pointwise_loss import reduced
-from pyfused.torch_internals import PLAIN
 from pyfused.types import PREDICTION, CrossEntropyOptions, Head, LogProbsOptions
 
 
@@ -30,10 +27,8 @@ def cross_entropy(
     denominator: Tensor | None,
     options: CrossEntropyOptions,
 ) -> Any:
-    if options.inplace and type(input) in PLAIN and not is_dynamo_compiling():
-        prepare_inplace(input)  # raises the errors that a kernel's call raises
     if options.with_metrics:
-        loss_options = options._replace(with_metrics=False, inplace=False)
+        loss_options = options._replace(with_metrics=False)
         factors = weight, token_weight, denominator
         loss = masked_cross_entropy(input, target, *factors, loss_options)
         input = _scaled(input.to(accumulate_dtype(input.dtype)), options)
@@ -172,13 +167,6 @@ def operand_dtype(input: Any, target: Any, weight: Any) -> torch.dtype:
         return input.dtype  # type: ignore[no-any-return]
     common = common_dtype(input, target, weight)
     return common if common is torch.float64 else common_dtype(input, target)
-
-
-def prepare_inplace(input: Tensor) -> None:
-    """Increments the version of logits that their gradient may overwrite."""
-    if grad_enabled() and input.requires_grad:
-        checks.overwritable(input)
-        increment_version(input)
 
 
 def masked_cross_entropy(input: Tensor, target: Tensor, *others: Any) -> Any:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from pyfused.dispatch.operator import Forward, Needs, Operand, Options, Tensors
-from pyfused.ops.rows import RowOperator, index_of_saved_logits
+from pyfused.ops.rows import RowOperator
 from pyfused.ops.shards import class_range
 from pyfused.types import (
     INDEX,
@@ -103,7 +103,6 @@ class LogProbsOperator(RowOperator):
 
     factors: ClassVar[tuple[Operand, ...]] = ()
     strategy = "row by row"
-    overwritten = index_of_saved_logits
 
     def forward(
         self, tensors: Tensors, options: Options, needs: Needs, shard: Any = None

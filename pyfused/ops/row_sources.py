@@ -17,6 +17,7 @@ from torch import Tensor
 from pyfused.backends import backend_of
 from pyfused.layout import feature_rows
 from pyfused.ops.head_loop import HeadLoop, Layer, rows_that_count
+from pyfused.torch_internals import graph_is_retained, saved_tensors_hooks
 from pyfused.types import STATE_FIELDS, ClassRange, Gradients, RowBlock, RowOptions
 
 # The state, of shape (fields, *target.shape); its first fields in the accumulation dtype, or None;
@@ -72,7 +73,8 @@ class LogitRows(RowBlock):
             state: The state over all classes.
             grad_results: The gradients of the first 1, 3 or 4 of the log-probability, the entropy,
                 the log-sum-exp and the weighted sum of logits, of shape (results, *target.shape).
-            logits: The logits that `state` returned; they are overwritten.
+            logits: The logits that `state` returned; they are overwritten, unless the graph is
+                retained.
             filter_below: As in `HeadLoop.run`.
         """
         input, rows, out = self.input, self.logits, logits
@@ -127,6 +129,8 @@ class HeadRows:
         all_classes, backend = self.layer.weight.shape[0], self.loop.backend
         state = self.target.new_empty((fields, self.target.shape[0]), dtype=torch.float64)
         saved: Tensor | None = None
+        if saved_tensors_hooks(True) is not None:  # backward must not overwrite what hooks return
+            keeps_logits = False
 
         def step(logits: Tensor, rows: slice, classes: slice) -> None:
             nonlocal saved
@@ -154,6 +158,8 @@ class HeadRows:
             if filter_below is not None and filter_below.dim():
                 filter_below = rows.take(filter_below)
         state, grad_results = state.contiguous(), grad_results.contiguous()
+        if logits is not None and graph_is_retained():  # another pass may read them
+            logits = logits.clone()
 
         def step(logits: Tensor, rows: slice, classes: slice) -> Tensor:
             block = self.block(logits, rows, classes)

@@ -311,8 +311,6 @@ class RowOperator(Operator):
         assert self.reference is not None
         if getattr(options, "with_metrics", False):
             options = options._replace(with_metrics=False)
-        if getattr(options, "inplace", False):
-            options = options._replace(inplace=False)
         result: Tensor = self.reference(*tensors, options)
         return result
 
@@ -386,23 +384,15 @@ def loss_forward(
     options: Options,
     needs: Needs,
     dtype: torch.dtype | None = None,
-    inplace: bool = False,
 ) -> Forward:
     """Returns the forward pass of a kernel that computes a loss and its gradients.
 
     Args:
         dtype: The dtype of the loss, None for the kernels' accumulation dtype.
-        inplace: Whether the gradient of the input overwrites the input.
     """
     in_forward = True in needs and gradients_in_forward(options.reduction, tensors[0].dtype)
-    outputs = outputs_of(True, tuple(needs) if in_forward else (), inplace, dtype)
+    outputs = outputs_of(True, tuple(needs) if in_forward else (), False, dtype)
     loss, gradients = kernel(tensors, options, outputs)
     if dtype is not None and loss is not None and loss.dtype is not dtype:
         loss = loss.to(dtype)
     return loss, tensors, gradients if in_forward else ()
-
-
-def index_of_saved_logits(op: RowOperator, saved: Tensors, *_: Any) -> int | None:
-    """Returns the index of the logits that `state_forward` saved; see `Operator.overwritten`."""
-    index = len(op.all_operands) + 1
-    return index if len(saved) > index else None

@@ -36,7 +36,6 @@ class Mine(Tensor):
 # op, arguments, options, and the reason; None if a kernel computes the call.
 CALLS: dict[str, tuple[str, tuple[Any, ...], dict[str, Any], str | None]] = {
     "cross_entropy": ("cross_entropy", (X, TARGET), {"label_smoothing": 0.1}, None),
-    "logits given up": ("cross_entropy", (X * 1, TARGET), {"inplace": True}, None),
     "empty": ("relu", (X[:0],), {}, reasons.SMALL),
     "inplace": ("relu", (X.clone(),), {"inplace": True}, IN_PLACE),
     "deprecated": ("mse_loss", (X, X), {"reduce": False}, DEPRECATED),

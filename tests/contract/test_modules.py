@@ -30,7 +30,6 @@ ADDED = {  # additional options of cross_entropy and linear_cross_entropy
     "loss_dtype": None,
     "filter_eps": 0.0,
     "memory_budget": None,
-    "inplace": False,
     "shard": None,
 }
 MODULES: dict[str, tuple[str, dict[str, Any]]] = {

@@ -233,7 +233,7 @@ template <class T> void run_pointwise(std::string& bytes, int threads) {
       append(bytes, grad);
     }
   }
-  scale(grad.data(), A(0.3), n, threads, false);
+  scale(grad.data(), A(0.3), n, threads);
   append(bytes, grad);
 }
 
