@@ -138,6 +138,22 @@ def _format(x: Tensor | None) -> Any:
     return None if x is None else (layout_reason("saved", x), x.dtype, x.device, x.shape)
 
 
+def _changed_by_hooks(ctx: Any, saved: Sequence[Any]) -> bool:
+    """Returns whether saved tensors have another format than those that were saved.
+
+    Raises:
+        RuntimeError: One has another shape.
+    """
+    if ctx.formats is None:
+        return False
+    formats = [*map(_format, saved)]
+    for before, after in zip(ctx.formats[0], formats, strict=True):
+        if before is not None and after[-1] != before[-1]:
+            expected = f"hooks for saved tensors to return shape {tuple(before[-1])}"
+            raise RuntimeError(f"{ctx.call[0].name}: expected {expected}, got {tuple(after[-1])}")
+    return formats != ctx.formats[0]
+
+
 def _saved_tensors(ctx: Any) -> list[Any]:
     """Returns the tensors that a call has saved.
 
@@ -196,8 +212,8 @@ def _computed_gradients(ctx: Any, grad_output: Tensor, reason: str | None) -> Gr
         message = "expected operands created outside of inference mode"
         raise RuntimeError(f"{reason or 'hooks that change saved tensors'}: {message}")
     saved = _saved_tensors(ctx)
-    if not reason and ctx.formats is not None and [*map(_format, saved)] != ctx.formats[0]:
-        reason = "hooks have changed the dtype, device or shape of saved tensors"
+    if _changed_by_hooks(ctx, saved):
+        reason = reason or "hooks have changed the dtype, device or layout of saved tensors"
     if not reason:
         return op.backward(saved, options, needs, grad_output, shard)  # type: ignore[no-any-return]
     create_graph = torch.is_grad_enabled()

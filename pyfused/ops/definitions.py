@@ -196,7 +196,10 @@ def reduced_rows(
         return loss.sum()
     divisor = options.denominator
     if divisor is None:
-        divisor = loss.numel() if divisors is None else divisors.sum()
+        divisor = loss.numel()
+        if divisors is not None:  # a mean of total weight 0 is NaN, as torch's
+            total = divisors.sum().to(loss.dtype)
+            divisor = total.where(total != 0, torch.nan)
     mean: Tensor = loss.sum() / divisor
     return mean
 

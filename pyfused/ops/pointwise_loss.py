@@ -337,7 +337,7 @@ class PointwiseLoss(TensorLoss):
             calls torch's function and differentiates it twice, which takes longer.
         clamps: Whether the formula's derivative depends on torch's derivative of clamp at a bound.
         masks: The indices of the operands that are bool in the formula.
-        ordered_like: The index of the operand whose memory order the unreduced loss has, as torch's.
+        ordered_like: The index of the operand whose memory order torch's unreduced loss has.
     """
 
     formula: Callable[..., Tensor]

@@ -81,7 +81,10 @@ class RowLoss:
         weights = self.weights(tensors, options, all_count)
         if token_weight is not None:
             weights = token_weight if weights is None else weights * token_weight
-        return tensors[0].shape[0] if weights is None else weights.sum(dtype=torch.float64)
+        if weights is None:
+            return tensors[0].shape[0]
+        total = weights.sum(dtype=torch.float64)
+        return total.where(total != 0, torch.nan)  # a mean of total weight 0 is NaN, as torch's
 
     def weights(self, _tensors: Tensors, _options: Options, _all_count: bool) -> Tensor | None:
         """Returns the weights of the rows in the default divisor, None for ones."""

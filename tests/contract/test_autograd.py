@@ -378,6 +378,38 @@ def test_saved_tensor_hooks(example: Example, dtype: torch.dtype) -> None:
     assert all(torch.equal(x, y) for x, y in packed.values())
 
 
+# What hooks may return for a saved tensor, and whether torch's definition computes with it.
+CHANGES: dict[str, tuple[Callable[[Tensor], Tensor], bool]] = {
+    "wider": (lambda x: x.double() if x.is_floating_point() else x, True),
+    "narrower": (lambda x: x.float() if x.is_floating_point() else x, True),
+    "subclass": (lambda x: x.as_subclass(Subclass), True),
+    "device": (lambda x: x.to("meta"), False),
+    "sparse": (lambda x: x.to_sparse() if x.dim() else x, False),
+    "shape": (lambda x: x.unsqueeze(0), False),
+    "fewer": (lambda x: x.flatten()[:1], False),
+}
+
+
+@every_example
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+def test_hooks_that_change_saved_tensors(
+    example: Example, change: tuple[Callable[[Tensor], Tensor], bool]
+) -> None:
+    """Kernels read the memory of saved tensors in the format in which they were saved."""
+    function, is_valid = change
+    call = example.call(torch.float64 if change is CHANGES["narrower"] else torch.float32)
+    with saved_tensors_hooks(lambda x: function(x.detach()), lambda x: x):
+        value = call.ours()
+    leaves = [*call.leaves.values()]
+    if not is_valid:
+        with pytest.raises((RuntimeError, NotImplementedError)):
+            torch.autograd.grad(value, leaves, above(value))
+        return
+    found = torch.autograd.grad(value, leaves, above(value))
+    assert [x.dtype for x in found] == [x.dtype for x in leaves]
+    close(found, gradients(call, of_torch), rtol=1e-4, atol=1e-4, check_dtype=False)
+
+
 @every_operator
 @pytest.mark.parametrize("reentrant", [False, True], ids=["", "reentrant"])
 def test_checkpoint(example: Example, reentrant: bool) -> None:

@@ -57,9 +57,9 @@ def test_operands_that_share_memory(op: Operator) -> None:
         pytest.skip("torch computes it on GPUs, and raises for some strides")
     tried = Counter[tuple[str, ...]]()
     for shared in pairs_of(op):
-        for seed in range(2 if interpreter.ON else 6):
+        for seed in range(1 if interpreter.ON else 3):
             call = random_call(op, seed, SIZES[seed % 2], shared=shared)
             tried[call.shared] += 1
             check_call(call)
     operands = [operand.name for operand in op.operands if not operand.indices]
-    assert tried.keys() >= {*itertools.combinations(operands, 2)} - UNLIKE.get(op.name, set())
+    assert tried.keys() >= {*itertools.combinations(operands, 2)}

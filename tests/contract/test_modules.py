@@ -178,5 +178,6 @@ def test_weights_move_with_the_module(name: str) -> None:
 def test_modules_refuse_options_that_their_function_lacks(
     name: str, arguments: dict[str, Any], unknown: str
 ) -> None:
-    with pytest.raises(TypeError, match=rf"{name}\(\) got an unexpected keyword argument '{unknown}'"):
+    message = rf"{name}\(\) got an unexpected keyword argument '{unknown}'"
+    with pytest.raises(TypeError, match=message):
         getattr(fused, name)(**arguments, **{unknown: 1})

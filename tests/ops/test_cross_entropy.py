@@ -14,7 +14,13 @@ from conftest import ISAS
 from grid import grid
 from samples import target_indices, target_probabilities
 
-from pyfused.functional import cross_entropy, linear_log_probs, log_probs, log_softmax
+from pyfused.functional import (
+    cross_entropy,
+    linear_cross_entropy,
+    linear_log_probs,
+    log_probs,
+    log_softmax,
+)
 
 INF, NAN = float("inf"), float("nan")
 KINDS = ["index", "probabilities"]
@@ -46,6 +52,42 @@ def test_ignore_index(ignored: int, smoothing: float, weighted: bool, reduction:
         target[torch.rand(target.shape) < 0.3] = ignored
         got = check(logits, target, torch.rand(shape[1]) if weighted else None, **options)
         assert not got.gradients[0].movedim(1, -1)[target == ignored].any()
+
+
+@pytest.mark.parametrize("factor", [INF, NAN])
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_gradients_of_ignored_rows_are_zero(
+    reduction: str, dtype: torch.dtype, factor: float
+) -> None:
+    """grad_output scales the gradients of the forward pass, but 0 times NaN is NaN."""
+    logits, target = problem((6, 5), "index", dtype)
+    target[::2] = -100
+    loss = cross_entropy(logits, target, reduction=reduction)
+    for _ in range(2):
+        (grad,) = torch.autograd.grad((factor * loss).sum(), logits, retain_graph=True)
+        assert torch.equal(grad[::2], torch.zeros(3, 5, dtype=dtype))
+        assert not grad[1::2].isfinite().any()
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_the_mean_of_targets_whose_classes_have_weight_zero(smoothing: float) -> None:
+    logits, target = problem((6, 5), "index")
+    weight = torch.ones(5).index_fill(0, target, 0)
+    check(logits, target, weight=weight, label_smoothing=smoothing)
+    head = linear_cross_entropy(logits, torch.eye(5), target, weight=weight, label_smoothing=0.1)
+    assert head.isnan()
+
+
+@pytest.mark.parametrize("shape", SHAPES[1:])
+@pytest.mark.parametrize("smoothing", [0.5, 1.0])
+def test_smoothed_probabilities_of_huge_logits(smoothing: float, shape: tuple[int, ...]) -> None:
+    """The sum of all log-probabilities overflows, but not their mean."""
+    logits = torch.zeros(shape)
+    logits[:, ::2] = -1e38
+    target = target_probabilities(shape)
+    check(logits.requires_grad_(), target, label_smoothing=smoothing, reduction="none")
+    assert cross_entropy(logits, target, label_smoothing=smoothing).isfinite()
 
 
 @pytest.mark.interpreted

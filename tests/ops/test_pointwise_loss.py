@@ -283,3 +283,11 @@ def test_unreduced_losses_have_the_memory_order_of_torchs(loss: Loss) -> None:
         }
         call = Call(loss.op, given | loss.parameters | {"reduction": "none"})
         assert call.ours().stride() == call.reference().stride(), transposed
+
+
+def test_a_loss_of_mixed_dtypes_warns_once() -> None:
+    """Its dtype is that of torch's function, which warns too."""
+    operands = torch.rand(4, 5), torch.rand(4, 5).double()
+    with pytest.warns(UserWarning, match="'mean' divides the total loss") as caught:
+        functional.kl_div(*operands)
+    assert len(caught) == 1
