@@ -299,7 +299,6 @@ def linear_cross_entropy(
     options: Any = None,
     memory_budget: int | None = None,
     softcap: float | None = None,
-    filter_eps: float = _ZERO,
     z_loss: float = _ZERO,
     scale: float = _ONE,
     temperature: float = _ONE,
@@ -342,13 +341,6 @@ def linear_cross_entropy(
             float32 sum of the weight's gradient. It affects only rounding.
         softcap, z_loss, scale, temperature, token_weight, denominator, loss_dtype: As in
             :func:`cross_entropy`.
-        filter_eps: Skips classes in a block's gradient products if the gradients of all their
-            logits are below ``eps = filter_eps * grad_output``, divided by the mean's denominator
-            (Wijmans et al. 2024, arXiv 2411.09009, who use 2 ** -12, the precision of bfloat16).
-            The error is below ``eps * linear_weight.abs().sum(0)`` for the input's gradient and
-            below ``eps * input.abs().sum(0)`` for the weight's gradient. It is small for confident
-            predictions; otherwise many small probabilities add up. 0.0 skips nothing. On GPUs, each
-            block synchronises to find these classes. Has no effect with ``shard``.
         shard: As in :func:`cross_entropy`. Each process passes the ``linear_weight`` and
             ``linear_bias`` of its classes, and the same ``input``, whose gradient is summed over
             the processes.
@@ -368,7 +360,7 @@ def linear_cross_entropy(
             )
         )
         and softcap is token_weight is denominator is loss_dtype is shard is memory_budget is None
-        and filter_eps is z_loss is _ZERO
+        and z_loss is _ZERO
         and scale is temperature is _ONE
         # torch has the function from 2.13 on, for inputs of one or two dimensions.
         and hasattr(F, op.name)
@@ -398,7 +390,6 @@ def linear_cross_entropy(
         z_loss=z_loss,
         scale=scale,
         label_smoothing=label_smoothing,
-        filter_eps=filter_eps,
         ignore_index=-100 if ignore_index is None else ignore_index,
         reduction=reduction,
         memory_budget=memory_budget,
@@ -419,7 +410,6 @@ def linear_cross_entropy_with_metrics(
     reduction: Reduction = "mean",
     label_smoothing: float = 0.0,
     memory_budget: int | None = None,
-    filter_eps: float = 0.0,
     shard: VocabShard | None = None,
     **options: Unpack[FusedOptions],
 ) -> tuple[Tensor, Metrics]:
@@ -428,7 +418,7 @@ def linear_cross_entropy_with_metrics(
     Args:
         input, linear_weight, target, linear_bias, weight, ignore_index, reduction: As in
             :func:`linear_cross_entropy`.
-        label_smoothing, memory_budget, filter_eps, shard: As in :func:`linear_cross_entropy`.
+        label_smoothing, memory_budget, shard: As in :func:`linear_cross_entropy`.
         options: The other keyword arguments of :func:`linear_cross_entropy`.
 
     Returns:
@@ -444,7 +434,6 @@ def linear_cross_entropy_with_metrics(
         label_smoothing=label_smoothing,
         with_metrics=True,
         memory_budget=memory_budget,
-        filter_eps=filter_eps,
         **others,
     )
     return run(op, tensors, loss_options, shard)  # type: ignore[return-value]

@@ -215,13 +215,11 @@ else:  # torch has this module since 2.13
 class LinearCrossEntropyLoss(_LinearCrossEntropyLoss, _Module):
     """``torch.nn.LinearCrossEntropyLoss`` over :func:`pyfused.functional.linear_cross_entropy`.
 
-    Takes torch's arguments and the function's keyword arguments, including ``memory_budget`` and
-    ``filter_eps``. The linear layer is the attribute ``linear``. For the head of a model, call the
-    function.
+    Takes torch's arguments and the function's keyword arguments, including ``memory_budget``. The
+    linear layer is the attribute ``linear``. For the head of a model, call the function.
     """
 
     memory_budget: int | None = None
-    filter_eps = 0.0
     fused_options: Mapping[str, Any] = {}
     tensor_options: tuple[str, ...] = ()
 
@@ -240,7 +238,6 @@ class LinearCrossEntropyLoss(_LinearCrossEntropyLoss, _Module):
         label_smoothing: float = 0.0,
         options: Any = None,
         memory_budget: int | None = None,
-        filter_eps: float = 0.0,
         **fused_options: Unpack[ModuleOptions],
     ) -> None:
         _WeightedLoss.__init__(self, weight, None, None, reduction)
@@ -255,14 +252,12 @@ class LinearCrossEntropyLoss(_LinearCrossEntropyLoss, _Module):
         columns = math.prod(out_features, start=num_classes)
         self.linear = torch.nn.Linear(in_features, columns, bias, device, dtype)
         self.options = options
-        self.memory_budget, self.filter_eps = memory_budget, filter_eps
+        self.memory_budget = memory_budget
         set_options(self, checks.keywords("LinearCrossEntropyLoss", fused_options))
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
         shape = self.num_classes, *self.out_features
-        bias, options = self.linear.bias, options_of(self)
-        if self.filter_eps != 0:  # small calls with defaults are torch's
-            options["filter_eps"] = self.filter_eps
+        bias = self.linear.bias
         return F.linear_cross_entropy(
             input,
             self.linear.weight.reshape(*shape, self.linear.in_features),
@@ -274,11 +269,11 @@ class LinearCrossEntropyLoss(_LinearCrossEntropyLoss, _Module):
             label_smoothing=self.label_smoothing,
             options=self.options,
             memory_budget=self.memory_budget,
-            **options,
+            **options_of(self),
         )
 
     def extra_repr(self) -> str:
-        changed = _changed(self, memory_budget=None, filter_eps=0.0)
+        changed = _changed(self, memory_budget=None)
         return ", ".join(filter(None, (super().extra_repr(), changed)))
 
 

@@ -101,7 +101,6 @@ OPTIONS = {
         _option("gamma", low=0.0, special=(0.0,)),
         _option("z_loss", low=0.0, special=(0.0,)),
         _option("scale", positive=True, special=(1.0,)),
-        _option("filter_eps", low=0.0, special=(0.0,)),
         _option("beta", low=0.0, high=1.0, special=(0.0, 1.0)),
         _option("teacher_softcap", positive=True, optional=True),
     )
@@ -133,7 +132,6 @@ class CrossEntropyOptions(NamedTuple):
             the valid targets.
         softcap, temperature, ignore_index: As in `RowOptions`.
         scale: The factor of the logits, after the softcap.
-        filter_eps: Matrix products of a head skip gradients of logits below this.
         reduction: The reduction over rows (tokens): "none", "mean" or "sum".
         memory_budget: Bytes for the logits in memory at once, None for the default.
         loss_dtype: The dtype of the loss, None for torch's.
@@ -150,7 +148,6 @@ class CrossEntropyOptions(NamedTuple):
     z_loss: float = 0.0
     scale: float = 1.0
     label_smoothing: float = 0.0
-    filter_eps: float = 0.0
     ignore_index: int = -100
     reduction: str = "mean"
     memory_budget: int | None = None

@@ -231,7 +231,7 @@ def examples(op: Operator) -> Iterator[Example]:
         yield Example(op, "everything", base | together, (*optional,))
 
 
-ALONE = ("dtype", "filter_eps", "loss_dtype", "remainder", "with_metrics")
+ALONE = ("dtype", "loss_dtype", "remainder", "with_metrics")
 
 
 def tried(op: Operator, name: str, default: Any) -> list[Any]:

@@ -177,7 +177,6 @@ OPTIONS: dict[str, list[Any]] = {
         ("dim", [*range(-5, 5)]),
         ("dtype loss_dtype", [torch.float32, torch.bfloat16, torch.float64, torch.float16]),
         ("eps", [1e-3, 0.5]),
-        ("filter_eps", [0.0]),
         ("full log_input log_target reduce size_average squared swap", [False, True]),
         ("return_entropy return_lse return_metrics", [False, True]),
         ("gamma", [1.0, 1.5, 2.0, 3.5]),  # below 1, torch's gradient is NaN for p = 1

@@ -93,8 +93,8 @@ class LogProbsLoss:
 
     def grad_results(
         self, _state: Tensor, _: Tensors, _options: Options, _classes: int, grad_output: Tensor
-    ) -> tuple[Tensor, None]:
-        return grad_output, None
+    ) -> Tensor:
+        return grad_output
 
 
 @dataclass(eq=False, kw_only=True, repr=False)

@@ -98,7 +98,7 @@ OWN: Wrong = {
     # linear layers
     "linear_cross_entropy(X, W, Y, memory_budget=0)": "ValueError|memory_budget: |of bytes, got 0",
     "linear_cross_entropy(X, W, Y, memory_budget=True)": "TypeError|memory_budget: |got bool True",
-    "linear_cross_entropy(X, W, Y, filter_eps=-0.5)": "ValueError|filter_eps: expected",
+    "linear_cross_entropy(X, W, Y, z_loss=-0.5)": "ValueError|z_loss: expected",
     "linear_cross_entropy(X, W, Y, token_weight=W[:3, 0])": "ValueError|token_weight: |shape (4,)",
     "linear_cross_entropy(X, W, Y, linear_bias=W[:3, 0])": "RuntimeError|linear_bias|(7,)|(3,)",
     "linear_cross_entropy(X, W[:, :4], Y)": "RuntimeError|linear_weight",
