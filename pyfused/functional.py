@@ -42,7 +42,6 @@ Other names, such as ``conv2d``, are torch's functions.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from numbers import Real
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -827,50 +826,6 @@ def cosine_embedding_loss(
             input1, input2, target, margin, size_average, reduce, reduction
         )
     return run(op, (input1, input2, target), op.options(margin=margin, reduction=reduction))
-
-
-def contrastive_loss(
-    a: Tensor,
-    b: Tensor,
-    scale: float | Tensor = 1.0,
-    bias: float | Tensor | None = None,
-    *,
-    reduction: Reduction = "mean",
-    memory_budget: int | None = None,
-) -> Tensor:
-    """Returns the contrastive loss of N pairs of embeddings, without all N x N logits in memory.
-
-    Row i of ``b`` is the positive of row i of ``a``; all other rows are negatives. torch has no
-    such function. Without ``bias``, it is the loss of CLIP (InfoNCE in both directions; Radford et
-    al. 2021, arXiv 2103.00020), where ``scale`` is the inverse of a temperature::
-
-        logits, target = scale * a @ b.T, torch.arange(N)
-        (cross_entropy(logits, target) + cross_entropy(logits.T, target)) / 2
-
-    With ``bias``, it is the sigmoid loss of SigLIP (Zhai et al. 2023, arXiv 2303.15343)::
-
-        logits = scale * a @ b.T + bias
-        binary_cross_entropy_with_logits(logits, torch.eye(N), reduction="sum") / N
-
-    For a single direction, additional candidates such as hard negatives, or embeddings gathered
-    from several processes, call ``linear_cross_entropy(scale * a, b, target)``, where ``target`` is
-    the index in ``b`` of each row's positive.
-
-    Args:
-        a, b: Embeddings, both of shape (N, D), usually normalised.
-        scale, bias: A number, or a tensor of one element, which may require grad.
-        reduction: ``"none"`` returns one loss for each row of ``a``; ``"mean"`` divides by N.
-        memory_budget: Limits the bytes of the logits that exist at once; None for the default.
-
-    Returns:
-        The loss: a scalar, or of shape (N) for ``"none"``; float64 for float64 embeddings,
-        otherwise float32.
-    """
-    scale = float(scale) if isinstance(scale, Real) else scale
-    bias = float(bias) if isinstance(bias, Real) else bias
-    op = operators.CONTRASTIVE_LOSS
-    options = op.options(reduction=reduction, memory_budget=memory_budget)
-    return run(op, (a, b, bias, scale), options)
 
 
 def mse_loss(

@@ -417,20 +417,6 @@ class CosineEmbeddingLoss(torch.nn.CosineEmbeddingLoss, _Module):
         )
 
 
-class ContrastiveLoss(_Loss, _Module):
-    """:func:`pyfused.functional.contrastive_loss` as a module."""
-
-    def __init__(self, *, reduction: Reduction = "mean", memory_budget: int | None = None) -> None:
-        super().__init__(reduction=reduction)
-        self.memory_budget = memory_budget
-
-    def forward(
-        self, a: Tensor, b: Tensor, scale: float | Tensor = 1.0, bias: float | Tensor | None = None
-    ) -> Tensor:
-        options = {"reduction": self.reduction, "memory_budget": self.memory_budget}
-        return F.contrastive_loss(a, b, scale, bias, **options)
-
-
 class MarginRankingLoss(torch.nn.MarginRankingLoss, _Module):
     def forward(self, input1: Tensor, input2: Tensor, target: Tensor) -> Tensor:
         return F.margin_ranking_loss(input1, input2, target, self.margin, reduction=self.reduction)

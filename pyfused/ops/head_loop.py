@@ -45,7 +45,7 @@ class HeadLoop:
         dtype: The dtype of the matrix products.
         size: Returns the size of a block, given the number of rows.
         needs: Whether the input, the weight and the bias need a gradient.
-        pads: Whether to add classes of weight 0 on GPUs, if a block has all classes. In half
+        pads: Whether to add classes of weight 0, if a block has all classes. On GPUs in half
             precision, products whose sizes are no multiples of 8 take several times as long.
     """
 
@@ -53,11 +53,10 @@ class HeadLoop:
     dtype: torch.dtype
     size: Callable[[int], BlockSize]
     needs: Sequence[bool]
-    pads: bool = True
 
     def __post_init__(self) -> None:
         self.wide = accumulate_dtype(self.dtype)
-        self.pads = self.pads and self.backend.ASYNCHRONOUS and self.dtype.itemsize == 2
+        self.pads = self.backend.ASYNCHRONOUS and self.dtype.itemsize == 2
 
     def run(
         self,
