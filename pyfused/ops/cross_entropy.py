@@ -183,8 +183,7 @@ def metrics_state(
     state, *_ = LogitRows(logits, *inputs).state(fields)
     if indices:
         return state
-    scale = options.scale / options.temperature
-    plain = CrossEntropyOptions(reduction="none", scale=scale)
+    plain = CrossEntropyOptions(reduction="none", scale=row_options.scale)
     tensors = logits.detach(), target.detach(), None, None, None
     loss, _ = backend_of(logits).cross_entropy(tensors, plain, Outputs())
     assert loss is not None
