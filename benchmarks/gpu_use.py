@@ -103,7 +103,6 @@ def gpu_smoke(options: Namespace) -> None:
 ROWS = (4096, 8192, 16_384, 32_768)
 MANY_CLASSES = ((8388, 32_000), (8192, 50_257), (2092, 128_256))
 KERNEL_CASES = (
-    *(Case("contrastive_loss", (n, 512), BF16) for n in (8192, 32_768)),
     *(Case("cross_entropy", (n, 1000), BF16) for n in ROWS),
     *(Case("cross_entropy", shape, BF16) for shape in MANY_CLASSES),
     Case("cross_entropy", (16, 21, 512, 512)),
@@ -153,8 +152,6 @@ def kernel_rows(case: Case, clock: Clock, device: str, rounds: int) -> list[list
     times = dict(zip(steps, interleaved(timers, rounds, 1), strict=True))
     ours = times.pop("pyfused")
     relative = {name: spread(ratios(each, ours)) for name, each in times.items()}
-    if case.op == "contrastive_loss":  # limited by products
-        del relative["copy"]
     leaves = [cases.step(operators[name], case, arguments) for name in ("pyfused", "torch")]
     memory = [f"{peak(step) / 2**30:.3g}" for step in leaves]
     kernels = launches(steps["pyfused"]) if device == "cuda" else ""
@@ -170,7 +167,7 @@ def gpu_kernels(options: Namespace) -> None:
     columns = ["case", "", "ms", "torch", "Liger", "share of a copy", "GiB", "GiB, torch"]
     table = Table(options, description, [*columns, "launches"], names=2)
     clock, rounds = Clock(table.device), 3 if options.trial else 15
-    tiny = (Case("contrastive_loss", (8, 4), BF16), Case("cross_entropy", (4, 10), BF16))
+    tiny = (Case("softmax", (4, 10), BF16), Case("cross_entropy", (4, 10), BF16))
     with sizes.every_size():
         for case in cases.chosen(tiny if options.trial else KERNEL_CASES, options.k):
             table.add(case.name, partial(kernel_rows, case, clock, table.device, rounds))

@@ -14,7 +14,6 @@ import subprocess
 import sys
 from argparse import Namespace
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -31,7 +30,7 @@ from cases import (
     settle_allocator,
     timers_of,
 )
-from report import ROOT, spread, tabulated
+from report import spread, tabulated
 from rich.progress import track
 
 import pyfused.functional
@@ -149,50 +148,6 @@ def head(options: Namespace) -> None:
         results = report.measured(report.machine_info())
         caption = f"{report.machine(results)}. Medians, and in brackets quartiles."
         report.write_table(report.RESULTS / report.slug(results) / "heads.md", caption, table)
-
-
-# ---- filter_eps ----------------------------------------------------------------------------------
-
-
-def trained(case: HeadCase, steps: int) -> HeadCase:
-    """Trains the demo's GPT; returns its head with 1,024 unseen tokens."""
-    sys.path.insert(0, str(ROOT / "examples"))
-    import gpt
-
-    torch.manual_seed(0)
-    generator = torch.Generator().manual_seed(0)
-    (ROOT / ".benchmarks").mkdir(exist_ok=True)
-    text, ours = gpt.load(ROOT / ".benchmarks" / "tokens.pt"), pyfused.functional
-    model = gpt.GPT(text["vocabulary"], relu=ours.relu)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.95), fused=True)
-    for _ in track(range(steps), "training"):
-        inputs, target = gpt.sample(text["training"], generator)
-        optimizer.zero_grad()
-        loss = gpt.loss_of(model, model(inputs).flatten(0, 1), target.flatten(), ours, True)
-        loss.backward()
-        optimizer.step()
-    print(f"loss after {steps} steps: {loss.item():.2f}")
-    inputs, target = gpt.sample(text["held_out"], generator)
-    case.input = model(inputs).flatten(0, 1).detach().requires_grad_()
-    case.head, case.target = model.head.weight.detach().requires_grad_(), target.flatten()
-    return case
-
-
-def filter_eps(options: Namespace) -> None:
-    """Prints times, and the largest error of each gradient relative to its largest element."""
-    settle_allocator()
-    thresholds = (0.0, 2.0**-16, 2.0**-12, 2.0**-8)
-    rows, (random, model) = [], (HeadCase(1024, 128, 32_000) for _ in range(2))
-    for name, case in (("random", random), ("trained", trained(model, options.steps))):
-        steps = [partial(case.ours, filter_eps=threshold) for threshold in thresholds]
-        exact, *filtered = [step() for step in steps]
-        unfiltered, *all_times = interleaved(timers_of(steps), rounds=7, calls=1)
-        for threshold, gradients, times in zip(thresholds[1:], filtered, all_times, strict=True):
-            pairs = zip(gradients, exact, strict=True)
-            errors = [f"{(x - y).abs().max() / y.abs().max():.1e}" for x, y in pairs]
-            rows.append([name, f"{threshold:.1e}", spread(ratios(times, unfiltered)), *errors])
-    columns = ["logits", "filter_eps", "time", "error of the input's gradient", "of the weight's"]
-    print(tabulated(columns, rows, names=1))
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import math
 import os
 import random
 import shutil
@@ -62,9 +61,8 @@ GATED = cases.of_family("Gated")
 ELEMENTWISE = (*POINTWISE, *ACTIVATIONS, *GATED, "rmse_loss")
 # Operators that `cases.draw` does not know, and operators with the same arguments.
 SAME_ARGUMENTS = {
-    **dict.fromkeys((*GATED, "kl_div_with_logits"), "contrastive_loss"),
     **dict.fromkeys(("log_probs", "additive_margin", "cross_entropy_with_metrics"), "nll_loss"),
-    "rmse_loss": "mse_loss",
+    **dict.fromkeys((*GATED, "kl_div_with_logits", "rmse_loss"), "mse_loss"),
 }
 # Numbers for which there are further kernels.
 NUMBERS = {"sigmoid_focal_loss": {"gamma": (2.0, 3.0)}, "triplet_margin_loss": {"p": (2.0, 1.0)}}
@@ -75,8 +73,6 @@ def cases_of(op: str) -> Iterator[Case]:
         yield from (Case(op, (SMALL,)), Case(op, (LARGE,)), Case(op, (LARGE,), spread=SATURATED))
         if op in POINTWISE and any(operand.optional for operand in OPERATORS[op].operands):
             yield Case(op, (LARGE,), optional=True)
-    elif op == "contrastive_loss":
-        yield from (Case(op, (math.isqrt(n), 64)) for n in (SMALL, LARGE))
     elif op in EMBEDDINGS:
         yield from (Case(op, (n // 128, 128)) for n in (SMALL, LARGE))
     else:

@@ -330,9 +330,6 @@ class Commands:
         add("--seconds", type=float, default=165, help="start no new measurement after this time")
         add("--serial", action="store_true", help="only print the time outside of parallel regions")
         add("--trial", action="store_true", help="run tiny cases, to test the command")
-        words = "measure speed-up and error of linear_cross_entropy's filter_eps on a trained model"
-        add = command("filter-eps", "head.filter_eps", words)
-        add("--steps", type=int, default=600, help="training steps")
 
     def add_gpu(self) -> None:
         for name, module, words in (

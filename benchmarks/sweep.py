@@ -175,7 +175,6 @@ def sweep(options: Namespace) -> None:
     cases.settle_allocator()
     how = options.how
     ops = [op for op in options.op or OPS if how != PATCHED or hasattr(F, op)]
-    ops = [op for op in ops if op != "contrastive_loss"]  # it would need n x n logits
     seed = random.randrange(1 << 16) if options.seed is None else options.seed
     info = machine_info() | {"threads": " and ".join(map(str, options.threads))}
     print(f"--seed {seed}: {machine(measured(info))}, torch on {VECTORS}")

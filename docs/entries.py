@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -28,14 +27,12 @@ class Curve:
 
     Attributes:
         others: The logits of the other classes, or the other features, besides the one drawn.
-        function: The loss of one point, instead of a call with these arguments.
     """
 
     label: str
     arguments: tuple[Any, ...] = ()
     options: dict[str, Any] = field(default_factory=dict)
     others: tuple[float, ...] = ()
-    function: Callable[[torch.Tensor], torch.Tensor] | None = None
 
 
 @dataclass(frozen=True)
@@ -76,7 +73,6 @@ OF_HEAD = (
 )
 TARGETS = Curve("target 0", (0.0,)), Curve("target 1", (1.0,))
 UP = Curve("up 1", (1.0,)), Curve("up -0.5", (-0.5,))
-_EYE = torch.eye(2)
 SIGNS = Curve("target 1", (1.0,)), Curve("target -1", (-1.0,))
 
 GALLERY: dict[str, dict[str, Entry]] = {
@@ -233,27 +229,6 @@ GALLERY: dict[str, dict[str, Entry]] = {
                 Curve("target -1, margin 0.5", (1.0, -1), {"margin": 0.5}, (1.0,)),
             ),
             axis="first of two features, the second is 1",
-        ),
-        "contrastive_loss": Entry(
-            r"\frac{1}{2} \left(\log\, \sum_j e^{z_{ij}} + \log\, \sum_j e^{z_{ji}}\right)"
-            r" - z_{ii}, \quad z_{ij} = s \, a_i \cdot b_j",
-            "For embeddings of pairs, such as images and texts or queries and passages, where the"
-            " other pairs of a batch are negatives. A bias selects the sigmoid loss of SigLIP,"
-            " which classifies each of the N x N pairs by itself. Logits are never in memory as a"
-            " whole, so the batch can be large.",
-            (
-                Curve("scale 1", function=lambda x: functional.contrastive_loss(_EYE, x * _EYE)),
-                Curve(
-                    "scale 4", function=lambda x: functional.contrastive_loss(_EYE, x * _EYE, 4.0)
-                ),
-                Curve(
-                    "scale 4, bias -1",
-                    function=lambda x: functional.contrastive_loss(_EYE, x * _EYE, 4.0, -1.0),
-                ),
-            ),
-            low=-1.0,
-            high=1.0,
-            axis="cosine of each of two pairs; others are 0",
         ),
         "hinge_embedding_loss": Entry(
             r"\begin{cases} x & t = 1 \\ \max(0,\; m - x) & t = -1 \end{cases}",
@@ -529,20 +504,6 @@ scores = torch.randn(64, requires_grad=True)
 target = torch.randn(64).sign()  # -1 and 1
 loss = F.hinge_loss(scores, target, squared=True)
 loss.backward()
-""",
-    "contrastive_loss": """
-normalize = torch.nn.functional.normalize
-images, texts = torch.randn(2, 64, 16, requires_grad=True)
-log_scale = torch.tensor(2.66, requires_grad=True)  # learned, as in CLIP
-loss = F.contrastive_loss(normalize(images), normalize(texts), log_scale.exp())
-loss.backward()
-
-bias = torch.tensor(-10.0, requires_grad=True)
-F.contrastive_loss(normalize(images), normalize(texts), log_scale.exp(), bias).backward()
-
-queries, passages = torch.randn(8, 16, requires_grad=True), torch.randn(24, 16)
-target = torch.arange(8)  # passages 8 to 23 are hard negatives, and there is one direction
-F.linear_cross_entropy(20.0 * queries, passages, target).backward()
 """,
     "hinge_embedding_loss": """
 left, right = torch.randn(64, 10, requires_grad=True), torch.randn(64, 10)

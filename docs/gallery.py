@@ -62,10 +62,6 @@ def evaluate(name: str, entry: Entry, curve: Curve) -> tuple[Tensor, Tensor, Ten
 
 def _call(name: str, curve: Curve, x: Tensor) -> tuple[Tensor, Tensor]:
     x = x.clone().requires_grad_()
-    if curve.function is not None:
-        value = torch.stack([curve.function(each) for each in x])
-        (gradient,) = torch.autograd.grad(value.sum(), x)
-        return value.detach(), gradient
     others = [torch.full_like(x, other, requires_grad=False) for other in curve.others]
     input = torch.stack([x, *others], 1) if others else x
     input = input[:, None] if "linear_weight" in curve.options else input

@@ -378,7 +378,7 @@ def class_indices(classes: int, target: Tensor, ignore_index: int) -> None:
         raise_out_of_range(classes, target, ignore_index, first)
 
 
-# ---- linear layers, contrastive losses and distillation ------------------------------------------
+# ---- linear layers and distillation --------------------------------------------------------------
 
 
 def linear_layer(input: Tensor, weight: Tensor, bias: Any, prefix: str = "") -> None:
@@ -415,22 +415,6 @@ def same_device(input: Tensor, prefix: str = "", **parameters: Any) -> None:
         if isinstance(value, Tensor) and value.device != input.device:
             expected = f"the {prefix}input's device {input.device}"
             raise _error(f"{prefix}{name}", expected, value.device)
-
-
-def contrastive_loss(a: Tensor, b: Tensor, bias: Any, scale: Any, _: Any) -> None:
-    bounded(Scalar("scale", error=ValueError), scale)
-    bounded(Scalar("bias", optional=True, error=ValueError), bias)
-    _floating("a", a)
-    if a.dim() != 2:
-        raise _error("a", "shape (N, D)", a.shape)
-    if b.shape != a.shape:
-        hint = ". For more candidates, call linear_cross_entropy(scale * a, b, target)"
-        raise _error("b", f"the shape of a, {tuple(a.shape)}", f"{tuple(b.shape)}{hint}")
-    autocast = not a.is_meta and torch.is_autocast_enabled(a.device.type)
-    same_dtype = b.dtype is a.dtype or (autocast and torch.float64 not in (a.dtype, b.dtype))
-    if b.device != a.device or not same_dtype:
-        expected = f"the dtype and device of a, {a.dtype} on {a.device}"
-        raise _error("b", expected, f"{b.dtype} on {b.device}")
 
 
 def kl_div_with_logits(

@@ -42,7 +42,6 @@ Other names, such as ``conv2d``, are torch's functions.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from numbers import Real
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -300,7 +299,6 @@ def linear_cross_entropy(
     options: Any = None,
     memory_budget: int | None = None,
     softcap: float | None = None,
-    filter_eps: float = _ZERO,
     z_loss: float = _ZERO,
     scale: float = _ONE,
     temperature: float = _ONE,
@@ -343,13 +341,6 @@ def linear_cross_entropy(
             float32 sum of the weight's gradient. It affects only rounding.
         softcap, z_loss, scale, temperature, token_weight, denominator, loss_dtype: As in
             :func:`cross_entropy`.
-        filter_eps: Skips classes in a block's gradient products if the gradients of all their
-            logits are below ``eps = filter_eps * grad_output``, divided by the mean's denominator
-            (Wijmans et al. 2024, arXiv 2411.09009, who use 2 ** -12, the precision of bfloat16).
-            The error is below ``eps * linear_weight.abs().sum(0)`` for the input's gradient and
-            below ``eps * input.abs().sum(0)`` for the weight's gradient. It is small for confident
-            predictions; otherwise many small probabilities add up. 0.0 skips nothing. On GPUs, each
-            block synchronises to find these classes. Has no effect with ``shard``.
         shard: As in :func:`cross_entropy`. Each process passes the ``linear_weight`` and
             ``linear_bias`` of its classes, and the same ``input``, whose gradient is summed over
             the processes.
@@ -369,7 +360,7 @@ def linear_cross_entropy(
             )
         )
         and softcap is token_weight is denominator is loss_dtype is shard is memory_budget is None
-        and filter_eps is z_loss is _ZERO
+        and z_loss is _ZERO
         and scale is temperature is _ONE
         # torch has the function from 2.13 on, for inputs of one or two dimensions.
         and hasattr(F, op.name)
@@ -399,7 +390,6 @@ def linear_cross_entropy(
         z_loss=z_loss,
         scale=scale,
         label_smoothing=label_smoothing,
-        filter_eps=filter_eps,
         ignore_index=-100 if ignore_index is None else ignore_index,
         reduction=reduction,
         memory_budget=memory_budget,
@@ -420,7 +410,6 @@ def linear_cross_entropy_with_metrics(
     reduction: Reduction = "mean",
     label_smoothing: float = 0.0,
     memory_budget: int | None = None,
-    filter_eps: float = 0.0,
     shard: VocabShard | None = None,
     **options: Unpack[FusedOptions],
 ) -> tuple[Tensor, Metrics]:
@@ -429,7 +418,7 @@ def linear_cross_entropy_with_metrics(
     Args:
         input, linear_weight, target, linear_bias, weight, ignore_index, reduction: As in
             :func:`linear_cross_entropy`.
-        label_smoothing, memory_budget, filter_eps, shard: As in :func:`linear_cross_entropy`.
+        label_smoothing, memory_budget, shard: As in :func:`linear_cross_entropy`.
         options: The other keyword arguments of :func:`linear_cross_entropy`.
 
     Returns:
@@ -445,7 +434,6 @@ def linear_cross_entropy_with_metrics(
         label_smoothing=label_smoothing,
         with_metrics=True,
         memory_budget=memory_budget,
-        filter_eps=filter_eps,
         **others,
     )
     return run(op, tensors, loss_options, shard)  # type: ignore[return-value]
@@ -839,50 +827,6 @@ def cosine_embedding_loss(
             input1, input2, target, margin, size_average, reduce, reduction
         )
     return run(op, (input1, input2, target), op.options(margin=margin, reduction=reduction))
-
-
-def contrastive_loss(
-    a: Tensor,
-    b: Tensor,
-    scale: float | Tensor = 1.0,
-    bias: float | Tensor | None = None,
-    *,
-    reduction: Reduction = "mean",
-    memory_budget: int | None = None,
-) -> Tensor:
-    """Returns the contrastive loss of N pairs of embeddings, without all N x N logits in memory.
-
-    Row i of ``b`` is the positive of row i of ``a``; all other rows are negatives. torch has no
-    such function. Without ``bias``, it is the loss of CLIP (InfoNCE in both directions; Radford et
-    al. 2021, arXiv 2103.00020), where ``scale`` is the inverse of a temperature::
-
-        logits, target = scale * a @ b.T, torch.arange(N)
-        (cross_entropy(logits, target) + cross_entropy(logits.T, target)) / 2
-
-    With ``bias``, it is the sigmoid loss of SigLIP (Zhai et al. 2023, arXiv 2303.15343)::
-
-        logits = scale * a @ b.T + bias
-        binary_cross_entropy_with_logits(logits, torch.eye(N), reduction="sum") / N
-
-    For a single direction, additional candidates such as hard negatives, or embeddings gathered
-    from several processes, call ``linear_cross_entropy(scale * a, b, target)``, where ``target`` is
-    the index in ``b`` of each row's positive.
-
-    Args:
-        a, b: Embeddings, both of shape (N, D), usually normalised.
-        scale, bias: A number, or a tensor of one element, which may require grad.
-        reduction: ``"none"`` returns one loss for each row of ``a``; ``"mean"`` divides by N.
-        memory_budget: Limits the bytes of the logits that exist at once; None for the default.
-
-    Returns:
-        The loss: a scalar, or of shape (N) for ``"none"``; float64 for float64 embeddings,
-        otherwise float32.
-    """
-    scale = float(scale) if isinstance(scale, Real) else scale
-    bias = float(bias) if isinstance(bias, Real) else bias
-    op = operators.CONTRASTIVE_LOSS
-    options = op.options(reduction=reduction, memory_budget=memory_budget)
-    return run(op, (a, b, bias, scale), options)
 
 
 def mse_loss(

@@ -216,13 +216,11 @@ else:  # torch has this module since 2.13
 class LinearCrossEntropyLoss(_LinearCrossEntropyLoss, _Module):
     """``torch.nn.LinearCrossEntropyLoss`` over :func:`pyfused.functional.linear_cross_entropy`.
 
-    Takes torch's arguments and the function's keyword arguments, including ``memory_budget`` and
-    ``filter_eps``. The linear layer is the attribute ``linear``. For the head of a model, call the
-    function.
+    Takes torch's arguments and the function's keyword arguments, including ``memory_budget``. The
+    linear layer is the attribute ``linear``. For the head of a model, call the function.
     """
 
     memory_budget: int | None = None
-    filter_eps = 0.0
     fused_options: Mapping[str, Any] = {}
     tensor_options: tuple[str, ...] = ()
 
@@ -241,7 +239,6 @@ class LinearCrossEntropyLoss(_LinearCrossEntropyLoss, _Module):
         label_smoothing: float = 0.0,
         options: Any = None,
         memory_budget: int | None = None,
-        filter_eps: float = 0.0,
         **fused_options: Unpack[ModuleOptions],
     ) -> None:
         _WeightedLoss.__init__(self, weight, None, None, reduction)
@@ -256,15 +253,13 @@ class LinearCrossEntropyLoss(_LinearCrossEntropyLoss, _Module):
         columns = math.prod(out_features, start=num_classes)
         self.linear = torch.nn.Linear(in_features, columns, bias, device, dtype)
         self.options = options
-        self.memory_budget, self.filter_eps = memory_budget, filter_eps
+        self.memory_budget = memory_budget
         checks.keywords("LinearCrossEntropyLoss", fused_options, ModuleOptions.__annotations__)
         set_options(self, fused_options)
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
         shape = self.num_classes, *self.out_features
-        bias, options = self.linear.bias, options_of(self)
-        if self.filter_eps != 0:  # small calls with defaults are torch's
-            options["filter_eps"] = self.filter_eps
+        bias = self.linear.bias
         return F.linear_cross_entropy(
             input,
             self.linear.weight.reshape(*shape, self.linear.in_features),
@@ -276,11 +271,11 @@ class LinearCrossEntropyLoss(_LinearCrossEntropyLoss, _Module):
             label_smoothing=self.label_smoothing,
             options=self.options,
             memory_budget=self.memory_budget,
-            **options,
+            **options_of(self),
         )
 
     def extra_repr(self) -> str:
-        changed = _changed(self, memory_budget=None, filter_eps=0.0)
+        changed = _changed(self, memory_budget=None)
         return ", ".join(filter(None, (super().extra_repr(), changed)))
 
 
@@ -425,20 +420,6 @@ class CosineEmbeddingLoss(torch.nn.CosineEmbeddingLoss, _Module):
         return F.cosine_embedding_loss(
             input1, input2, target, self.margin, reduction=self.reduction
         )
-
-
-class ContrastiveLoss(_Loss, _Module):
-    """:func:`pyfused.functional.contrastive_loss` as a module."""
-
-    def __init__(self, *, reduction: Reduction = "mean", memory_budget: int | None = None) -> None:
-        super().__init__(reduction=reduction)
-        self.memory_budget = memory_budget
-
-    def forward(
-        self, a: Tensor, b: Tensor, scale: float | Tensor = 1.0, bias: float | Tensor | None = None
-    ) -> Tensor:
-        options = {"reduction": self.reduction, "memory_budget": self.memory_budget}
-        return F.contrastive_loss(a, b, scale, bias, **options)
 
 
 class MarginRankingLoss(torch.nn.MarginRankingLoss, _Module):

@@ -101,7 +101,6 @@ OPTIONS = {
         _option("gamma", low=0.0, special=(0.0,)),
         _option("z_loss", low=0.0, special=(0.0,)),
         _option("scale", positive=True, special=(1.0,)),
-        _option("filter_eps", low=0.0, special=(0.0,)),
         _option("beta", low=0.0, high=1.0, special=(0.0, 1.0)),
         _option("teacher_softcap", positive=True, optional=True),
     )
@@ -116,12 +115,12 @@ class RowOptions(NamedTuple):
 
     Attributes:
         softcap: Replaces the logits with softcap * tanh(logits / softcap); None for no cap.
-        temperature: The divisor of the logits, after the softcap.
+        scale: The factor of the logits, after the softcap.
         ignore_index: The target of rows that are ignored.
     """
 
     softcap: float | None = None
-    temperature: float = 1.0
+    scale: float = 1.0
     ignore_index: int = -100
 
 
@@ -131,9 +130,8 @@ class CrossEntropyOptions(NamedTuple):
     Attributes:
         denominator: The divisor of a mean, unless a tensor is passed; None for the total weight of
             the valid targets.
-        softcap, temperature, ignore_index: As in `RowOptions`.
-        scale: The factor of the logits, after the softcap.
-        filter_eps: Matrix products of a head skip gradients of logits below this.
+        softcap, scale, ignore_index: As in `RowOptions`.
+        temperature: The divisor of the logits, after the softcap.
         reduction: The reduction over rows (tokens): "none", "mean" or "sum".
         memory_budget: Bytes for the logits in memory at once, None for the default.
         loss_dtype: The dtype of the loss, None for torch's.
@@ -150,7 +148,6 @@ class CrossEntropyOptions(NamedTuple):
     z_loss: float = 0.0
     scale: float = 1.0
     label_smoothing: float = 0.0
-    filter_eps: float = 0.0
     ignore_index: int = -100
     reduction: str = "mean"
     memory_budget: int | None = None
@@ -159,10 +156,8 @@ class CrossEntropyOptions(NamedTuple):
     torch_options: Any = None
 
     def row_options(self) -> RowOptions:
-        """Returns the options of row states, whose temperature includes the scale."""
-        temperature = self.temperature / self.scale
-        temperature = temperature if temperature != 0 else math.nan  # of an infinite scale
-        return RowOptions(self.softcap, temperature, self.ignore_index)
+        """Returns the options of row states, whose scale includes the temperature."""
+        return RowOptions(self.softcap, self.scale / self.temperature, self.ignore_index)
 
     def is_plain(self) -> bool:
         """Returns whether torch's function supports these options.
@@ -186,8 +181,7 @@ class LogProbsOptions(NamedTuple):
     """Options of log-probabilities.
 
     Attributes:
-        softcap, temperature, ignore_index: As in `RowOptions`.
-        memory_budget: As in `CrossEntropyOptions`.
+        softcap, temperature, ignore_index, memory_budget: As in `CrossEntropyOptions`.
         alone: Whether only the log-probabilities are returned, without entropy and log-sum-exp.
         with_metrics: Whether the call returns a tuple of these and the metrics of each target.
     """
@@ -204,8 +198,7 @@ class DivergenceOptions(NamedTuple):
     """Options of a student's divergence from a teacher.
 
     Attributes:
-        denominator, reduction, memory_budget: As in `CrossEntropyOptions`.
-        softcap, temperature: As in `RowOptions`.
+        denominator, softcap, temperature, reduction, memory_budget: As in `CrossEntropyOptions`.
         beta: The weight of the teacher in the mixture of a generalised Jensen-Shannon divergence;
             0 for KL(teacher || student), 1 for KL(student || teacher).
         teacher_softcap: The softcap of the teacher's logits.

@@ -41,7 +41,6 @@ from pyfused.backends import cpu
 from pyfused.dispatch.operator import Operator
 from pyfused.layout import loss_shape
 from pyfused.ops.activation import Activation
-from pyfused.ops.contrastive import Contrastive
 from pyfused.ops.distillation import Divergence
 from pyfused.ops.embedding import EmbeddingLoss
 from pyfused.ops.log_probs import LogProbsOperator
@@ -234,7 +233,7 @@ def examples(op: Operator) -> Iterator[Example]:
         yield Example(op, "everything", base | together, (*optional,))
 
 
-ALONE = ("dtype", "filter_eps", "loss_dtype", "remainder", "with_metrics")
+ALONE = ("dtype", "loss_dtype", "remainder", "with_metrics")
 
 
 def tried(op: Operator, name: str, default: Any) -> list[Any]:
@@ -331,9 +330,6 @@ def random_call(
         k = rng.randint(1, max(classes // 2, 1))
         found = predictions((*rows, classes), rng.randint(1, 20), k)
         found["logits"] *= rng.choice([1.0, 8.0])
-    elif isinstance(op, Contrastive):
-        pairs, features = shape_of(rng, math.isqrt(elements), 1), shape_of(rng, 64, 1)
-        found = operands(op, [*pairs, *features], given)  # elements are logits
     elif isinstance(op, EmbeddingLoss):
         shape = shape_of(rng, elements, rng.choice([1, 2, 2, 2 if op.has_target else 3]))
         if shape[-1] == 1:

@@ -6,9 +6,6 @@ import logging
 import sys
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from types import NoneType
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -75,7 +72,6 @@ def convert(
     evaluation: bool = False,
     metrics: bool = False,
     memory_budget: int | None = None,
-    check: Any = None,
 ) -> Model:
     """Replaces supported torch modules with pyfused's, in place.
 
@@ -113,35 +109,17 @@ def convert(
             to None if that cross-entropy was not fused.
         memory_budget: The bytes for the logits that a fused loss has in memory at once, as in
             :func:`pyfused.functional.linear_cross_entropy`; None for the default.
-        check: A batch, as a dictionary of the model's keyword arguments or a tuple of its
-            arguments. The model computes its loss and gradients before and after the conversion,
-            in training mode, which have to be equal up to rounding. Afterwards the modes of all
-            modules, the buffers and torch's random state are what they were.
 
     Returns:
         The same model.
 
     Raises:
-        TypeError: ``model`` is not a module, ``memory_budget`` is not an int, or ``check`` is
-            neither a dictionary nor a tuple.
+        TypeError: ``model`` is not a module, or ``memory_budget`` is not an int.
         ValueError: ``model`` is compiled or wrapped by FSDP, or has no such head, or
             ``memory_budget`` is not positive. Nothing has been changed.
-        RuntimeError: The loss or a gradient of ``check`` differs; the model has been reverted.
     """
     checks.memory_budget(memory_budget)
-    if not isinstance(check, (Mapping, tuple, list, NoneType)):
-        kind = type(check).__name__
-        raise TypeError(f"check: expected a dict or a tuple, got {kind}; pass check=(batch,)")
-    expected = None if check is None else _step(model, check)
-    _replace(model, head, heads.Options(evaluation, metrics, memory_budget))
-    if expected is not None and (difference := _difference(_step(model, check), expected)):
-        revert(model)
-        raise RuntimeError(f"check: expected an equal loss and equal gradients, got {difference}")
-    return model
-
-
-def _replace(model: Module, head: str | None, options: heads.Options) -> None:
-    """Replaces modules as `convert` does, logs the changes, and warns if there are none."""
+    options = heads.Options(evaluation, metrics, memory_budget)
     plan, modules = plan_conversion(model, head=head), dict(_modules(model))
     already = {name for name, _, reason in plan.left if reason == heads.ALREADY}
     kinds: Counter[str] = Counter()
@@ -164,62 +142,7 @@ def _replace(model: Module, head: str | None, options: heads.Options) -> None:
     made = f"replaced {number} ({listed}); left {len(plan.left)}: see "
     _log.info("pyfused.convert: %s", made + "pyfused.plan_conversion(model)" if kinds else plan)
     _warn(plan, modules, head, any(options))
-
-
-@contextmanager
-def _unchanged(model: Module) -> Iterator[None]:
-    """Restores a model's training modes and buffers, and torch's random state."""
-    modes = [(module, module.training) for module in model.modules()]
-    buffers = [(name, x, x.clone()) for name, x in model.named_buffers(remove_duplicate=False)]
-    try:
-        with torch.random.fork_rng():
-            yield
-    finally:
-        for module, training in modes:
-            module.training = training
-        for name, buffer, values in buffers:
-            *path, attribute = name.split(".")
-            setattr(model.get_submodule(".".join(path)), attribute, buffer)
-            if not torch.equal(buffer, values):
-                with torch.no_grad():
-                    buffer.copy_(values)
-
-
-def _step(model: Module, batch: Any) -> dict[str, torch.Tensor]:
-    """Returns the loss of a batch and the gradients of the parameters, by name.
-
-    Raises:
-        TypeError: The model returns no loss for this batch.
-    """
-    with _unchanged(model):
-        if not model.training:  # otherwise each submodule keeps its mode
-            model.train()
-        torch.manual_seed(0)  # for dropout
-        output = model(**batch) if isinstance(batch, Mapping) else model(*batch)
-        entries = output.values() if isinstance(output, dict) else output
-        parts = [entries] if isinstance(entries, torch.Tensor) else list(entries)
-        tensors = [x for x in parts if isinstance(x, torch.Tensor)]
-        losses = [x for x in tensors if x.dim() == 0 and x.requires_grad]
-        if not losses:
-            raise TypeError("check: expected a batch for which the model returns a loss, got none")
-        parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        gradients = torch.autograd.grad(losses[0], [*parameters.values()], allow_unused=True)
-        pairs = zip(parameters, gradients, strict=True)
-    return {"the loss": losses[0].detach()} | {name: x for name, x in pairs if x is not None}
-
-
-def _difference(result: dict[str, Any], expected: dict[str, Any]) -> str | None:
-    """Returns what differs by more than rounding, None if nothing does."""
-    largest = max(float(x.abs().max()) for x in expected.values())
-    for name in dict.fromkeys((*expected, *result)):
-        x, y = result.get(name), expected.get(name)
-        if x is None or y is None:
-            return f"a gradient of {name} only {'before' if x is None else 'after'} the conversion"
-        tolerance = max(1e-3, 16 * torch.finfo(y.dtype).eps)
-        error = float((x - y).float().norm())
-        if not error <= tolerance * float(y.float().norm()) + 1e-6 * largest:
-            return f"a difference of {error:.2g} in {name}"
-    return None
+    return model
 
 
 def _warn(plan: Conversion, modules: dict[str, Module], head: str | None, options: bool) -> None:

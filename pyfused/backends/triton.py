@@ -385,9 +385,8 @@ def _run_rows(
 ) -> None:
     logits, options, (n, columns) = block.logits, block.options, block.logits.shape
     kernel = _row_kernel(name, logits.element_size(), columns, strides[0], constants)
-    cap, temperature = options.softcap, options.temperature
-    scale = None if temperature == 1 else 1 / temperature
-    floats: Any = (None, None, scale) if cap is None else (cap, cap / temperature, scale)
+    cap, scale = options.softcap, None if options.scale == 1 else options.scale
+    floats: Any = (None, None, scale) if cap is None else (cap, cap * options.scale, scale)
     if logits.dtype is torch.float64:
         floats = encoded(floats)
     targets = block.target, block.weight, None, options.ignore_index

@@ -122,7 +122,6 @@ ON_CPU: dict[str, Limits] = {
     "softmax": Limits(2 * LARGE, few_classes=SMALL, strided=2 * LARGE),
     "Gated": Limits(LARGE),
     "silu": Limits(2 * LARGE, without_gradient=4 * LARGE),
-    "Contrastive": Limits(LOGITS),
     "leaky_relu": Limits(PAGES),
     "relu": Limits(PAGES),
     "sigmoid": Limits(PAGES),
@@ -205,10 +204,7 @@ ON_GPU: dict[str, Limits] = {
 # at 2^16 logits, 1.2 times at 2^18, and 0.8 times at 2^20. A custom operator costs about 30 us per
 # pass. On GPUs, launching should take no longer than the kernels from 2^24 logits on; the limit has
 # not been measured.
-COMPILED: dict[str, tuple[int, int]] = {
-    **dict.fromkeys(LINEAR, (LARGE, LOGITS)),
-    "contrastive_loss": (LOGITS, LOGITS),
-}
+COMPILED: dict[str, tuple[int, int]] = dict.fromkeys(LINEAR, (LARGE, LOGITS))
 
 
 def _row(table: dict[str, Limits], op: Operator) -> Limits | None:

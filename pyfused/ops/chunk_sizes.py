@@ -33,8 +33,7 @@ from pyfused.memory import physical_memory
 # 1.3 times with 128, and 1.1 times with 256.
 MAX_ROWS = 512
 MAX_ROWS_GPU = {2: 8192, 4: 2048, 8: 2048}  # by bytes per element
-SQUARE_GPU = 8192  # rows and classes of a square block
-LOGITS_GPU = SQUARE_GPU**2  # logits of a chunk of few classes
+LOGITS_GPU = 1 << 26  # logits of a chunk of few classes
 # In half precision, the classes of products are padded to a multiple of it. An H100 took 3.7 times
 # as long for the head 8192 x 768 x 50257 as for 50304 classes, where cuBLAS has faster kernels.
 CLASSES_GPU = 8

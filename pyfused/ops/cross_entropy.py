@@ -95,10 +95,9 @@ class CrossEntropyLoss(RowLoss):
 
     def grad_results(
         self, state: Tensor, tensors: Tensors, options: Options, classes: int, grad_output: Tensor
-    ) -> tuple[Tensor, Tensor | None]:
+    ) -> Tensor:
         grad, token_weight = grad_output.double(), tensors[-2]
         grad = grad / self.divisor(tensors, options) if options.reduction == "mean" else grad
-        below = self.filter_below(options, grad)
         counts, target_weight, total = self.row_weights(tensors, options, classes)
         grad = (grad if token_weight is None else grad * token_weight).where(counts, 0)
         coefficients = definitions.row_coefficients(target_weight, options, classes)
@@ -110,7 +109,7 @@ class CrossEntropyLoss(RowLoss):
         if smooth_factor:
             gradients[LSE] -= smooth_factor * total * grad
             gradients[3] = smooth_factor * grad
-        return gradients, below
+        return gradients
 
     def row_weights(
         self, tensors: Tensors, options: Options, classes: int
@@ -184,8 +183,7 @@ def metrics_state(
     state, *_ = LogitRows(logits, *inputs).state(fields)
     if indices:
         return state
-    scale = options.scale / options.temperature
-    plain = CrossEntropyOptions(reduction="none", scale=scale)
+    plain = CrossEntropyOptions(reduction="none", scale=row_options.scale)
     tensors = logits.detach(), target.detach(), None, None, None
     loss, _ = backend_of(logits).cross_entropy(tensors, plain, Outputs())
     assert loss is not None
@@ -314,9 +312,9 @@ class LinearCrossEntropy(RowOperator):
     tiles = True
 
     def by_torch(self, tensors: Tensors, options: Options) -> Any:
-        """Returns the result; torch's function does not check the budget and `filter_eps`."""
+        """Returns the result; torch's function does not check the budget."""
         in_torch = definitions.is_head_of_torch(tensors[0], tensors[5], tensors[6], options)
-        if not in_torch or options.memory_budget is not None or options.filter_eps != 0:
+        if not in_torch or options.memory_budget is not None:
             self.check_call(tensors, options)
         return self.torch(*tensors, options)
 

@@ -212,7 +212,7 @@ def _dense_like(gradient: Tensor, tensor: Tensor) -> Tensor:
 
 
 def _schema(op: Operator) -> list[str]:
-    types = ["Tensor?" if x.optional or x.number else "Tensor" for x in op.operands]
+    types = ["Tensor?" if x.optional else "Tensor" for x in op.operands]
     tensors = [f"{kind} {x.name}" for kind, x in zip(types, op.operands, strict=True)]
     factors = [f"Tensor? {x.name}_tensor" for x in op.factors]
     numbers = [f"{'float?' if x.optional else 'float'} {x.name}" for x in op.numbers]

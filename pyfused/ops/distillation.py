@@ -320,7 +320,7 @@ def _topk(
     """
     indices, log_q, weight, _ = operands
     (n, classes), scale = logits.shape, 1 / options.temperature
-    row_options = RowOptions(temperature=options.temperature)
+    row_options = RowOptions(scale=scale)
     source = LogitRows(logits, None, None, row_options, ClassRange(0, classes))
     if logits.dtype is torch.float64:
         logits -= logits.amax(1, keepdim=True)  # reduces the rounding error of the log-sum-exp

@@ -45,7 +45,7 @@ class HeadLoop:
         dtype: The dtype of the matrix products.
         size: Returns the size of a block, given the number of rows.
         needs: Whether the input, the weight and the bias need a gradient.
-        pads: Whether to add classes of weight 0 on GPUs, if a block has all classes. In half
+        pads: Whether to add classes of weight 0, if a block has all classes. On GPUs in half
             precision, products whose sizes are no multiples of 8 take several times as long.
     """
 
@@ -53,11 +53,10 @@ class HeadLoop:
     dtype: torch.dtype
     size: Callable[[int], BlockSize]
     needs: Sequence[bool]
-    pads: bool = True
 
     def __post_init__(self) -> None:
         self.wide = accumulate_dtype(self.dtype)
-        self.pads = self.pads and self.backend.ASYNCHRONOUS and self.dtype.itemsize == 2
+        self.pads = self.backend.ASYNCHRONOUS and self.dtype.itemsize == 2
 
     def run(
         self,
@@ -65,7 +64,6 @@ class HeadLoop:
         step: Step,
         *,
         counts: Tensor | None = None,
-        filter_below: Tensor | None = None,
         logits: Tensor | None = None,
         backwards: bool = False,
     ) -> Gradients:
@@ -77,8 +75,6 @@ class HeadLoop:
             counts: (N), whether each row counts; None if all rows do. For other rows, the gradient
                 of the logits is 0, and the weight's gradient uses 0 for the features, which may be
                 NaN.
-            filter_below: The products skip columns in which all gradients are smaller. A scalar, or
-                one threshold for each row; None to include all columns.
             logits: The memory of the blocks, which holds the logits of the first one; None to
                 allocate it.
             backwards: Whether the blocks of rows come in reverse order.
@@ -111,7 +107,7 @@ class HeadLoop:
                     gradient = pad_gradient(gradient, logits, total)
                 if sums is None:
                     sizes = rows_at_once, classes_at_once == total, padding
-                    sums = Sums(self, layer, *sizes, counts, filter_below)
+                    sums = Sums(self, layer, *sizes, counts)
                 sums.add(gradient, x, weight, rows, classes)
         logits = gradient = memory = None  # frees memory for the conversions
         return (None, None, None) if sums is None else sums.gradients()
@@ -136,13 +132,9 @@ class Sums:
         has_all_classes: bool,
         padding: int,
         counts: Tensor | None,
-        filter_below: Tensor | None,
     ) -> None:
         (input, weight, bias), needs, empty = layer, loop.needs, loop.backend.empty
         self.layer, self.loop, self.counts = layer, loop, counts
-        if filter_below is not None and filter_below.dim() and counts is not None:
-            filter_below = filter_below.where(counts, 0)
-        self.filter_below = filter_below
         n, columns = input.shape[0], weight.shape[0] + padding
         self.part: Any = None
         self.input: Any
@@ -163,14 +155,10 @@ class Sums:
             x: The features of the rows, in the dtype of the products.
             weight: The weight of the classes, as `prepared` returns it.
         """
-        loop, large, below = self.loop, None, self.filter_below
+        loop = self.loop
         columns = slice(classes.start, classes.start + weight.shape[0])
         if self.bias is not None:
             self.bias[columns] += gradient.sum(0, dtype=loop.wide)
-        if below is not None:
-            large = large_columns(gradient, below[rows] if below.dim() else below)
-            if large is not None:
-                gradient, weight = gradient[:, large], weight[large]
         if self.input is not None:
             out, beta = self.input[rows], float(classes.start > 0)
             if weight.dtype is loop.dtype:
@@ -189,11 +177,7 @@ class Sums:
         if is_first:
             in_place = out.dtype is loop.wide or is_last
             self.part = out if in_place else loop.backend.empty(out.shape, loop.wide, x)
-        if large is None:
-            loop.backend.add_product(self.part, gradient.t(), x, float(not is_first))
-        else:
-            self.part = self.part.zero_() if is_first else self.part
-            self.part.index_add_(0, large, torch.mm(gradient.t(), x).to(self.part.dtype))
+        loop.backend.add_product(self.part, gradient.t(), x, float(not is_first))
         if is_last and self.part.dtype is not out.dtype:
             out.copy_(self.part)
 
@@ -263,21 +247,6 @@ def pad_gradient(gradient: Tensor, logits: Tensor, classes: int) -> Tensor:
         logits[:, :classes] = gradient
     logits[:, classes:] = 0
     return logits
-
-
-MAX_LARGE = 0.5  # the largest fraction of a block's columns that is worth copying
-
-
-def large_columns(gradient: Tensor, threshold: Tensor) -> Tensor | None:
-    """Returns the indices of the columns with an element of at least the threshold, or NaN.
-
-    Uses the largest of several thresholds. Returns None (all columns) if skipping would save
-    little.
-    """
-    bound = float(threshold.max())
-    low, high = gradient.aminmax(dim=0)
-    columns = (~((high < bound) & (low > -bound))).nonzero().flatten()
-    return columns if columns.shape[0] < MAX_LARGE * low.shape[0] else None
 
 
 # ---- rows that count -----------------------------------------------------------------------------

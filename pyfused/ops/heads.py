@@ -56,18 +56,15 @@ class HeadBlocks:
         loss, rows, options = self.op.loss, self.rows, self.options
         is_mean, unreduced = options.reduction == "mean", options.reduction == "none"
         block_needs = (any(needs[:3]), *needs[3:]) if needs else ()
-        outputs, divisor, below = Outputs(grad_output is None, block_needs, True), None, None
+        outputs, divisor = Outputs(grad_output is None, block_needs, True), None
         input, weight, bias, *operands = loss.prepared(self.tensors)
         if unreduced and rows.indices is not None:
             grad_output = rows.take(grad_output)
         if is_mean:
             divisor = loss.divisor(self.tensors, options, rows.counts is None)
-        if needs:
+        if needs and divisor is not None:
             grad = input.new_ones((), dtype=self.wide) if grad_output is None else grad_output
-            if divisor is not None:
-                grad_output = grad = (grad / divisor).to(self.wide)
-            if getattr(options, "filter_eps", 0) != 0:
-                below = loss.filter_below(options, grad)
+            grad_output = (grad / divisor).to(self.wide)
         row_operands = [i for i, has in enumerate(self.has_rows[3:]) if has]
         for i, x in enumerate(operands):  # hooks may have changed saved tensors
             if x is not None and (i in row_operands or x.dim() < 2):
@@ -91,7 +88,7 @@ class HeadBlocks:
             return gradient  # type: ignore[no-any-return]
 
         layer = Layer(input, weight, bias)
-        sums = self.loop.run(layer, step, counts=rows.counts, filter_below=below)
+        sums = self.loop.run(layer, step, counts=rows.counts)
         return self.collected(results, sums, divisor, len(needs))
 
     def collected(

@@ -26,6 +26,7 @@ from pyfused.types import (
     SMOOTH,
     SMOOTHING_FIELDS,
     STATE_FIELDS,
+    RowOptions,
 )
 
 
@@ -85,16 +86,17 @@ class LogProbsLoss:
 
     def inputs(
         self, tensors: Tensors, options: Options, _all_rows: bool
-    ) -> tuple[Tensor, None, Options]:
-        return tensors[-1], None, options
+    ) -> tuple[Tensor, None, RowOptions]:
+        row_options = RowOptions(options.softcap, 1 / options.temperature, options.ignore_index)
+        return tensors[-1], None, row_options
 
     def result_from(self, results: Tensor, _: Tensors, options: Options, _classes: int) -> Tensor:
         return results[LOG_P] if options.alone else results[: len(RESULTS)]
 
     def grad_results(
         self, _state: Tensor, _: Tensors, _options: Options, _classes: int, grad_output: Tensor
-    ) -> tuple[Tensor, None]:
-        return grad_output, None
+    ) -> Tensor:
+        return grad_output
 
 
 @dataclass(eq=False, kw_only=True, repr=False)

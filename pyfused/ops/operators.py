@@ -7,7 +7,6 @@ from pyfused.dispatch.operator import Operand, Operator
 from pyfused.dispatch.originals import F
 from pyfused.dispatch.sizes import set_least
 from pyfused.ops import definitions, distillation, elementwise
-from pyfused.ops.contrastive import Contrastive, contrastive_loss
 from pyfused.ops.cross_entropy import (
     CrossEntropy,
     CrossEntropyLoss,
@@ -139,21 +138,6 @@ COSINE_EMBEDDING_LOSS = EmbeddingLoss(
     fallback_reason=cosine_fallback_reason,
 )
 
-CONTRASTIVE_LOSS = Contrastive(
-    name="contrastive_loss",
-    module="ContrastiveLoss",
-    check_arguments=checks.contrastive_loss,
-    operands=(
-        Operand("a"),
-        Operand("b"),
-        Operand("bias", optional=True, number=True, has_rows=False),
-        Operand("scale", number=True, has_rows=False),
-    ),
-    choices=("reduction", "memory_budget"),
-    torch=contrastive_loss,
-    reference=lambda a, b, bias, _, options: contrastive_loss(a, b, bias, 1.0, options),
-)
-
 # ---- distillation --------------------------------------------------------------------------------
 
 KL_DIV_WITH_LOGITS = Divergence(
@@ -203,13 +187,7 @@ LOG_SOFTMAX = Softmax(
 
 # ---- heads in compiled programs ------------------------------------------------------------------
 
-for _head in (
-    LINEAR_CROSS_ENTROPY,
-    LINEAR_LOG_PROBS,
-    LINEAR_KL_DIV,
-    LINEAR_TOPK_KL_DIV,
-    CONTRASTIVE_LOSS,
-):
+for _head in (LINEAR_CROSS_ENTROPY, LINEAR_LOG_PROBS, LINEAR_KL_DIV, LINEAR_TOPK_KL_DIV):
     CustomOperator(_head)
 
 _declared = [value for value in globals().values() if isinstance(value, Operator)]

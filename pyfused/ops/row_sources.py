@@ -65,7 +65,7 @@ class LogitRows(RowBlock):
         return state, out, None
 
     def gradients(
-        self, state: Tensor, grad_results: Tensor, logits: Tensor | None = None, *_: Any
+        self, state: Tensor, grad_results: Tensor, logits: Tensor | None = None
     ) -> Gradients:
         """Computes the gradients of the logits, or of the input, weight and bias of a layer.
 
@@ -75,7 +75,6 @@ class LogitRows(RowBlock):
                 the log-sum-exp and the weighted sum of logits, of shape (results, *target.shape).
             logits: The logits that `state` returned; they are overwritten, unless the graph is
                 retained.
-            filter_below: As in `HeadLoop.run`.
         """
         input, rows, out = self.input, self.logits, logits
         if rows is not input:
@@ -145,18 +144,12 @@ class HeadRows:
         return state.view(fields, *self.shape), None, saved
 
     def gradients(
-        self,
-        state: Tensor,
-        grad_results: Tensor,
-        logits: Tensor | None = None,
-        filter_below: Tensor | None = None,
+        self, state: Tensor, grad_results: Tensor, logits: Tensor | None = None
     ) -> Gradients:
         rows, backend, n = self.rows, self.loop.backend, self.leading.numel()
         state, grad_results = state.reshape(-1, n), grad_results.reshape(-1, n)
         if rows.indices is not None:
             state, grad_results = rows.take(state, 1), rows.take(grad_results, 1)
-            if filter_below is not None and filter_below.dim():
-                filter_below = rows.take(filter_below)
         state, grad_results = state.contiguous(), grad_results.contiguous()
         if logits is not None and graph_is_retained():  # another pass may read them
             logits = logits.clone()
@@ -165,9 +158,7 @@ class HeadRows:
             block = self.block(logits, rows, classes)
             return backend.row_gradients(block, state[:, rows], grad_results[:, rows], logits)
 
-        grad_input, *others = self.loop.run(
-            self.layer, step, counts=rows.counts, filter_below=filter_below, logits=logits
-        )
+        grad_input, *others = self.loop.run(self.layer, step, counts=rows.counts, logits=logits)
         if grad_input is not None:
             grad_input = rows.spread(grad_input).view(*self.leading, grad_input.shape[-1])
         return grad_input, *others

@@ -90,14 +90,6 @@ class RowLoss:
         """Returns the weights of the rows in the default divisor, None for ones."""
         return None
 
-    def filter_below(self, options: Options, grad_output: Tensor) -> Tensor | None:
-        """Returns the argument ``filter_below`` of `HeadLoop.run`.
-
-        Args:
-            grad_output: The gradient of the sum of the losses, or of the loss of each row.
-        """
-        return options.filter_eps * grad_output.abs() if options.filter_eps else None
-
 
 # ---- operators -----------------------------------------------------------------------------------
 
@@ -286,8 +278,7 @@ class RowOperator(Operator):
         source, count = self.source(saved, options, needs, shard), len(self.all_operands)
         tensors, (state, logits) = saved[:count], (*saved[count:], None)[:2]
         call = tensors, options, source.classes.total, grad_output
-        grads, below = self.loss.grad_results(state, *call)
-        gradients = source.gradients(state, grads, logits, below)
+        gradients = source.gradients(state, self.loss.grad_results(state, *call), logits)
         return *gradients, *[None] * (len(needs) - len(gradients))
 
     # ---- definitions -----------------------------------------------------------------------------

@@ -167,7 +167,7 @@ def sharded_results(
         x = definitions.head_logits(Copy.apply(x, group), parameters[0], parameters[1], valid)
     x = x.movedim(dim, -1).where(valid.unsqueeze(-1), 0)
     x = x if options.softcap is None else definitions.softcap(x, options.softcap)
-    x = 1 / options.temperature * x
+    x = options.scale * x
     largest = x.detach().amax(-1) if x.shape[-1] else x.new_full(target.shape, -torch.inf)
     pivot = _pivot(reduced(largest, group, "MAX"))
     is_target = torch.arange(x.shape[-1], device=x.device) + first == target.unsqueeze(-1)

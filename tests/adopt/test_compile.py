@@ -267,8 +267,6 @@ OPTIONS: dict[str, Callable[[Tensor, Tensor], Any]] = {
     "entropy": lambda x, y: torch.stack(
         fused.linear_log_probs(x, y, INDICES, return_entropy=True)[:2]
     ),
-    "softmax": lambda x, y: fused.contrastive_loss(x, x.roll(1), y.sum()),
-    "sigmoid": lambda x, y: fused.contrastive_loss(x, x.roll(1), 2.0, y.sum(), reduction="none"),
 }
 
 

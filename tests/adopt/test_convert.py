@@ -6,7 +6,6 @@ import copy
 import io
 import logging
 import pickle
-from collections import UserDict
 from collections.abc import Callable
 from typing import Any
 
@@ -147,46 +146,6 @@ def test_losses_and_activations_that_are_left(name: str, monkeypatch: pytest.Mon
     assert str(plan).splitlines()[0].split()[2:] == ["left:", *reason.split()]
     before = types(model)[:-1]
     assert types(pyfused.convert(model))[:-1] == before
-
-
-class Normalised(nn.Module):
-    """A model with buffers that a step changes, in place and by assignment."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.norm, self.frozen = nn.BatchNorm1d(5), nn.BatchNorm1d(5).eval()
-        self.dropout, self.activation, self.criterion = nn.Dropout(), nn.ReLU(), nn.MSELoss()
-        self.steps, self.modes = nn.Buffer(torch.zeros(())), []
-
-    def forward(self, x: Tensor) -> Tensor:
-        self.steps = self.steps + 1
-        self.modes.append([module.training for module in self.modules()])
-        return self.criterion(self.activation(self.frozen(self.dropout(self.norm(x)))), x)
-
-
-def test_a_batch_is_named_if_it_has_the_wrong_type() -> None:
-    with pytest.raises(TypeError, match=r"check: expected .*, got Tensor; pass check=\(batch,\)"):
-        pyfused.convert(Normalised(), check=X)
-
-
-@pytest.mark.parametrize("training", [True, False])
-@pytest.mark.parametrize("batch", [(X,), {"x": X}, UserDict(x=X)], ids=["tuple", "dict", "mapping"])
-def test_a_checked_conversion_changes_only_classes(batch: Any, training: bool) -> None:
-    """Both steps run in training mode, but in a model in training mode frozen layers stay so."""
-    model = Normalised()
-    if not training:
-        model.eval()
-    modes = [module.training for module in model.modules()]
-    buffers, before = dict(model.named_buffers()), copy.deepcopy(model.state_dict())
-    random = torch.get_rng_state()
-    pyfused.convert(model, check=batch)
-    assert [module.training for module in model.modules()] == modes
-    assert torch.equal(torch.get_rng_state(), random)
-    assert all(x is buffers[name] for name, x in model.named_buffers())
-    torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
-    checked = modes if training else [True] * len(modes)
-    assert model.modes == [checked, checked]
-    assert all(p.grad is None for p in model.parameters())
 
 
 def test_options_without_a_language_model() -> None:

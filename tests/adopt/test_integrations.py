@@ -286,30 +286,6 @@ def test_calls_with_shifted_labels_and_kept_logits() -> None:
         assert_same_steps(step(model, **options), step(plain, **options))
 
 
-def test_a_checked_conversion(monkeypatch: pytest.MonkeyPatch) -> None:
-    from pyfused.adopt import lazy_logits
-
-    model = pyfused.convert(llama(), check=batch())
-    assert not step(model)[2]
-    with pytest.raises(TypeError, match="check: expected a batch for which the model returns a"):
-        pyfused.convert(llama(), check={"input_ids": batch()["input_ids"]})
-    right = lazy_logits.run
-    for name, change in (
-        ("the loss", lambda loss, _: 1.01 * loss),
-        ("lm_head|embed|layers", lambda loss, x: loss + 0.01 * (x - x.detach()).sum()),
-    ):
-
-        def wrong(op: Any, tensors: Any, options: Any, change: Any = change) -> Any:
-            loss, prediction = right(op, tensors, options)
-            return change(loss, tensors[0]), prediction
-
-        monkeypatch.setattr(lazy_logits, "run", wrong)
-        model = llama()
-        with pytest.raises(RuntimeError, match=f"check: expected an equal loss .*({name})"):
-            pyfused.convert(model, check=batch())
-        assert step(model)[2]
-
-
 def trainer(model: Any = None, kind: Any = None, **options: Any) -> Any:
     import transformers
 

@@ -19,7 +19,6 @@ N, C = SHAPE
 # The values to try. A default, such as a temperature of 1, must not select a path without gradient.
 VALUES: dict[str, tuple[float, ...]] = {
     "beta": (0.4,),
-    "bias": (0.0, -1.5),
     "denominator": (5.0,),
     "gamma": (1.5, 0.0),
     "margin": (0.3,),
@@ -48,7 +47,6 @@ def loss_of(name: str, given: dict[str, Tensor] | None = None, **options: Any) -
 NAMES = [
     *("cross_entropy", "linear_cross_entropy", "log_probs", "linear_log_probs", "additive_margin"),
     *("kl_div_with_logits", "linear_kl_div", "linear_topk_kl_div"),
-    "contrastive_loss",
 ]
 CASES = [
     pytest.param(name, option, value, id=f"{name}-{option}={value:g}")

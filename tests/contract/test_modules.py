@@ -28,7 +28,6 @@ ADDED = {  # additional options of cross_entropy and linear_cross_entropy
     "token_weight": None,
     "denominator": None,
     "loss_dtype": None,
-    "filter_eps": 0.0,
     "memory_budget": None,
     "shard": None,
 }

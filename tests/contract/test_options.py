@@ -223,8 +223,6 @@ def draw_options(rng: Random, name: str, rows: int, classes: int) -> dict[str, A
     if name.startswith("linear"):
         row = classes * 8
         given["memory_budget"] = rng.choice([None, None, 1, row, 3 * row, rows * row // 2 + 1])
-        if name == "linear_cross_entropy" and rng.random() < 0.3:
-            given["filter_eps"] = 1e-12  # skips only gradients of 0
     if of_logits == "log_probs":
         given |= {"return_entropy": True, "return_lse": True}
         given["return_metrics"] = "softcap" not in given  # rounded, capped logits may tie

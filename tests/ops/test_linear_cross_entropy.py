@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from catalogue import TORCH
-from compare import operators_of_torch, products
+from compare import products
 from conftest import KernelCalls, backend
 from grid import grid
 from torch import Tensor
@@ -123,61 +123,6 @@ def test_blocks_of_classes_equal_whole_rows(
     torch.testing.assert_close(gradient.t(), best, equal_nan=True)
 
 
-# ---- filter_eps ----------------------------------------------------------------------------------
-
-
-def confident(dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns input, head and target of a confident model, with few likely classes."""
-    head = 3 * torch.randn(400, 16)
-    target = torch.arange(48) % 7
-    input = head[target] + 0.3 * torch.randn(48, 16)
-    return input.to(dtype).requires_grad_(), head.to(dtype).requires_grad_(), target
-
-
-@pytest.mark.cpu
-@grid(reduction=["mean", "sum", "none"], budget=[None, 3000], dtype=[torch.float32, torch.bfloat16])
-def test_filtered_gradients_are_within_the_documented_error(
-    reduction: str, budget: int | None, dtype: torch.dtype
-) -> None:
-    input, head, target = confident(dtype)
-    epsilon, leaves = 2.0**-6, (input, head)
-    options: dict[str, Any] = {"memory_budget": budget, "reduction": reduction}
-    results, multiplications = [], []
-    for given in (options, options | {"filter_eps": epsilon}):
-        with products() as found:
-            loss = fused.linear_cross_entropy(input, head, target, **given)
-            grad_output = torch.linspace(0.1, 1, loss.numel()).view_as(loss).to(loss)
-            results.append((loss, torch.autograd.grad(loss, leaves, grad_output)))
-        multiplications.append(sum(map(math.prod, found)))
-    (exact, exactly), (loss, found) = results
-    assert torch.equal(loss, exact)
-    assert multiplications[1] < 0.55 * multiplications[0]  # a third are products for logits
-    least = epsilon * float(grad_output.max()) / (len(target) if reduction == "mean" else 1)
-    sums = head.detach().float().abs().sum(0), input.detach().float().abs().sum(0)
-    rounding = torch.finfo(dtype).eps if dtype is torch.bfloat16 else 1e-6
-    for mine, best, of_all in zip(found, exactly, sums, strict=True):
-        off = (mine.float() - best.float()).abs()
-        assert off.max() > 0
-        assert (off <= least * of_all + rounding * (best.float().abs() + least)).all()
-
-
-@pytest.mark.cpu
-def test_nothing_is_filtered_for_random_logits() -> None:
-    """All classes of random logits are significant, as is NaN; nothing is copied."""
-    input, head = torch.randn(30, 8, requires_grad=True), torch.randn(50, 8, requires_grad=True)
-    target, leaves = torch.randint(0, 50, (30,)), (input, head)
-    plain = fused.linear_cross_entropy(*leaves, target)
-    loss = fused.linear_cross_entropy(*leaves, target, filter_eps=1e-6)
-    with operators_of_torch("aten::index_add_", "aten::index") as copies:
-        found = [torch.autograd.grad(each, leaves) for each in (loss, plain)]
-        fused.linear_cross_entropy(*leaves, target, filter_eps=1e-6)
-    torch.testing.assert_close(*found, rtol=0, atol=0)
-    assert not copies
-    head.data[7] = math.nan
-    loss = fused.linear_cross_entropy(*leaves, target, filter_eps=0.5)
-    assert all(gradient.isnan().any() for gradient in torch.autograd.grad(loss, leaves))
-
-
 # ---- block sizes ---------------------------------------------------------------------------------
 
 
@@ -198,22 +143,3 @@ def test_explain_states_the_number_of_logits_per_block(monkeypatch: pytest.Monke
     assert strategy(torch.bfloat16, memory_budget=1 << 17) == "blocks of classes"
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert strategy(torch.float32, rows=1030) == "all logits at once"
-
-
-@pytest.mark.interpreted
-@grid(reduction=["none", "mean"], budget=[None, 1 << 11])
-def test_filter_thresholds_are_those_of_rows_that_count(reduction: str, budget: int | None) -> None:
-    """The gradient of an ignored row's loss has no effect, however large it is."""
-    input, head = torch.randn(30, 6, requires_grad=True), torch.randn(300, 6, requires_grad=True)
-    target = torch.randint(300, (30,))
-    target[::2] = -100
-    options: dict[str, Any] = {"filter_eps": 1e-3, "memory_budget": budget}
-    found = []
-    for factor in (1.0, 1e6):
-        loss = fused.linear_cross_entropy(input, head, target, reduction=reduction, **options)
-        grad_output = torch.ones_like(loss)
-        if reduction == "none":
-            grad_output[::2] = factor
-        found.append(torch.autograd.grad(loss, (input, head), grad_output))
-    for x, y in zip(*found, strict=True):
-        torch.testing.assert_close(x, y, rtol=0, atol=0)
