@@ -154,9 +154,9 @@ library = $$($(CXX) -print-file-name=lib$(1).so)
 CHECKED = recycle cross_entropy cross_entropy_options metrics margin linear_cross_entropy log_probs distillation class_losses embedding_loss softmax pointwise_loss activation formula inplace threads errors large vec
 AFTER_FREE = import torch; from pyfused.backends import cpu; x = torch.ones(9 << 20); \
 	address = cpu.empty(x.shape, x.dtype, x).data_ptr(); \
-	cpu.native.relu(0, 9 << 20, address, x.data_ptr(), (0.0, 0.0, 0.0), 1)
+	cpu.native.relu(0, 9 << 20, address, x.data_ptr(), (0.0, 0.0, 0.0), 1, ())
 OVERRUN = import torch; from pyfused.backends import cpu; x = torch.zeros(5); \
-	cpu.native.relu(0, 6, x.data_ptr(), x.data_ptr(), (0.0, 0.0, 0.0), 1)
+	cpu.native.relu(0, 6, x.data_ptr(), x.data_ptr(), (0.0, 0.0, 0.0), 1, ())
 
 sanitize: export CXXFLAGS = -g -fno-omit-frame-pointer -fsanitize=address,undefined \
 	-fno-sanitize-recover=all
