@@ -138,7 +138,9 @@ def test_kernels_are_chosen_for_the_device_of_the_tensor(
         ahead.cases()["cross_entropy bfloat16 4096x32000"].run()
         programs, stages = sizes[gpu.device][0], 1 + sizes[gpu.device][1] // (32_768 * 2)
         (launched,) = [x for name, _, x in gpu.launched if name == row_kernel.fn.__name__]
-        constants = dict(zip(reversed([x.name for x in row_kernel.params]), launched[::-1]))
+        constants = dict(
+            zip(reversed([x.name for x in row_kernel.params]), launched[::-1], strict=False)
+        )
         assert (launched[0], constants["STAGES"]) == (programs, min(3, stages))
 
 
