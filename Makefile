@@ -14,7 +14,7 @@ unexport PYTHONDONTWRITEBYTECODE  # else every process recompiles torch's Python
 
 .DEFAULT_GOAL := help
 .PHONY: help setup build demo demo-quick test test-interpreter test-full test-repo test-torch test-machines test-integrations gpu-compile gpu-check \
-	bench bench-quick bench-steps bench-threads bench-busy bench-compare bench-sweep sizes formulas docs lint sanitize wheels test-wheel \
+	bench bench-quick bench-steps bench-threads bench-busy bench-compare bench-sweep sizes formulas docs lint sanitize sanitize-memory wheels test-wheel \
 	test-aarch64 clean
 
 help: ## list the targets
@@ -148,26 +148,32 @@ TIDY_FLAGS = -std=c++17 $(if $(filter x86_64,$(shell uname -m)),-mavx2 -mfma -mf
 # they take minutes and call the same code; the tests of memory and processes, because sanitizers
 # change memory use. One test of accuracy is deselected, because its sums are not vectorised.
 SANITIZE := build/sanitize
-SANITIZED = cd $(SANITIZE)/lib && LD_PRELOAD="$(call library,asan) $(call library,stdc++)" \
+SANITIZED = cd $(SANITIZE)/lib && $(if $(PYFUSED_ONLY_ISA),PYFUSED_CPU_CAPABILITY=$(subst _,-,$(PYFUSED_ONLY_ISA))) \
+	LD_PRELOAD="$(call library,asan) $(call library,stdc++)" \
 	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 $(abspath $(BIN))/python
 library = $$($(CXX) -print-file-name=lib$(1).so)
 CHECKED = recycle cross_entropy cross_entropy_options metrics margin linear_cross_entropy log_probs distillation class_losses embedding_loss softmax pointwise_loss activation formula inplace threads errors large vec
 AFTER_FREE = import torch; from pyfused.backends import cpu; x = torch.ones(9 << 20); \
 	address = cpu.empty(x.shape, x.dtype, x).data_ptr(); \
-	cpu.native.relu(0, 9 << 20, address, x.data_ptr(), (0.0, 0.0, 0.0), 1)
+	cpu.native.relu(0, 9 << 20, address, x.data_ptr(), (0.0, 0.0, 0.0), 1, ())
 OVERRUN = import torch; from pyfused.backends import cpu; x = torch.zeros(5); \
-	cpu.native.relu(0, 6, x.data_ptr(), x.data_ptr(), (0.0, 0.0, 0.0), 1)
+	cpu.native.relu(0, 6, x.data_ptr(), x.data_ptr(), (0.0, 0.0, 0.0), 1, ())
 
-sanitize: export CXXFLAGS = -g -fno-omit-frame-pointer -fsanitize=address,undefined \
+# Runs a program whose error the sanitizer must report; another error is shown.
+must_report = if ($(SANITIZED) -c '$($(1))') >$(SANITIZE)/report 2>&1; then \
+	echo 'The sanitizer missed $(3)'; exit 1; fi; \
+	grep -q $(2) $(SANITIZE)/report || { cat $(SANITIZE)/report; exit 1; }
+
+sanitize-memory: export CXXFLAGS = -O1 -g -fno-omit-frame-pointer -fsanitize=address,undefined \
 	-fno-sanitize-recover=all
-sanitize: $(TOOLS) ## find memory errors, undefined behaviour and races in the kernels (GCC, 5 minutes)
+sanitize-memory: $(TOOLS) ## find memory errors and undefined behaviour in the kernels (GCC; PYFUSED_ONLY_ISA=x86_64_v2 takes a third of the time)
 	$(BIN)/python setup.py --quiet build --build-base $(SANITIZE)/temp --build-lib $(SANITIZE)/lib
-	@$(SANITIZED) -c '$(OVERRUN)' 2>&1 | grep -q heap-buffer-overflow \
-		|| { echo 'The sanitizer missed an overrun: the kernels are not instrumented'; exit 1; }
-	@$(SANITIZED) -c '$(AFTER_FREE)' 2>&1 | grep -q use-after-poison \
-		|| { echo 'The sanitizer missed a use after free: free blocks are not poisoned'; exit 1; }
+	@$(call must_report,OVERRUN,heap-buffer-overflow,an overrun: the kernels are not instrumented)
+	@$(call must_report,AFTER_FREE,use-after-poison,a use after free: free blocks are not poisoned)
 	$(SANITIZED) -m pytest -n 2 --dist loadfile $(wildcard $(CHECKED:%=$(CURDIR)/tests/*/test_%.py)) \
 		--deselect tests/ops/test_softmax.py::test_as_accurate_as_torch $(PYTEST_ARGS)
+
+sanitize: sanitize-memory ## also find races between threads (5 minutes)
 	cd $(SANITIZE) && $(CXX) -std=c++17 -O1 -g -fopenmp-simd -fsanitize=thread -I$(CURDIR)/csrc \
 		-c $(CURDIR)/tests/kernels/threads.cpp $(filter-out %/bindings.cpp,$(wildcard $(CURDIR)/csrc/*.cpp))
 	$(CXX) -fsanitize=thread -rdynamic $(SANITIZE)/*.o -ldl -lpthread -o $(SANITIZE)/threads

@@ -19,11 +19,13 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 # Python's default flags contain -g, which makes modules eight times larger. CXXFLAGS overrides it.
-DEBUG = "-g" if "-g" in os.environ.get("CXXFLAGS", "").split() else "-g0"
+FLAGS = os.environ.get("CXXFLAGS", "").split()
+DEBUG = "-g" if "-g" in FLAGS else "-g0"
+OPTIMIZATION = "" if "-O1" in FLAGS else "-O3"
 
 # Without -ffast-math, because NaN, infinities and signed zeros have to match torch.
 COMMON = {
-    "unix": f"-std=c++17 -O3 {DEBUG} -MMD -fvisibility=hidden "
+    "unix": f"-std=c++17 {OPTIMIZATION} {DEBUG} -MMD -fvisibility=hidden "
     "-fno-math-errno -fno-trapping-math -ffp-contract=fast -fopenmp-simd",
     "msvc": "/std:c++17 /O2 /EHsc",
 }

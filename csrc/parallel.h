@@ -119,8 +119,10 @@ class Sum {
 };
 
 // Adds term(0) + ... + term(n - 1) to a sum. Groups of a few terms are summed in A and the groups
-// in double, so that rounding errors do not grow with n. Where A is double, groups are smaller and
-// the sum of the groups is compensated.
+// in double, so that rounding errors do not grow with n. Where A is double, the sum of the groups
+// is compensated, and groups are smaller: at most 8 terms for each lane of a vector, which is
+// shorter without AVX. Many equal terms, such as smoothed targets, have equal rounding errors,
+// which add up.
 template <class A, class Term> PYFUSED_INLINE void add_terms(Sum& sum, int64_t n,
                                                              const Term& term) {
   constexpr bool kCompensated = std::is_same_v<A, double>;
@@ -129,7 +131,11 @@ template <class A, class Term> PYFUSED_INLINE void add_terms(Sum& sum, int64_t n
 #else
   constexpr int64_t kTermLanes = kLanes<A>;
 #endif
+#ifdef __AVX__
   constexpr int64_t kGroup = (kCompensated ? 4 : 8) * kTermLanes;
+#else
+  constexpr int64_t kGroup = (kCompensated ? 2 : 8) * kTermLanes;
+#endif
   const int64_t whole = n / kTermLanes * kTermLanes;
   double rest = 0;
   for (int64_t first = 0; first < whole; first += kGroup) {

@@ -45,6 +45,7 @@ def choose(
     inner_contiguous: bool = False,
     most_threads: int = 512,
     once: bool = False,
+    shared: int = 0,
 ) -> Choice:
     """Returns the tile of a program.
 
@@ -55,6 +56,7 @@ def choose(
         tensors: Number of tiles kept in registers at the same time.
         most_threads: Maximum number of threads that keep a whole row in registers.
         once: Whether each element is needed only once, because there is no gradient.
+        shared: Bytes of shared memory to load tiles ahead; see `resources`.
         inner_contiguous: Whether inner indices are contiguous in memory instead of classes.
     """
     vector = 16 // itemsize  # vector width of a 16-byte load
@@ -82,7 +84,7 @@ def choose(
         return Choice(1, 128 * each, 128, whole_row=False)  # 0.79 times the time of one block
     if itemsize == 2 and tensors == 1 and block <= 1024 * each:
         # 0.81 times the time of two passes; 0.85 of that with two tiles loaded ahead.
-        stages = min(3, 1 + resources()[1] // (block * itemsize))
+        stages = min(3, 1 + shared // (block * itemsize))
         return Choice(1, block, 512, stages=stages)
     # Longer rows are read twice. With fewer resident programs, L2 keeps more of their rows until
     # the second pass. Larger blocks would waste more of the last block in shorter rows.
@@ -129,7 +131,7 @@ class Launch:
             return
         active = driver.active
         device = index if index >= 0 else active.get_current_device()
-        target = backend()
+        target = backend(device)
         key = device, *map(specialize, repeat(target), arguments, *SPECIALIZED)
         compiled = self.compiled.get(key)
         if compiled is None:
@@ -162,21 +164,24 @@ def has_hooks() -> bool:
 
 
 @functools.cache
-def backend() -> Any:
-    """Returns Triton's compiler backend, which decides how arguments are specialized."""
+def backend(device: int) -> Any:  # noqa: ARG001 the cache depends on it
+    """Returns Triton's compiler backend for the current device.
+
+    It decides how arguments are specialized.
+    """
     from triton.compiler import make_backend
 
     return make_backend(driver.active.get_current_target())
 
 
-@functools.cache
 def warp_size() -> int:
-    """Returns the threads per warp: 32 on NVIDIA GPUs, 32 or 64 on AMD GPUs."""
+    """Returns the threads per warp of the current device: 32 on NVIDIA GPUs, 32 or 64 on AMD's."""
     return 32 if knobs.runtime.interpret else int(driver.active.get_current_target().warp_size)
 
 
-def resources() -> tuple[int, int]:
-    """Returns the multiprocessors of the current GPU, and their shared memory in bytes, or 0.
+@functools.cache
+def resources(device: int) -> tuple[int, int]:
+    """Returns the multiprocessors of a GPU, and their shared memory in bytes, or 0.
 
     Only NVIDIA GPUs load to shared memory asynchronously. Without a GPU, returns an H100's.
     """
@@ -184,7 +189,7 @@ def resources() -> tuple[int, int]:
         return 1, 0
     if not torch.cuda.is_available():
         return 132, 232_448
-    properties = torch.cuda.get_device_properties(torch.cuda.current_device())
+    properties = torch.cuda.get_device_properties(None if device < 0 else device)
     return properties.multi_processor_count, properties.shared_memory_per_block_optin
 
 

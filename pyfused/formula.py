@@ -28,7 +28,7 @@ from pyfused.dispatch.reasons import SMALL
 from pyfused.dispatch.report import recorded
 from pyfused.dispatch.sizes import is_small
 from pyfused.formula_compiler import trace
-from pyfused.formula_compiler.capture import Capture
+from pyfused.formula_compiler.capture import Capture, replaced
 from pyfused.formula_compiler.kernel import Kernel
 from pyfused.formula_compiler.program import (
     EXPONENTS,
@@ -127,6 +127,8 @@ class FormulaOperator(PointwiseLoss):
         ])  # fmt: skip
 
     def _invalid_options(self, *options: Any) -> str | None:
+        if problem := replaced(self.user.attributes):
+            return problem
         if isinstance(self.generic, str):
             return self.generic
         kernel = self.traced(self.cases_of(options))
@@ -300,6 +302,7 @@ class Formula:
     Attributes:
         written: The user's function.
         captured: The copy of it that is traced, and that torch computes.
+        attributes: The names of the attributes that it reads.
         slopes: The user's gradient, None for torch's derivative.
         op: The operator for the default parameters.
         is_called: Whether another formula calls this one.
@@ -381,6 +384,7 @@ class Formula:
         if slopes is not None:
             self.slopes_of = _returning_slopes(slopes, len(self.operands))
             self.kinds = _differentiated(self.captured, self.slopes_of)
+        self.attributes = capture.attributes  # traces add names
         self.functions = _Functions(self)
         self.operators: dict[Any, FormulaOperator] = {}
         self.family = "Formula"

@@ -133,13 +133,18 @@ def products() -> Iterator[list[tuple[int, int, int]]]:
         sizes.append((m, k, n))
 
 
-def python_calls(step: Callable[[], Any]) -> int:
-    """Returns the number of Python functions that a step calls, the same on every machine."""
+def python_calls(step: Callable[[], Any], package: str = "") -> int:
+    """Returns the number of Python functions that a step calls, the same on every machine.
+
+    Args:
+        package: Counts only the functions of this package.
+    """
     count = 0
 
-    def profile(_frame: Any, event: str, _argument: Any) -> None:
+    def profile(frame: Any, event: str, _argument: Any) -> None:
         nonlocal count
-        count += event == "call"
+        module = str(frame.f_globals.get("__name__"))
+        count += event == "call" and module.startswith(package)
 
     for _ in range(3):
         step()

@@ -44,6 +44,7 @@ def use_small_tiles() -> None:
         inner_contiguous: bool = False,
         most_threads: int = 512,
         once: bool = False,
+        shared: int = 0,
     ) -> launch.Choice:
         if not classes:
             return launch.Choice(1, 32, 32)
@@ -57,7 +58,7 @@ def use_small_tiles() -> None:
         return launch.Choice(1, 64, 32, whole_row=False)
 
     launch.choose = backend.choose = choose
-    backend.resources = lambda: (3, 0)
+    backend.resources = lambda _: (3, 0)
     backend.MOST_PROGRAMS, backend.MOST_ARRIVALS, backend.COUNTED_BY_PROGRAMS = 30, 20, 16
 
 

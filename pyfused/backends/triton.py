@@ -233,7 +233,8 @@ def cross_entropy(
     weighted = not has_indices or (smooth and weight is not None)  # q is dense
     flags = outer == 1, has_indices, smooth, weighted, not grad_of_input, each
     inner_of_tile = _inner_of_tile(inner, strides)
-    kernel, most = _class_kernel(inner_of_tile, classes, itemsize, all_strides, *flags)
+    gpu = resources(logits.get_device())
+    kernel, most = _class_kernel(gpu, inner_of_tile, classes, itemsize, all_strides, *flags)
     programs = min(outer * -(-inner // kernel.choice.rows), most)
     weight, token_weight, grad_output = contiguous_in(accumulate, weight, token_weight, grad_output)
     floats: Any = (
@@ -259,6 +260,7 @@ def cross_entropy(
 
 @lru_cache(maxsize=4096)
 def _class_kernel(
+    gpu: tuple[int, int],
     inner: int,
     classes: int,
     itemsize: int,
@@ -270,9 +272,14 @@ def _class_kernel(
     without_gradient: bool,
     each: bool,
 ) -> tuple[Launch, int]:
-    """Returns the kernel of cross-entropy, and the largest number of its programs."""
+    """Returns the kernel of cross-entropy, and the largest number of its programs.
+
+    Args:
+        gpu: The multiprocessors and the shared memory of the device; see `resources`.
+    """
+    multiprocessors, shared = gpu
     tiles, once = (2, False) if weighted else (1, without_gradient)
-    choice = _tile(inner, classes, itemsize, *strides, tensors=tiles, once=once)
+    choice = _tile(inner, classes, itemsize, *strides, tensors=tiles, once=once, shared=shared)
     input_strides, grad_strides, *_ = strides
     contiguous = one_outer and input_strides[2] == 1 and grad_strides[2] in (0, 1)
     unaligned = choice.units[1] * itemsize < 8
@@ -281,7 +288,7 @@ def _class_kernel(
     if choice.whole_row and contiguous and not weighted:
         function = row_kernel
         if choice.stages > 1:  # a persistent kernel
-            most = resources()[0]
+            most = multiprocessors
     elif has_indices and contiguous and not smooth and unaligned and shared_stride:
         choice = choice._replace(vector=16 // itemsize)
     return Launch(function, choice, EACH=each), most

@@ -71,22 +71,24 @@ class _Tracked(NamedTuple):
     """A tensor of the trace.
 
     Attributes:
-        tensor: The tensor; holding it keeps its address from being reused.
+        storage: Its storage; holding it keeps the id from being reused.
         expression: Its expression.
         is_number: Whether it is 0-d in all calls, so that its shape does not depend on an operand.
     """
 
-    tensor: Tensor
+    storage: torch.UntypedStorage
     expression: int
     is_number: bool
 
 
 class Recorder(DispatchMode):
-    """Records ATen operators as expressions; tensors are identified by their addresses.
+    """Records ATen operators as expressions.
+
+    Tensors are identified by their storages, which aliases and tensors saved for backward share.
 
     Attributes:
-        tracked: The tensors that depend on inputs, keyed by address.
-        inputs: The names of the function's inputs, keyed by address.
+        tracked: The tensors that depend on inputs, keyed by the id of the storage.
+        inputs: The names of the function's inputs, keyed by the id of the storage.
         function: The function of torch that the user's function has called, "" for none.
         outer: The operator that is being decomposed, "" for none.
         refusal: The last error, which the user's function may have caught.
@@ -100,25 +102,26 @@ class Recorder(DispatchMode):
         self.refusal: RefusedError | None = None
 
     def track(self, tensor: Tensor, expression: int, is_number: bool) -> None:
-        self.tracked[tensor.data_ptr()] = _Tracked(tensor, expression, is_number)
+        storage = tensor.untyped_storage()
+        self.tracked[id(storage)] = _Tracked(storage, expression, is_number)
 
     def input(self, tensor: Tensor, kind: str, k: int, name: str) -> Tensor:
         """Tracks an input of the function, and returns it."""
         expression = self.e.input(kind, k)
         self.track(tensor, expression, kind != "operand")
-        self.inputs[tensor.data_ptr()] = name
+        self.inputs[_id(tensor)] = name
         self.e.masks[expression] = tensor.dtype is torch.bool
         return tensor
 
     def is_number(self, value: Any) -> bool:
         """Returns whether a value has no dimensions, whatever the operands' shapes are."""
-        tracked = self.tracked.get(value.data_ptr()) if isinstance(value, Tensor) else None
+        tracked = self.tracked.get(_id(value)) if isinstance(value, Tensor) else None
         return tracked is None or tracked.is_number
 
     def read(self, argument: Any) -> Any:
         """Returns the expression of a tensor or a number; returns other arguments unchanged."""
         if isinstance(argument, Tensor):
-            if (tracked := self.tracked.get(argument.data_ptr())) is not None:
+            if (tracked := self.tracked.get(_id(argument))) is not None:
                 return tracked.expression
             argument = argument.item()
         return self.e.literal(argument) if type(argument) in (bool, int, float) else argument
@@ -135,8 +138,10 @@ class Recorder(DispatchMode):
             return torch.zeros((), dtype=torch.bool)
         if name == "_local_scalar_dense":
             return self.value(args[0])
+        if name == "_efficientzerotensor":  # a derivative without memory, which kernels cannot read
+            return torch.zeros(*args, **kwargs)
         tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
-        tracked = [x for x in tensors if x.data_ptr() in self.tracked]
+        tracked = [x for x in tensors if _id(x) in self.tracked]
         is_random = torch.Tag.nondeterministic_seeded in op.tags
         if is_random or any(x.dim() for x in tensors):
             raise self.refused(name)
@@ -184,18 +189,17 @@ class Recorder(DispatchMode):
 
     def check_mutation(self, name: str, target: Any, tensors: Sequence[Tensor]) -> None:
         """Raises an error if an operator changes an input, or writes a tensor into a number."""
-        if target.data_ptr() in self.inputs:
-            raise RefusedError(f"{name} changes {self.inputs[target.data_ptr()]} in place")
+        if (changed := self.inputs.get(_id(target))) is not None:
+            raise RefusedError(f"{name} changes {changed} in place")
         if self.is_number(target) and not all(map(self.is_number, tensors)):
             raise self.refused(name, ", which writes a tensor into a number")
 
     def value(self, tensor: Tensor) -> Any:
         """Returns the value of a constant."""
-        address = tensor.data_ptr()
-        if address not in self.tracked:
+        if _id(tensor) not in self.tracked:
             return tensor.item()
         kind = "a number that is computed from parameters" if self.is_number(tensor) else "a tensor"
-        name = self.inputs.get(address, kind)
+        name = self.inputs.get(_id(tensor), kind)
         raise RefusedError(
             f"the value of {name} is read, but floats are tensors in a formula: use torch.where "
             "instead of 'if', torch's functions instead of math's, and operators instead of "
@@ -205,7 +209,7 @@ class Recorder(DispatchMode):
 
     def check_dtypes(self, name: str, args: Sequence[Any], result: Any) -> None:
         """Raises an error for changes of dtype, because all values of a program have one dtype."""
-        sources = {x.dtype for x in args if isinstance(x, Tensor) and x.data_ptr() in self.tracked}
+        sources = {x.dtype for x in args if isinstance(x, Tensor) and _id(x) in self.tracked}
         dtype = result.dtype if isinstance(result, Tensor) else torch.float64
         is_float, problem = any(x.is_floating_point for x in sources), ""
         if dtype in _HALVES or (
@@ -225,6 +229,11 @@ class Recorder(DispatchMode):
             problem = "a sum of bool tensors; use torch.logical_or"
         if problem:
             raise RefusedError(problem)
+
+
+def _id(tensor: Tensor) -> int:
+    """Returns the id of a tensor's storage, which has one Python object while it is referenced."""
+    return id(tensor.untyped_storage())
 
 
 def _bits(dtypes: set[torch.dtype]) -> int:
@@ -288,6 +297,8 @@ def is_elementwise(name: str) -> bool:
     """
     if name in _READ_VALUES:
         return True
+    if name == "detach_":  # changes an operand, which the recorder does not see
+        return False
     name = name.strip("_").removeprefix("special_")
     packet = getattr(torch.ops.aten, name, None)
     overloads = [getattr(packet, x) for x in packet.overloads()] if packet is not None else []

@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 from pyfused import functional as fused
+from pyfused.torch_internals import _SavedTensor, save_apart
 
 CLASSES = torch.tensor([1, 0, 4, -100, 2, 2])
 OTHER = torch.linspace(-3, 1, 30).reshape(6, 5)
@@ -51,18 +52,18 @@ def test_caches_are_bounded(example: Example) -> None:
 # ---- overhead of a call --------------------------------------------------------------------------
 
 
-# The maximum number of functions per step, without autograd's.
+# The maximum number of functions of pyfused per step.
 CALLS: dict[str, tuple[Callable[[Tensor], Tensor], int]] = {
-    "mse_loss": (lambda x: fused.mse_loss(x, OTHER), 32),
-    "cross_entropy": (lambda x: fused.cross_entropy(x, CLASSES), 38),
-    "softcap": (lambda x: fused.cross_entropy(x, CLASSES, softcap=5.0), 89),
-    "nll_loss": (lambda x: fused.nll_loss(x, CLASSES), 48),
-    "gelu": (lambda x: fused.gelu(x).sum(), 34),
-    "softmax": (lambda x: fused.softmax(x, 1).sum(), 35),
-    "log_probs": (lambda x: fused.log_probs(x, CLASSES)[0].sum(), 64),
-    "kl_div_with_logits": (lambda x: fused.kl_div_with_logits(x, OTHER), 55),
-    "linear_cross_entropy": (lambda x: fused.linear_cross_entropy(x, OTHER, CLASSES), 117),
-    "linear_log_probs": (lambda x: fused.linear_log_probs(x, OTHER, CLASSES)[0].sum(), 123),
+    "mse_loss": (lambda x: fused.mse_loss(x, OTHER), 24),
+    "cross_entropy": (lambda x: fused.cross_entropy(x, CLASSES), 31),
+    "softcap": (lambda x: fused.cross_entropy(x, CLASSES, softcap=5.0), 72),
+    "nll_loss": (lambda x: fused.nll_loss(x, CLASSES), 40),
+    "gelu": (lambda x: fused.gelu(x).sum(), 26),
+    "softmax": (lambda x: fused.softmax(x, 1).sum(), 27),
+    "log_probs": (lambda x: fused.log_probs(x, CLASSES)[0].sum(), 50),
+    "kl_div_with_logits": (lambda x: fused.kl_div_with_logits(x, OTHER), 47),
+    "linear_cross_entropy": (lambda x: fused.linear_cross_entropy(x, OTHER, CLASSES), 101),
+    "linear_log_probs": (lambda x: fused.linear_log_probs(x, OTHER, CLASSES)[0].sum(), 102),
 }
 
 
@@ -71,8 +72,8 @@ CALLS: dict[str, tuple[Callable[[Tensor], Tensor], int]] = {
 def test_a_step_calls_few_python_functions(name: str) -> None:
     call, most = CALLS[name]
     x = torch.randn(6, 5, requires_grad=True)
-    of_autograd = python_calls(lambda: x.sum().backward())
-    assert python_calls(lambda: call(x).backward()) - of_autograd <= most
+    most += 3 * (save_apart is _SavedTensor)  # functions for torch 2.11
+    assert python_calls(lambda: call(x).backward(), "pyfused") <= most
 
 
 @pytest.mark.cpu

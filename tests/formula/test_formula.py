@@ -729,6 +729,7 @@ UNREADABLE = (
     ("absent(x)", "name 'absent' is not defined"),
     ("import cmath\n    return x * cmath.pi", "imports or assigns cmath"),
     ("global SCALE\n    SCALE = 3.0\n    return 2 * x", "imports or assigns SCALE"),
+    ("x if x is y else x * y", "compares two values by 'is'"),
     ("try: return x / x.shape[-1]\n    except: return x", "supports shape, whose result may"),
 )  # fmt: skip
 NOT_FUSED = (
@@ -765,11 +766,36 @@ NOT_ELEMENTWISE = [(code, "no kernel") for code in (
 )]  # fmt: skip
 
 
+def check_derivatives(formula: Formula, operands: Sequence[Tensor]) -> None:
+    """Compares values, and first and second derivatives, with the function's."""
+    found = list[Any]()
+    for function in (formula, formula.function):
+        leaves = [x.clone().requires_grad_(x.is_floating_point()) for x in operands]
+        inputs = [x for x in leaves if x.requires_grad]
+        value = function(*leaves)
+        found.append([value])
+        for create_graph in (False, True):
+            weights = torch.linspace(-1, 1, value.numel(), dtype=value.dtype).view_as(value)
+            slopes = torch.autograd.grad(
+                value, inputs, weights, create_graph=create_graph, retain_graph=True,
+                allow_unused=True, materialize_grads=True,
+            )  # fmt: skip
+            found[-1] += slopes
+        total = sum(k * slope.sum() for k, slope in enumerate(slopes, 1)) + 0 * value.sum()
+        found[-1] += torch.autograd.grad(total, inputs, allow_unused=True, materialize_grads=True)
+    close(*found, rtol=1e-8, atol=1e-9, equal_nan=True)
+
+
 @pytest.mark.cpu
 @pytest.mark.filterwarnings("ignore")
-def test_accepted_functions_of_torch_are_elementwise() -> None:
-    """Calls every function of torch with operands, a mask among them, and with common options."""
+def test_accepted_functions_of_torch() -> None:
+    """Calls every function of torch with operands, a mask among them, and with common options.
+
+    Those that are accepted are elementwise, and their kernels compute torch's values and first and
+    second derivatives, also beside other operators.
+    """
     tables, accepted = get_overridable_functions().values(), set[str]()
+    differentiated = set[str]()
     options = ((), {}), ((0.5, 1.5), {}), ((), {"reduction": "none"}), ((), {"dim": 0})
     calls = [*product((1, 2, 3), options, (False,)), *product((1, 2, 3), options[:1], (True,))]
     x = torch.rand(3, 2, 2, dtype=torch.float64)
@@ -793,7 +819,20 @@ def test_accepted_functions_of_torch_are_elementwise() -> None:
             accepted.add(function.__name__)
             each = [first(*[x.flatten()[k] for x in operands]) for k in range(4)]
             close(first(*operands), torch.stack(each).view(2, 2), msg=str(function))
+            if is_masked:
+                continue
+            args = ["torch.add(a, a, alpha=-0.5)", "1 * b", "1 * c"][:count]
+            args += [*map(repr, numbers), *[f"{name}={value!r}" for name, value in named.items()]]
+            scope = {"function": function, "torch": torch}
+            lines = f"y = function({', '.join(args)})\n y = y[0] if isinstance(y, tuple) else y"
+            exec(f"def beside(a, b, c):\n {lines}\n return y * b + c * a", scope)
+            with contextlib.suppress(UntraceableError):  # the derivative is not supported
+                formula = pyfused.activation(scope["beside"])
+                check_derivatives(formula, operands)
+                differentiated.add(function.__name__)
     assert len(accepted) > 120, accepted
+    assert len(differentiated) > 120, differentiated
+    assert {"sgn", "abs", "silu", "hypot"} < differentiated
     assert accepted.isdisjoint(("inner", "matmul", "prelu"))
 
 
@@ -899,6 +938,56 @@ def test_names_are_looked_up_when_a_formula_is_defined(
     close(mine(x), expected)
     close(torch.cat([mine(part) for part in x.split(8)]), expected)
     close(compiled(x), expected)
+
+
+# What a program may set in a class, module or function of torch, and a formula that reads it.
+SET_IN_TENSOR = (
+    ("gain", SCALE, "x * x.gain"), ("gain", SCALE, "x * Tensor.gain"), ("relu", scaled, "x.relu()"),
+    ("scaled", scaled, "x.scaled()"), ("scaled", property(scaled), "x.scaled"),
+    ("silu", F.silu, "x.silu()"), ("__pow__", lambda x, n: x * n, "x**2"),
+    ("__getattr__", lambda *_: SCALE, "x * x.gain"), ("abs", scaled, "F.softsign(x)"),
+)  # fmt: skip
+SET_ELSEWHERE: tuple[tuple[Any, str, Any, str, str], ...] = (
+    (torch, "gain", SCALE, "x * torch.gain", "gain, a float"),
+    (F, "gain", SCALE, "x * F.gain", "gain, a float"),
+    (math, "gain", SCALE, "x * math.gain", "gain, a float"),
+    (torch.nn.Parameter, "gain", SCALE, "x * torch.nn.Parameter.gain", "gain, a float"),
+    (torch.no_grad, "gain", SCALE, "x * torch.no_grad.gain", "which is not torch's own"),
+    (F.silu, "gain", SCALE, "x * F.silu.gain", "F.silu has attributes that may change: gain"),
+    (torch, "scaled", scaled, "torch.scaled(x)", "scaled: it reads SCALE"),
+    (torch, "relu", scaled, "torch.relu(x)", "scaled: it reads SCALE"),
+    (torch, "relu_", scaled, "torch.relu_(2 * x)", "scaled: it reads SCALE"),
+    (F, "relu", scaled, "F.relu(x)", "scaled: it reads SCALE"),
+    (torch.special, "expit", scaled, "torch.special.expit(x)", "scaled: it reads SCALE"),
+    (torch, "scaled", torch.no_grad()(scaled), "torch.scaled(x)", "it reads torch.scaled"),
+)
+
+
+@pytest.mark.parametrize(("owner", "name", "value", "code", "words"), SET_ELSEWHERE)
+def test_what_a_program_sets_in_torch_is_refused(
+    owner: Any, name: str, value: Any, code: str, words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(owner, name, value, raising=False)
+    with pytest.raises(UntraceableError, match=words):
+        defined("x", f"return {code}")
+
+
+@pytest.mark.parametrize(("name", "value", "code"), SET_IN_TENSOR)
+def test_what_a_program_sets_in_the_class_of_tensors(
+    name: str, value: Any, code: str, monkeypatch: pytest.MonkeyPatch, kernel_calls: KernelCalls
+) -> None:
+    """It is refused; if it is set after the definition, torch computes the calls."""
+    early = defined("x", f"try: return {code}", "except AttributeError: return x")
+    x, words = torch.randn(9), f"it reads torch.Tensor.{name}, which is not torch's own"
+    with monkeypatch.context() as patch:
+        patch.setattr(Tensor, name, value, raising=False)
+        with pytest.raises(UntraceableError, match=words):
+            defined("x", f"return {code}")
+        assert torch.equal(early(x), early.function(x))
+        assert not kernel_calls
+        assert early.explain(x).reason == words
+    close(early(x), early.function(x))
+    assert kernel_calls[early.op.name]
 
 
 @pytest.mark.parametrize("reduction", ["none", "mean"])

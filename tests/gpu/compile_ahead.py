@@ -163,7 +163,7 @@ def cases() -> dict[str, Case]:
 def forget_gpu() -> None:
     """Clears the choices that are cached for the active GPU, because the target changes."""
     of_backend = [x for x in vars(backend).values() if hasattr(x, "cache_clear")]
-    for cached in (launch.warp_size, launch.backend, *of_backend):
+    for cached in (launch.resources, launch.backend, *of_backend):
         cached.cache_clear()
 
 

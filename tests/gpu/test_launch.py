@@ -26,6 +26,7 @@ from triton.runtime import JITFunction
 from pyfused import kernels
 from pyfused.backends.versions import is_tested
 from pyfused.kernels import launch
+from pyfused.kernels.cross_entropy import row_kernel
 from pyfused.kernels.launch import Choice, Launch
 
 numbers = itertools.count(1000, 2)  # of devices; Triton caches compiled kernels by device
@@ -117,6 +118,30 @@ def test_specializations_and_devices_are_distinguished(add: Launch, gpu: Any) ->
     assert is_by_triton(add, x, x, 1024)
     assert not is_by_triton(add, x, x, 1024)
     assert [arguments[3] for *_, arguments in gpu.launched] == [100 + gpu.device] * 2  # streams
+
+
+def test_kernels_are_chosen_for_the_device_of_the_tensor(
+    gpu: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of two kinds of GPU, one has less shared memory and fewer multiprocessors."""
+    sizes = {gpu.device: (132, 232_448), gpu.device + 1: (58, 101_376)}
+    names = "multi_processor_count", "shared_memory_per_block_optin"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(
+        torch.cuda,
+        "get_device_properties",
+        lambda index: SimpleNamespace(**dict(zip(names, sizes[index], strict=True))),
+    )
+    monkeypatch.setattr(Tensor, "get_device", lambda _: gpu.device)
+    for gpu.device in (*sizes, *sizes):
+        gpu.launched.clear()
+        ahead.cases()["cross_entropy bfloat16 4096x32000"].run()
+        programs, stages = sizes[gpu.device][0], 1 + sizes[gpu.device][1] // (32_768 * 2)
+        (launched,) = [x for name, _, x in gpu.launched if name == row_kernel.fn.__name__]
+        constants = dict(
+            zip(reversed([x.name for x in row_kernel.params]), launched[::-1], strict=False)
+        )
+        assert (launched[0], constants["STAGES"]) == (programs, min(3, stages))
 
 
 @pytest.mark.parametrize("hooked", [False, True])
