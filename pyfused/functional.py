@@ -186,7 +186,7 @@ def cross_entropy(
     """
     op = operators.CROSS_ENTROPY
     if (
-        left_to_torch(op, input, size_average, reduce)
+        left_to_torch(op, (input,), size_average, reduce)
         and softcap is token_weight is denominator is loss_dtype is shard is None
         and gamma is z_loss is _ZERO
         and scale is temperature is _ONE
@@ -754,7 +754,7 @@ def nll_loss(
             ignored.
     """
     op = operators.NLL_LOSS
-    if left_to_torch(op, input, size_average, reduce, reduction=reduction):
+    if left_to_torch(op, (input,), size_average, reduce, reduction=reduction):
         return F.nll_loss(input, target, weight, size_average, ignore_index, reduce, reduction)
     return run(
         op, (input, target, weight), op.options(ignore_index=ignore_index, reduction=reduction)
@@ -790,7 +790,7 @@ def triplet_margin_loss(
             between negative and anchor, if it is smaller.
     """
     op = operators.TRIPLET_MARGIN_LOSS
-    if left_to_torch(op, anchor, size_average, reduce, reduction=reduction):
+    if left_to_torch(op, (anchor, positive, negative), size_average, reduce, reduction=reduction):
         return F.triplet_margin_loss(
             anchor, positive, negative, margin, p, eps, swap, size_average, reduce, reduction
         )
@@ -822,7 +822,7 @@ def cosine_embedding_loss(
         margin: The cosine below which pairs with target -1 have no loss.
     """
     op = operators.COSINE_EMBEDDING_LOSS
-    if left_to_torch(op, input1, size_average, reduce, reduction=reduction):
+    if left_to_torch(op, (input1, input2, target), size_average, reduce, reduction=reduction):
         return F.cosine_embedding_loss(
             input1, input2, target, margin, size_average, reduce, reduction
         )
@@ -847,7 +847,7 @@ def mse_loss(
         weight: A factor for each element, of the input's shape.
     """
     op = elementwise.MSE_LOSS
-    if left_to_torch(op, input, size_average, reduce, target, reduction=reduction):
+    if left_to_torch(op, (input, target), size_average, reduce, reduction=reduction):
         return F.mse_loss(input, target, size_average, reduce, reduction, weight)
     return run(op, (input, target, weight), op.options(reduction=reduction))
 
@@ -869,11 +869,10 @@ def l1_loss(
     """
     op = elementwise.L1_LOSS
     # With a weight, torch's function ignores it if a default device is set.
-    if left_to_torch(
-        op, input, size_average, reduce, target, weight is not None, reduction=reduction
-    ):
+    tensors = input, target, weight
+    if left_to_torch(op, tensors, size_average, reduce, weight is not None, reduction=reduction):
         return F.l1_loss(input, target, size_average, reduce, reduction, weight)
-    return run(op, (input, target, weight), op.options(reduction=reduction))
+    return run(op, tensors, op.options(reduction=reduction))
 
 
 def smooth_l1_loss(
@@ -895,7 +894,7 @@ def smooth_l1_loss(
             number raises a RuntimeError.
     """
     op = elementwise.SMOOTH_L1_LOSS
-    if left_to_torch(op, input, size_average, reduce, target, reduction=reduction):
+    if left_to_torch(op, (input, target), size_average, reduce, reduction=reduction):
         return F.smooth_l1_loss(input, target, size_average, reduce, reduction, beta)
     return run(op, (input, target), op.options(beta=beta, reduction=reduction))
 
@@ -919,7 +918,7 @@ def huber_loss(
         weight: A factor for each element, of the input's shape.
     """
     op = elementwise.HUBER_LOSS
-    if left_to_torch(op, input, None, None, target, reduction=reduction):
+    if left_to_torch(op, (input, target), reduction=reduction):
         return F.huber_loss(input, target, reduction, delta, weight)
     return run(op, (input, target, weight), op.options(delta=delta, reduction=reduction))
 
@@ -949,7 +948,7 @@ def binary_cross_entropy(
             :func:`binary_cross_entropy_with_logits` then.
     """
     op = elementwise.BINARY_CROSS_ENTROPY
-    if left_to_torch(op, input, size_average, reduce, reduction=reduction):
+    if left_to_torch(op, (input, target), size_average, reduce, reduction=reduction):
         return F.binary_cross_entropy(input, target, weight, size_average, reduce, reduction)
     return run(op, (input, target, weight), op.options(reduction=reduction))
 
@@ -982,7 +981,7 @@ def binary_cross_entropy_with_logits(
         RuntimeError: A weight requires grad.
     """
     op = elementwise.BINARY_CROSS_ENTROPY_WITH_LOGITS
-    if left_to_torch(op, input, size_average, reduce, reduction=reduction):
+    if left_to_torch(op, (input, target), size_average, reduce, reduction=reduction):
         return F.binary_cross_entropy_with_logits(
             input, target, weight, size_average, reduce, reduction, pos_weight
         )
@@ -1012,7 +1011,7 @@ def kl_div(
     op = elementwise.KL_DIV
     # A mean warns, and the warning has to name the line of the call.
     warns = isinstance(reduction, str) and reduction == "mean"
-    if left_to_torch(op, input, size_average, reduce, None, warns, reduction=reduction):
+    if left_to_torch(op, (input, target), size_average, reduce, warns, reduction=reduction):
         return F.kl_div(input, target, size_average, reduce, reduction, log_target)
     return run(op, (input, target), op.options(log_target=log_target, reduction=reduction))
 
@@ -1042,7 +1041,7 @@ def poisson_nll_loss(
         eps: Added to the rates before taking the logarithm.
     """
     op = elementwise.POISSON_NLL_LOSS
-    if left_to_torch(op, input, size_average, reduce, reduction=reduction):
+    if left_to_torch(op, (input, target), size_average, reduce, reduction=reduction):
         return F.poisson_nll_loss(
             input, target, log_input, full, size_average, eps, reduce, reduction
         )
@@ -1079,7 +1078,7 @@ def gaussian_nll_loss(
             ``var`` is invalid.
     """
     op = elementwise.GAUSSIAN_NLL_LOSS
-    if left_to_torch(op, input, reduction=reduction):
+    if left_to_torch(op, (input, target, var), reduction=reduction):
         return F.gaussian_nll_loss(input, target, var, full, eps, reduction)
     return run(op, (input, target, var), op.options(eps=eps, full=full, reduction=reduction))
 
@@ -1100,7 +1099,7 @@ def soft_margin_loss(
         target: The classes, -1 or 1, of the input's shape.
     """
     op = elementwise.SOFT_MARGIN_LOSS
-    if left_to_torch(op, input, size_average, reduce, reduction=reduction):
+    if left_to_torch(op, (input, target), size_average, reduce, reduction=reduction):
         return F.soft_margin_loss(input, target, size_average, reduce, reduction)
     return run(op, (input, target), op.options(reduction=reduction))
 
@@ -1125,7 +1124,7 @@ def hinge_embedding_loss(
         margin: The distance beyond which dissimilar pairs have no loss.
     """
     op = elementwise.HINGE_EMBEDDING_LOSS
-    if left_to_torch(op, input, size_average, reduce, reduction=reduction):
+    if left_to_torch(op, (input, target), size_average, reduce, reduction=reduction):
         return F.hinge_embedding_loss(input, target, margin, size_average, reduce, reduction)
     return run(op, (input, target), op.options(margin=margin, reduction=reduction))
 
@@ -1150,7 +1149,7 @@ def margin_ranking_loss(
         margin: How much higher it should be.
     """
     op = elementwise.MARGIN_RANKING_LOSS
-    if left_to_torch(op, input1, size_average, reduce, reduction=reduction):
+    if left_to_torch(op, (input1, input2, target), size_average, reduce, reduction=reduction):
         return F.margin_ranking_loss(
             input1, input2, target, margin, size_average, reduce, reduction
         )
@@ -1288,7 +1287,7 @@ def _without_halves(tensor: Tensor | None) -> Tensor | None:
 def relu(input: Tensor, inplace: bool = False) -> Tensor:
     """Returns ``max(input, 0)``; NaN stays NaN."""
     op = elementwise.RELU
-    if inplace is not False or left_to_torch(op, input):
+    if inplace is not False or left_to_torch(op, (input,)):
         return F.relu(input, inplace)
     return run(op, (input,), ())
 
@@ -1300,7 +1299,7 @@ def leaky_relu(input: Tensor, negative_slope: float = 0.01, inplace: bool = Fals
         negative_slope: The slope below 0.
     """
     op = elementwise.LEAKY_RELU
-    if inplace is not False or left_to_torch(op, input):
+    if inplace is not False or left_to_torch(op, (input,)):
         return F.leaky_relu(input, negative_slope, inplace)
     return run(op, (input,), op.options(negative_slope=negative_slope))
 
@@ -1308,7 +1307,7 @@ def leaky_relu(input: Tensor, negative_slope: float = 0.01, inplace: bool = Fals
 def tanh(input: Tensor) -> Tensor:
     """Returns the hyperbolic tangent."""
     op = elementwise.TANH
-    if left_to_torch(op, input):
+    if left_to_torch(op, (input,)):
         return F.tanh(input)
     return run(op, (input,), ())
 
@@ -1332,7 +1331,7 @@ def silu(input: Tensor, inplace: bool = False) -> Tensor:
     If ``inplace`` is True and a gradient is needed, torch's operator runs, and copies the input.
     """
     op = elementwise.SILU
-    if inplace is not False or left_to_torch(op, input):
+    if inplace is not False or left_to_torch(op, (input,)):
         return F.silu(input, inplace)
     return run(op, (input,), ())
 
@@ -1352,7 +1351,7 @@ def gelu(input: Tensor, *, approximate: Approximate = "none", **others: Any) -> 
         others: torch's other arguments, such as ``out``; torch's operator runs.
     """
     op = elementwise.GELU
-    if others or left_to_torch(op, input):
+    if others or left_to_torch(op, (input,)):
         return F.gelu(input, approximate=approximate, **others)
     return run(op, (input,), op.options(approximate=approximate))
 
@@ -1360,7 +1359,7 @@ def gelu(input: Tensor, *, approximate: Approximate = "none", **others: Any) -> 
 def sigmoid(input: Tensor) -> Tensor:
     """Returns ``1 / (1 + exp(-input))``."""
     op = elementwise.SIGMOID
-    if left_to_torch(op, input):
+    if left_to_torch(op, (input,)):
         return F.sigmoid(input)
     return run(op, (input,), ())
 
@@ -1372,7 +1371,7 @@ def elu(input: Tensor, alpha: float = 1.0, inplace: bool = False) -> Tensor:
         alpha: The result at minus infinity is ``-alpha``.
     """
     op = elementwise.ELU
-    if inplace is not False or left_to_torch(op, input):
+    if inplace is not False or left_to_torch(op, (input,)):
         return F.elu(input, alpha, inplace)
     return run(op, (input,), op.options(alpha=alpha))
 
@@ -1380,7 +1379,7 @@ def elu(input: Tensor, alpha: float = 1.0, inplace: bool = False) -> Tensor:
 def selu(input: Tensor, inplace: bool = False) -> Tensor:
     """Returns 1.0507 times :func:`elu` with ``alpha`` 1.6733, which keeps mean and variance."""
     op = elementwise.SELU
-    if inplace is not False or left_to_torch(op, input):
+    if inplace is not False or left_to_torch(op, (input,)):
         return F.selu(input, inplace)
     return run(op, (input,), ())
 
@@ -1392,7 +1391,7 @@ def celu(input: Tensor, alpha: float = 1.0, inplace: bool = False) -> Tensor:
         alpha: The result at minus infinity is ``-alpha``; not 0.
     """
     op = elementwise.CELU
-    if inplace is not False or left_to_torch(op, input):
+    if inplace is not False or left_to_torch(op, (input,)):
         return F.celu(input, alpha, inplace)
     return run(op, (input,), op.options(alpha=alpha))
 
@@ -1400,7 +1399,7 @@ def celu(input: Tensor, alpha: float = 1.0, inplace: bool = False) -> Tensor:
 def mish(input: Tensor, inplace: bool = False) -> Tensor:
     """Returns ``input * tanh(log(1 + exp(input)))``."""
     op = elementwise.MISH
-    if inplace is not False or left_to_torch(op, input):
+    if inplace is not False or left_to_torch(op, (input,)):
         return F.mish(input, inplace)
     return run(op, (input,), ())
 
@@ -1414,7 +1413,7 @@ def softplus(input: Tensor, beta: float = 1.0, threshold: float = 20.0, **others
         others: As in :func:`gelu`.
     """
     op = elementwise.SOFTPLUS
-    if others or left_to_torch(op, input):
+    if others or left_to_torch(op, (input,)):
         return F.softplus(input, beta, threshold, **others)
     return run(op, (input,), op.options(beta=beta, threshold=threshold))
 
@@ -1426,7 +1425,7 @@ def logsigmoid(input: Tensor, **others: Any) -> Tensor:
         others: As in :func:`gelu`.
     """
     op = elementwise.LOGSIGMOID
-    if others or left_to_torch(op, input):
+    if others or left_to_torch(op, (input,)):
         return F.logsigmoid(input, **others)
     return run(op, (input,), ())
 
@@ -1434,7 +1433,7 @@ def logsigmoid(input: Tensor, **others: Any) -> Tensor:
 def softsign(input: Tensor) -> Tensor:
     """Returns ``input / (1 + abs(input))``."""
     op = elementwise.SOFTSIGN
-    if left_to_torch(op, input):
+    if left_to_torch(op, (input,)):
         return F.softsign(input)
     return run(op, (input,), ())
 
@@ -1442,7 +1441,7 @@ def softsign(input: Tensor) -> Tensor:
 def tanhshrink(input: Tensor) -> Tensor:
     """Returns ``input - tanh(input)``."""
     op = elementwise.TANHSHRINK
-    if left_to_torch(op, input):
+    if left_to_torch(op, (input,)):
         return F.tanhshrink(input)
     return run(op, (input,), ())
 
@@ -1505,7 +1504,7 @@ def softmax(
     op = operators.SOFTMAX
     if dim is None and isinstance(input, Tensor):
         return F.softmax(input, dim, _stacklevel + 1, dtype)  # warns, and names the caller's line
-    if left_to_torch(op, input, dim=dim):
+    if left_to_torch(op, (input,), dim=dim):
         return F.softmax(input, dim, _stacklevel, dtype)
     return run(op, (input,), op.options(dim=dim, dtype=dtype))
 
@@ -1529,6 +1528,6 @@ def log_softmax(
         return F.log_softmax(
             input, dim, _stacklevel + 1, dtype
         )  # warns, and names the caller's line
-    if left_to_torch(op, input, dim=dim):
+    if left_to_torch(op, (input,), dim=dim):
         return F.log_softmax(input, dim, _stacklevel, dtype)
     return run(op, (input,), op.options(dim=dim, dtype=dtype))

@@ -146,12 +146,13 @@ def _changed_by_hooks(ctx: Any, saved: Sequence[Any]) -> bool:
     """
     if ctx.formats is None:
         return False
-    formats = [*map(_format, saved)]
+    formats: list[Any] = [*map(_format, saved)]
     for before, after in zip(ctx.formats[0], formats, strict=True):
         if before is not None and after[-1] != before[-1]:
             expected = f"hooks for saved tensors to return shape {tuple(before[-1])}"
             raise RuntimeError(f"{ctx.call[0].name}: expected {expected}, got {tuple(after[-1])}")
-    return formats != ctx.formats[0]
+    changed: bool = formats != ctx.formats[0]
+    return changed
 
 
 def _saved_tensors(ctx: Any) -> list[Any]:

@@ -302,28 +302,27 @@ def every_size() -> Iterator[None]:
 
 def left_to_torch(
     op: Operator,
-    input: Any,
+    tensors: Tensors,
     size_average: bool | None = None,
     reduce: bool | None = None,
-    target: Any = None,
     any_size: bool = False,
     reduction: str | None = None,
     dim: int = 1,
 ) -> bool:
     """Returns whether torch's function of an operator's name computes a call.
 
-    It does in programs that are compiled, for the deprecated arguments, and if the input is small
-    or no tensor: proxies of torch.fx record the arguments as they came. Each function asks this
-    first, so that it adds little to the time of a small call. `is_small` decides the other calls,
-    given all their arguments.
+    It does in programs that are compiled, for the deprecated arguments, and if the call is small or
+    the input no tensor: proxies of torch.fx record the arguments as they came. Each function asks
+    this first, so that it adds little to the time of a small call. `is_small` decides calls whose
+    tensors broadcast: torch may warn about them, and the warning has to name the line of the call.
 
     Args:
-        target: A tensor about whose shape torch warns if it is not the input's. These calls are
-            dispatched, because the warning has to name the line of the call.
+        tensors: The tensors of the call; optional ones at the end may be omitted.
         any_size: Whether to dispatch calls of any size, and in programs that are compiled.
         reduction: The reduction of a loss.
         dim: The dimension of the classes.
     """
+    input = tensors[0]
     if not size_average is reduce is None:
         return True
     if any_size:
@@ -335,11 +334,12 @@ def left_to_torch(
     elements = input.numel()
     if type(elements) is not int or FORCED is not None:  # torch.jit.trace returns a tensor
         return False
-    if target is not None and (type(target) is not Tensor or target.shape != input.shape):
-        return False
+    for i in op.broadcast:
+        if type(tensors[i]) is not Tensor or tensors[i].shape != input.shape:
+            return False
     if elements < op.least[input.is_cpu]:
         return True
-    return _is_below_limit(op, elements, (input,), _Choices(reduction, dim))
+    return _is_below_limit(op, elements, tensors, _Choices(reduction, dim))
 
 
 def is_small(op: Operator, tensors: Tensors, options: Options) -> bool:
@@ -351,18 +351,20 @@ def is_small(op: Operator, tensors: Tensors, options: Options) -> bool:
     if type(input) not in PLAIN or (has_torch_function_unary(input) and has_function_mode()):
         return False
     elements = input.numel()
-    if type(elements) is not int or input.is_nested:  # torch.jit.trace returns a tensor
+    if type(elements) is not int or input.is_nested:
         return False
     if op.is_linear:
         if type(tensors[1]) not in PLAIN or tensors[1].is_nested:
             return False
         elements = op.elements(tensors)
-    elif op.broadcast:
-        other = tensors[op.broadcast[0]]
-        if isinstance(other, Tensor) and type(other) not in PLAIN:
-            return False
-        if type(other) not in PLAIN or other.is_nested or other.shape != input.shape:
+    for i in op.broadcast:
+        other = tensors[i]
+        if type(other) not in PLAIN:
+            if isinstance(other, Tensor):
+                return False
+        elif other.is_nested or other.shape != input.shape:
             elements = op.elements(tensors)
+            break
     if elements == 0 or FORCED is not None:
         return elements == 0
     return elements < op.least[input.is_cpu] or _is_below_limit(op, elements, tensors, options)

@@ -124,7 +124,9 @@ class TensorLoss(SpecializedOperator):
         self.variables = tuple(o for o in self.operands if o.name != "weight" or not o.optional)
         indices = [self.names.index(variable.name) for variable in self.variables]
         self._indices = indices
-        self.broadcast = tuple(indices[1:]) if self.arrange is None else ()
+        if self.arrange is None:  # optional operands expand to the others
+            pairs = zip(indices[1:], self.variables[1:], strict=True)
+            self.broadcast = tuple(i for i, variable in pairs if not variable.optional)
         has_weight = len(self.variables) < len(self.operands)
         self._weight = self.names.index("weight") if has_weight else None
         self._cached_dtypes = cache(self._inferred_dtypes)

@@ -63,3 +63,13 @@ def test_operands_that_share_memory(op: Operator) -> None:
             check_call(call)
     operands = [operand.name for operand in op.operands if not operand.indices]
     assert tried.keys() >= {*itertools.combinations(operands, 2)}
+
+
+@pytest.mark.cpu
+@pytest.mark.slow
+@pytest.mark.thresholds
+@pytest.mark.parametrize("op", SEVERAL.values(), ids=SEVERAL)
+def test_one_large_object_as_two_operands(op: Operator) -> None:
+    for seed, shared in enumerate(pairs_of(op)):
+        if shared[-1] == "one object":
+            check_call(random_call(op, seed, 1 << 18, shared=shared))

@@ -105,7 +105,7 @@ def test_limits_grow_with_threads(monkeypatch: pytest.MonkeyPatch) -> None:
         for others, by_torch in ((2, False), (8, True), (2, False)):
             torch.set_num_threads(others)
             assert runs_torch("mse_loss", x, x) is by_torch
-            assert sizes.left_to_torch(OPERATORS["mse_loss"], x) is by_torch
+            assert sizes.left_to_torch(OPERATORS["mse_loss"], (x, x)) is by_torch
     finally:
         torch.set_num_threads(threads)
 
@@ -150,7 +150,7 @@ def test_the_first_line_of_a_function_agrees_with_dispatch(
             options: Any = SimpleNamespace(reduction=reduction)
             if "dim" in op.fields:
                 options = op.options(dim=1, dtype=None)
-            left = sizes.left_to_torch(op, x, reduction=reduction)
+            left = sizes.left_to_torch(op, (x,) * len(op.all_operands), reduction=reduction)
             is_small = sizes.is_small(op, (x,) * len(op.all_operands), options)
             assert left == is_small, (shape, dtype, grad, reduction)
 

@@ -50,6 +50,17 @@ def test_the_size_of_a_call_is_its_broadcast_size(op: str, kernel_calls: KernelC
     assert kernel_calls.total() == 2
 
 
+@pytest.mark.cpu
+@pytest.mark.thresholds
+@pytest.mark.parametrize("name", ["hinge_embedding_loss", "poisson_nll_loss"])
+def test_each_operand_may_be_the_large_one(name: str, kernel_calls: KernelCalls) -> None:
+    for large in range(2):
+        given = [torch.rand(100_000, 10) if i == large else torch.rand(10) for i in range(2)]
+        result = getattr(functional, name)(*given)
+        assert kernel_calls.total() == large + 1
+        close(result, getattr(F, name)(*given))
+
+
 @pytest.mark.thresholds
 def test_a_weight_of_l1_loss_applies_with_a_default_device() -> None:
     """torch's l1_loss ignores the weight."""
