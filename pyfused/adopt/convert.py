@@ -92,9 +92,9 @@ def convert(
     training. Another call replaces the options, and converts a head that was replaced.
 
     ``type(module)`` changes. Libraries that look up the exact class of a module do not recognise a
-    replaced one, often without an error: ``torch.ao.quantization`` in eager mode, Captum's
-    ``DeepLift``, BackPACK, counters of operations such as THOP, and pruning libraries. Call
-    :func:`revert` before you use them.
+    replaced one, often without an error: ``torch.ao.quantization`` in eager mode and by FX,
+    Captum's ``DeepLift``, BackPACK, counters of operations such as THOP, and pruning libraries.
+    Call :func:`revert` before you use them.
 
     Args:
         model: Any module; its submodules are replaced, and the module itself if it is supported.
