@@ -33,9 +33,10 @@ struct CrossEntropyOptions {
   bool normalized = false;  // the logits are log-probabilities: nll_loss
   int64_t token_weight = 0;  // address of one A for each position; 0 for ones
   std::optional<double> denominator;  // by default, the summed weight of valid targets
-  // Address of the first class with the largest logit of each position; 0 if it is not computed.
-  // Only for rows of row_classes() contiguous classes. It is -1 where no logit is above -inf, one
-  // is NaN or inf, or the position is ignored.
+  // Address of two doubles for each position, 0 if they are not computed: first the largest logit
+  // of each, before the scale, then its first class. Only for rows of row_classes() contiguous
+  // classes. The class is -1 where no logit is above -inf, one is NaN or inf, or the position is
+  // ignored.
   int64_t prediction = 0;
 };
 
@@ -51,7 +52,7 @@ template <class T> struct CrossEntropy : Positions, CrossEntropyOptions {
   View<T> grad_probabilities;  // data is null if not computed
   int threads;
 
-  int64_t* predictions = reinterpret_cast<int64_t*>(prediction);
+  double* predictions = reinterpret_cast<double*>(prediction);
   const A* token_weights = reinterpret_cast<const A*>(token_weight);  // factors of the losses
   bool dense() const { return target == nullptr || label_smoothing > 0; }
   // Whether the loss and the gradients of a position are 0, whatever its logits are.

@@ -33,7 +33,7 @@ template <class T, bool kInPlace> class RowBlock {
       const T* const logits = ce.at(ce.logits, position);
       OneRow& row = Workspace<OneRow>{row_memory}.make(logits, ce.classes, ce.scale, 0.0);
       const A row_max = next_max;
-      if (ce.predictions) ce.predictions[position] = -1;
+      if (ce.predictions) ce.predictions[ce.positions() + position] = -1;
       if (ce.ignored(position)) {
         if (i + 1 < n) next_max = first_max(i + 1);
         clear(position, grad);
@@ -45,7 +45,7 @@ template <class T, bool kInPlace> class RowBlock {
       maximum = kLowest;
       chunk_of_maximum = -1;
       keeps ? read<true>(row, i, grad, row_max) : read<false>(row, i, grad, row_max);
-      if (ce.predictions && std::isfinite(row.state.sum)) ce.predictions[position] = predict(row);
+      if (ce.predictions && std::isfinite(row.state.sum)) predict(logits, position);
       if (i + 1 < n) next_max = first_max(i + 1);
       finish(row, i, grad);
     }
@@ -79,16 +79,23 @@ template <class T, bool kInPlace> class RowBlock {
     chunk_of_maximum = at;
   }
 
-  // The first class with the largest logit. The gradient may overwrite the logits afterwards.
-  PYFUSED_NOINLINE int64_t predict(OneRow& row) const {
-    if (chunk_of_maximum < 0) return -1;
+  // Writes the largest logit and its first class. The gradient may overwrite the logits afterwards.
+  PYFUSED_NOINLINE void predict(const T* logits, int64_t position) {
+    if (ce.scale != 1) {  // it may have rounded several logits to the largest x
+      maximum = kLowest;
+      for_chunks(ce.classes, [&](int64_t, int64_t at, int64_t n) {
+        raise_maximum(largest(logits + at, n, maximum), at);
+      });
+    }
+    if (chunk_of_maximum < 0) return;
     constexpr int64_t kStep = 64;  // a scalar loop over the chunk would take as long as reading it
+    const T* const x = logits + chunk_of_maximum;
     const int64_t n = std::min(kChunk, ce.classes - chunk_of_maximum);
-    const auto* const x = row.chunk(chunk_of_maximum, n);
     int64_t i = 0;
     while (i + kStep < n && largest(x + i, kStep, kLowest) < maximum) i += kStep;
     while (widen(x[i]) != maximum) ++i;
-    return chunk_of_maximum + i;
+    ce.predictions[position] = double(maximum);
+    ce.predictions[ce.positions() + position] = double(chunk_of_maximum + i);
   }
 
   void clear(int64_t position, T* grad) const {
