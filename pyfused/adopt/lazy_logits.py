@@ -26,7 +26,7 @@ import weakref
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from functools import cache, partial
+from functools import partial
 from typing import Any
 
 import torch
@@ -90,16 +90,16 @@ class HeadCall:
     does not notice writes to ``weight.data`` or the steps of fused optimizers.
 
     Attributes:
-        head: The head, which receives the metrics.
-        options: The options of the head.
+        head, options: The head, which receives the metrics, and its options.
+        device: The device of the logits.
         inputs: The hidden states, of shape (..., D), the weight (C, D), and the bias (C) or None.
         versions: The inputs that must not change until the logits are read, and their versions.
         autocast: The dtype of autocast, None if it was disabled.
         hooks: The active hooks of saved tensors.
         records: What the pass over a loss returns as well. Predictions cost nothing on CPUs.
         is_fused: Whether a loss of each row has been fused, on the CPU.
-        predictions: For each bias of the fused losses, the largest logit of each row before a scale
-            and a cap, and its class, -1 if it is unknown.
+        largest: The largest logit of each row before a scale and a cap, and its class, which is -1
+            without a fused loss; and the constant that was added to these logits.
         needs_grad: Whether the logits require a gradient.
         computed: Whether an operator has read the logits.
         bypassed: Whether a loss that requires a gradient was computed without the logits.
@@ -109,28 +109,28 @@ class HeadCall:
     """
 
     def __init__(self, head: Any, options: Any, *inputs: Any) -> None:
-        self.head, self.options, self.autocast = head, options, active_autocast(inputs[0])
-        self.computed = self.bypassed = False
+        hidden, weight, bias = inputs
+        self.device: torch.device = hidden.device
+        self.head, self.options, self.autocast = head, options, active_autocast(hidden)
+        self.hooks = torch_internals.saved_tensors_hooks(True)
+        self.records = BOTH if options.metrics else hidden.is_cpu and PREDICTION
+        self.is_fused = torch.zeros(hidden.shape[:-1].numel(), dtype=torch.bool, device="cpu")
+        self.largest: Any = None
+        self.needs_grad = self.computed = self.bypassed = False
         self.ended = threading.Event()
         self.hooks_of_grad: OrderedDict[int, Callable[[Any], None]] = OrderedDict()
-        self.hooks = torch_internals.saved_tensors_hooks(True)
         self.values: list[Callable[[], _Value | None]] = []
-        hidden, weight, bias = inputs
-        self.records = BOTH if options.metrics else hidden.device.type == "cpu" and PREDICTION
-        self.predictions: list[tuple[Tensor | None, Tensor]] = []
         self.inputs = hidden.clone() if hidden.is_inference() else hidden, weight, bias
         watched = [x for x in self.inputs if x is not None and not x.is_inference()]
         self.versions = [(x, version_of(x)) for x in watched]
 
     def logits(self) -> Any:
         """Returns the lazy output of the head."""
-        hidden, weight, bias = self.inputs
-        shape = torch.Size((*hidden.shape[:-1], weight.shape[0]))
-        rows = shape[:-1].numel()
-        self.is_fused = torch.zeros(rows, dtype=torch.bool, device="cpu")
-        numbers = torch.arange(rows, device="cpu").view(shape[:-1])
-        example = torch.empty(shape, dtype=self.autocast or hidden.dtype, device="meta")
-        value = _Value(self, numbers, example, len(shape) - 1, self.linear, bias)
+        hidden, weight, _ = self.inputs
+        shape, dtype = (*hidden.shape[:-1], weight.shape[0]), self.autocast or hidden.dtype
+        numbers = torch.arange(len(self.is_fused), device="cpu").view(shape[:-1])
+        example = torch.empty(shape, dtype=dtype, device="meta")
+        value = _Value(self, numbers, example, len(shape) - 1, self.linear)
         tensor = _head(value, *self.inputs)
         self.needs_grad = value.needs_grad = tensor.requires_grad
         return tensor
@@ -181,36 +181,31 @@ class HeadCall:
         self.values.clear()
 
     def run(self, value: _Value, index: Any, *operands: Any, **options: Any) -> Any:
-        """Returns the results of the fused loss, None if torch has to compute it.
-
-        Args:
-            index: The indices of the rows in the head's output.
-            operands: The operands after the bias.
-        """
-        op, (hidden, weight, _) = LINEAR_CROSS_ENTROPY, self.inputs
+        """Returns the results of the fused loss of some rows, None if torch has to compute it."""
+        op, (hidden, weight, bias) = LINEAR_CROSS_ENTROPY, self.inputs
         options |= {"with_metrics": self.records, "memory_budget": self.options.memory_budget}
-        with (
-            torch.autocast(hidden.device.type, self.autocast, self.autocast is not None),
-            torch.set_grad_enabled(torch.is_grad_enabled() and value.needs_grad),
-        ):
-            rows = hidden.reshape(-1, hidden.shape[-1])
-            is_slice = type(index) is slice
-            rows = rows[index] if is_slice else F.embedding(_on(hidden.device, index), rows)
-            rows = rows.view(*value.numbers.shape, rows.shape[-1])
-            tensors, fields = (rows, weight, value.bias, *operands), op.options(**options)
-            return (
-                run(op, tensors, fields) if fallback_reason(op, tensors, fields) is None else None
-            )
+        autocast = torch.autocast(self.device.type, self.autocast, self.autocast is not None)
+        with autocast, torch.set_grad_enabled(value.records_grad()):
+            x = hidden.reshape(-1, hidden.shape[-1])
+            x = x[index] if type(index) is slice else F.embedding(self.moved(index), x)
+            x = x.view(*value.numbers.shape, x.shape[-1])
+            if value.constant is not None:
+                bias = value.constant if bias is None else bias + value.constant
+            call = (x, weight, bias, *operands), op.options(**options)
+            return None if fallback_reason(op, *call) else run(op, *call)
 
-    def record(self, bias: Tensor | None, index: Any, prediction: Tensor, counts: Tensor) -> None:
-        """Records the predictions of the rows that count in a loss."""
-        known = next((known for each, known in self.predictions if each is bias), None)
-        if known is None:
-            known = prediction.new_full((2, len(self.is_fused)), -1)
-            self.predictions.append((bias, known))
-        maximum, classes = prediction
-        known[0, index] = maximum.flatten()
-        known[1, index] = classes.where(counts, -1).flatten()
+    def moved(self, x: Tensor) -> Tensor:
+        """Returns a tensor on the device of the logits, without waiting for it."""
+        return x.to(self.device, non_blocking=True)
+
+    def record(self, value: _Value, index: Any, largest: Tensor, counts: Tensor) -> None:
+        """Records the largest logits of the rows that count in a loss."""
+        if self.largest is None:
+            self.largest = largest.new_full((2, len(self.is_fused)), -1), value.constant
+        known, constant = self.largest
+        if constant is value.constant:
+            known[0, index] = largest[0].flatten()
+            known[1, index] = largest[1].where(counts, -1).flatten()
 
     def bypass(self, loss: Tensor) -> None:
         """Ends the logits when a backward pass reaches a loss, which does not keep the call."""
@@ -254,7 +249,7 @@ class _Value:
     """Describes how a lazy tensor is computed.
 
     It is ``scale * x``, or with a cap ``scale * cap * tanh(x / cap)``, where
-    ``x = linear(rows, weight, bias)``.
+    ``x = linear(rows, weight, bias) + constant``.
 
     Attributes:
         call: The head's call.
@@ -263,8 +258,8 @@ class _Value:
         example: A meta tensor of the same shape, strides and dtype.
         dim: The dimension of the classes.
         operation: Returns the values; None afterwards.
-        bias: The bias of the head and the constants that were added to the logits, None for 0.
         needs_grad: Whether the result of the operator requires a gradient.
+        constant: A tensor (C) in the equation above, None for 0.
         scale, cap: The numbers in the equation above.
         log: Whether log_softmax has been applied.
         real: The computed values, without an autograd graph.
@@ -275,22 +270,18 @@ class _Value:
     example: Tensor
     dim: int
     operation: Callable[[], Tensor] | None
-    bias: Tensor | None
     needs_grad: bool = False
+    constant: Tensor | None = None
     scale: float = 1.0
     cap: float | None = None
     log: bool = False
     real: Tensor = field(init=False)
 
-    @property
-    def device(self) -> torch.device:
-        return self.call.inputs[0].device  # type: ignore[no-any-return]
-
     def tensor(self) -> Any:
         """Returns a lazy tensor with this value."""
         x = self.example
         tensor: Any = torch_internals.make_wrapper_subclass(
-            LazyLogits, x.shape, strides=x.stride(), dtype=x.dtype, device=self.device
+            LazyLogits, x.shape, strides=x.stride(), dtype=x.dtype, device=self.call.device
         )
         tensor.value = self
         self.call.values.append(weakref.ref(self))
@@ -299,16 +290,19 @@ class _Value:
     def compute(self) -> Tensor:
         """Returns the values."""
         if (operation := self.operation) is not None:
-            hidden = self.call.inputs[0]
-            mode = torch.inference_mode(hidden.is_inference())  # must precede no_grad
-            autocast = torch.autocast(hidden.device.type, enabled=False)
+            mode = torch.inference_mode(self.call.inputs[0].is_inference())  # must precede no_grad
+            autocast = torch.autocast(self.call.device.type, enabled=False)
             with mode, torch.no_grad(), autocast, DisableTorchFunctionSubclass():
-                vars(self).setdefault("real", operation())  # another thread's result may be first
+                vars(self).setdefault("real", operation())  # another thread may have been faster
             self.operation = None
         return self.real
 
+    def records_grad(self) -> bool:
+        """Returns whether the result of an operator requires a gradient."""
+        return torch.is_grad_enabled() and self.needs_grad
+
     def has_rules(self, tensor: Any) -> bool:
-        """Returns whether results of this lazy tensor can be lazy, or known without the logits."""
+        """Returns whether results of this lazy tensor may be lazy, or known without the logits."""
         inference = tensor.is_inference()
         if self.call.computed or inference != torch.is_inference_mode_enabled():
             return False
@@ -322,17 +316,15 @@ class _Value:
             return None
         return rule(self, function, args, kwargs)
 
-    def result(self, function: Any, args: Any = (), kwargs: Any = {}, **changes: Any) -> Any:  # noqa: B006
-        """Returns the lazy result of an operator of ATen, with some changed attributes."""
+    def result(self, function: Any, args: Any, kwargs: Any = None, **changes: Any) -> Any:
+        """Returns the lazy result of an operator, with some changed attributes."""
+        kwargs = kwargs or {}
         others = tree_map_only(Tensor, lambda x: x.to("meta"), args)
         example = function(self.example, *others, **kwargs)
         operation = lambda: function(self.compute(), *args, **kwargs)  # noqa: E731
-        return self.changed(example=example, operation=operation, **changes)
-
-    def changed(self, **changes: Any) -> Any:
-        """Returns a lazy tensor with some changed attributes."""
-        needs_grad = torch.is_grad_enabled() and self.needs_grad
-        return replace(self, **{"needs_grad": needs_grad} | changes).tensor()
+        needs_grad = self.records_grad() and function is not aten.detach.default
+        changes |= {"example": example, "operation": operation, "needs_grad": needs_grad}
+        return replace(self, **changes).tensor()
 
     def dims(self) -> tuple[int, int]:
         """Returns the numbers of the dimension of the classes."""
@@ -342,10 +334,8 @@ class _Value:
         """Returns the indices of the rows in the head's output, a slice if they are consecutive."""
         index = self.numbers.flatten()
         if index.is_cpu and len(index):
-            first, last = int(index[0]), int(index[-1]) + 1
-            if last - first == len(index) and torch.equal(
-                index, torch.arange(first, last, device="cpu")
-            ):
+            first, last = int(index[0]), int(index[0]) + len(index)
+            if torch.equal(index, torch.arange(first, last, device="cpu")):
                 return slice(first, last)
         return index
 
@@ -394,7 +384,7 @@ class _Value:
             return None
         loss, *records = result if call.records else (result,)
         if call.records:
-            call.record(self.bias, index, records[-1], target != ignore_index)
+            call.record(self, index, records[-1], target != ignore_index)
         if call.options.metrics:
             call.head.pyfused_metrics = records[0]
         call.is_fused[rows] = True
@@ -405,7 +395,7 @@ class _Value:
         """Returns whether a tensor has a class index for each row, on CPUs one in range."""
         if type(target) not in PLAIN or target.dtype is not torch.int64:
             return False
-        if target.shape != self.numbers.shape or target.device != self.device:
+        if target.shape != self.numbers.shape or target.device != self.call.device:
             return False
         invalid = (target < 0) | (target >= self.example.shape[self.dim])
         return not target.is_cpu or not (invalid & (target != ignore_index)).any()
@@ -416,18 +406,13 @@ class _Value:
             return False
         classes = self.example.shape[self.dim]
         fits = tensor.shape[-1:] == (classes,) and tensor.numel() == classes
-        return fits and tensor.device == self.device and not requires_grad(tensor)
+        return fits and tensor.device == self.call.device and not requires_grad(tensor)
 
     def dtype_of_loss(self) -> torch.dtype:
         """Returns the dtype of torch's loss, which autocast computes in float32."""
         dtype = self.example.dtype
-        is_cast = dtype is not torch.float64 and torch.is_autocast_enabled(self.device.type)
-        return torch.float32 if is_cast else dtype
-
-
-def _on(device: torch.device, x: Tensor) -> Tensor:
-    """Returns a tensor on a device, without waiting for it."""
-    return x.to(device, non_blocking=True)
+        casts = dtype is not torch.float64 and torch.is_autocast_enabled(self.call.device.type)
+        return torch.float32 if casts else dtype
 
 
 # ---- operators that keep logits lazy -------------------------------------------------------------
@@ -437,27 +422,16 @@ def _on(device: torch.device, x: Tensor) -> Tensor:
 
 
 def _same(value: _Value, function: Any, args: Any, kwargs: Any) -> Any:
-    return value.result(function, args, kwargs)
-
-
-def _detach(value: _Value, function: Any, args: Any, kwargs: Any) -> Any:
-    return value.result(function, args, kwargs, needs_grad=False)
-
-
-def _clone(value: _Value, function: Any, args: Any, kwargs: Any) -> Any:
-    """A copy without a gradient, or in another memory format, as reshape may make."""
-    is_copy = torch.is_grad_enabled() and value.needs_grad and not kwargs
+    """The same values, but not a copy with a gradient, unless reshape has made it."""
+    is_copy = function is aten.clone.default and not kwargs and value.records_grad()
     return None if is_copy else value.result(function, args, kwargs)
 
 
 def _view(value: _Value, function: Any, args: Any, kwargs: Any) -> Any:
     """A view that keeps the classes of each row together."""
-    before, (shape, *others) = value.example.shape, args
-    if others or isinstance(shape, torch.dtype):
-        return None
-    key = before[value.dim], before[: value.dim].numel()
-    shape = function(value.example, shape).shape
-    dims = [i for i, size in enumerate(shape) if (size, shape[:i].numel()) == key]
+    before, shape = value.example.shape, function(value.example, *args).shape
+    size, rows = before[value.dim], before[: value.dim].numel()
+    dims = [i for i, each in enumerate(shape) if each == size and shape[:i].numel() == rows]
     if len(dims) != 1:
         return None
     numbers = value.numbers.reshape(*shape[: dims[0]], *shape[dims[0] + 1 :])
@@ -465,31 +439,24 @@ def _view(value: _Value, function: Any, args: Any, kwargs: Any) -> Any:
 
 
 def _move(value: _Value, function: Any, args: Any, kwargs: Any) -> Any:
-    """A permutation of the dimensions, a slice or slices of rows."""
+    """A permutation of the dimensions, or a slice of rows."""
     size = value.example.shape[value.dim]
-    # The operator moves the number of each row as it moves its logits, all of which have this one.
-    probe = value.numbers.unsqueeze(value.dim).expand(value.example.shape)
-    compute = cache(lambda: function(value.compute(), *args, **kwargs))
-    moved, examples = (function(x, *args, **kwargs) for x in (probe, value.example))
-    is_one, parts = isinstance(moved, Tensor), list[Any]()
-    for i, x in enumerate([moved] if is_one else moved):
-        dims = [
-            k for k, each in enumerate(zip(x.shape, x.stride(), strict=True)) if each == (size, 0)
-        ]
-        if len(dims) != 1:
-            return None
-        operation = compute if is_one else partial(lambda i: compute()[i], i)
-        example = examples if is_one else examples[i]
-        parts.append(
-            {
-                "numbers": x.select(dims[0], 0),
-                "dim": dims[0],
-                "example": example,
-                "operation": operation,
-            }
-        )
-    results = [value.changed(**part) for part in parts]
-    return results[0] if is_one else results
+    numbers = value.numbers.unsqueeze(value.dim).expand(value.example.shape)  # of each logit
+    numbers = function(numbers, *args, **kwargs)
+    sizes = zip(numbers.shape, numbers.stride(), strict=True)
+    dims = [i for i, each in enumerate(sizes) if each == (size, 0)]
+    if len(dims) != 1:
+        return None
+    return value.result(function, args, kwargs, dim=dims[0], numbers=numbers.select(dims[0], 0))
+
+
+def _unbind(value: _Value, function: Any, args: Any, kwargs: Any) -> Any:
+    """The slices of rows over which a loop iterates."""
+    dim = function(value.example, *args, **kwargs) and (args[0] if args else 0)
+    if dim in value.dims():
+        return None
+    count = value.example.shape[dim]
+    return [_move(value, aten.select.int, (dim, i), {}) for i in range(count)]
 
 
 def _index(value: _Value, function: Any, args: Any, kwargs: Any) -> Any:  # noqa: ARG001
@@ -507,20 +474,19 @@ def _index(value: _Value, function: Any, args: Any, kwargs: Any) -> Any:  # noqa
         else:
             return None
         if x is not None and not x.is_cpu:
-            numbers = _on(x.device, numbers)
+            numbers = value.call.moved(numbers)
     if value.dim != numbers.dim() or len(indices) > value.dim:
         return None
     numbers = function(numbers, indices)
-    return value.result(function, (indices,), numbers=numbers, dim=numbers.dim())
+    return value.result(function, (indices,), dim=numbers.dim(), numbers=numbers)
 
 
 def _cast(value: _Value, function: Any, args: Any, kwargs: Any) -> Any:
     """A cast to float32, or a copy."""
     before, device = value.example.dtype, kwargs.get("device")
     dtype = kwargs.get("dtype") or before
-    if dtype is not before and (dtype is not torch.float32 or before is torch.float64):
-        return None
-    if device not in (None, value.device) or kwargs.get("pin_memory"):
+    casts = dtype is before or (dtype is torch.float32 and before is not torch.float64)
+    if not casts or device not in (None, value.call.device) or kwargs.get("pin_memory"):
         return None
     options = {"dtype": dtype, "memory_format": kwargs.get("memory_format")}
     return value.result(function, args, options)
@@ -528,13 +494,13 @@ def _cast(value: _Value, function: Any, args: Any, kwargs: Any) -> Any:
 
 def _scale(value: _Value, function: Any, args: Any, kwargs: Any) -> Any:
     """A positive Python number as a factor or divisor."""
-    number = args[0]
-    if kwargs or type(number) not in (int, float) or not 0 < number < math.inf:
+    (number,) = args
+    if type(number) not in (int, float) or not 0 < number < math.inf:
         return None
     scale = value.scale / number if function in _QUOTIENTS else value.scale * number
     if not 0 < scale < math.inf:
         return None
-    return value.result(function, args, scale=1.0 if math.isclose(scale, 1.0) else scale)
+    return value.result(function, args, kwargs, scale=1.0 if math.isclose(scale, 1.0) else scale)
 
 
 def _tanh(value: _Value, function: Any, args: Any, kwargs: Any) -> Any:
@@ -543,47 +509,44 @@ def _tanh(value: _Value, function: Any, args: Any, kwargs: Any) -> Any:
 
 def _add(value: _Value, function: Any, args: Any, kwargs: Any) -> Any:
     """The sum with a constant bias, which autocast would round."""
-    bias, example, dtype = args[0], value.example, value.call.inputs[0].dtype
-    if value.scale != 1 or value.cap is not None or value.call.autocast or kwargs:
+    (bias,), example, dtype = args, value.example, value.call.inputs[0].dtype
+    if kwargs or value.call.autocast or value.scale != 1 or value.cap or example.dtype is not dtype:
         return None
-    if example.dtype is not dtype or not value.is_constant(bias, dtype):
-        return None
-    if value.dim != example.dim() - 1 or bias.dim() > example.dim():
+    is_last = value.dim == example.dim() - 1
+    if not (is_last and value.is_constant(bias, dtype) and bias.dim() <= example.dim()):
         return None
     bias = bias.clone()
-    total = bias.view(-1) if value.bias is None else value.bias + bias.view(-1)
-    return value.result(function, (bias,), bias=total)
+    constant = bias.view(-1) if value.constant is None else value.constant + bias.view(-1)
+    return value.result(function, (bias,), constant=constant)
 
 
 def _log_softmax(value: _Value, function: Any, args: Any, kwargs: Any) -> Any:
-    is_known = args[0] in value.dims()
-    return value.result(function, args, kwargs, log=True) if is_known else None
+    return value.result(function, args, kwargs, log=True) if args[0] in value.dims() else None
 
 
 def _largest(value: _Value, function: Any, args: Any, kwargs: Any) -> Any:
     """The largest logit of each row, or its class, if the pass over the loss has recorded them."""
-    call, names = value.call, _LARGEST[function]
+    names, is_argmax = _LARGEST[function], function is aten.argmax.default
     options = {"dim": -1 if "k" in names else None} | dict(zip(names, args, strict=False)) | kwargs
-    classes_alone = function is aten.argmax.default
-    dims = (*value.dims(), None) if classes_alone and value.example.dim() == 1 else value.dims()
-    known = next((known for bias, known in call.predictions if bias is value.bias), None)
+    dims = (*value.dims(), None) if is_argmax and value.example.dim() == 1 else value.dims()
+    is_largest = options.get("k", 1) == 1 and options.get("largest", True)
+    known, constant = value.call.largest or (None, None)
     if (
         known is None
+        or constant is not value.constant
         or options["dim"] not in dims
-        or options.get("k", 1) != 1
-        or not options.get("largest", True)
-        or (value.log and not classes_alone)
+        or not is_largest
     ):
         return None
-    x, classes = known[:, _on(known.device, value.numbers)]
-    if (classes < 0).any():
+    x, classes = known[:, value.call.moved(value.numbers)]
+    if (value.log and not is_argmax) or (classes < 0).any():
         return None
-    x = x.to(call.autocast or call.inputs[0].dtype).double()
+    x = x.to(value.call.autocast or value.call.inputs[0].dtype).double()
     x = value.scale * (x if value.cap is None else value.cap * (x / value.cap).tanh())
     results = x.to(value.example.dtype), classes.long()
     if "k" in names or options.get("keepdim"):
-        results = tuple(each.unsqueeze(value.dim) for each in results)
-    return results[1] if classes_alone else results
+        results = results[0].unsqueeze(value.dim), results[1].unsqueeze(value.dim)
+    return results[1] if is_argmax else results
 
 
 aten: Any = torch.ops.aten
@@ -597,14 +560,12 @@ _LARGEST = {
 _MOVES = (
     *(aten.transpose.int, aten.t.default, aten.permute.default, aten.select.int, aten.slice.Tensor),
     *(aten.unsqueeze.default, aten.squeeze.default, aten.squeeze.dim, aten.squeeze.dims),
-    *(aten.unbind.int, aten.split.Tensor, aten.split_with_sizes.default),
 )
 _RULES: dict[Any, Callable[..., Any]] = {
-    aten.alias.default: _same,
-    aten.detach.default: _detach,
-    aten.clone.default: _clone,
+    **dict.fromkeys((aten.alias.default, aten.detach.default, aten.clone.default), _same),
     **dict.fromkeys((aten.view.default, aten._unsafe_view.default), _view),
     **dict.fromkeys(_MOVES, _move),
+    aten.unbind.int: _unbind,
     aten.index.Tensor: _index,
     aten._to_copy.default: _cast,
     **dict.fromkeys((aten.mul.Tensor, aten.mul.Scalar, *_QUOTIENTS), _scale),
@@ -613,7 +574,7 @@ _RULES: dict[Any, Callable[..., Any]] = {
     aten._log_softmax.default: _log_softmax,
     **dict.fromkeys(_LARGEST, _largest),
 }
-_RULES_OF_LOG = _same, _detach, _clone, _view, _move, _index, _largest
+_RULES_OF_LOG = _same, _view, _move, _unbind, _index, _largest
 _INDEXES = "getitem", "index", "select", "slice"
 
 
@@ -625,7 +586,7 @@ def _original(function: Any) -> Any:
 # Functions that call nothing but these operators, and may leave the logits lazy.
 _NAMES = (
     "view view_as reshape reshape_as flatten unflatten unsqueeze squeeze contiguous detach clone"
-    " transpose swapaxes swapdims permute movedim moveaxis t select narrow split chunk unbind"
+    " transpose swapaxes swapdims permute movedim moveaxis t select narrow unbind"
     " tensor_split __getitem__ float to cpu type_as mul multiply __mul__ __rmul__ div divide"
     " true_divide __truediv__ tanh add __add__ __radd__ log_softmax argmax max topk"
 )
@@ -695,7 +656,7 @@ class LazyLogits(Tensor):
         if value.operation is None:
             return repr(value.real)
         x = value.example
-        shown = f"shape={tuple(x.shape)}, dtype={x.dtype}, device={value.device}"
+        shown = f"shape={tuple(x.shape)}, dtype={x.dtype}, device={value.call.device}"
         return f"LazyLogits({shown}, not computed)"
 
     __format__ = object.__format__
