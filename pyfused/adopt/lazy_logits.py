@@ -39,32 +39,24 @@ from pyfused.dispatch import reasons
 from pyfused.dispatch.operator import requires_grad
 from pyfused.dispatch.run import fallback_reason, run
 from pyfused.ops.operators import LINEAR_CROSS_ENTROPY
-from pyfused.torch_internals import (
-    PLAIN,
-    DisableTorchFunctionSubclass,
-    tree_map_only,
-    version_of,
-)
+from pyfused.torch_internals import PLAIN, DisableTorchFunctionSubclass, tree_map_only, version_of
 from pyfused.types import BOTH, PREDICTION
 
+_METHODS = (
+    "size dim numel stride is_contiguous is_floating_point element_size get_device requires_grad_"
+    " __len__ __hash__"
+)
 _ATTRIBUTES = (
     "shape ndim dtype device layout requires_grad is_leaf _base is_cuda is_cpu is_sparse is_meta"
     " is_nested"
 )
-_METADATA = {
-    *(Tensor.size, Tensor.dim, Tensor.numel, Tensor.stride, Tensor.is_contiguous, Tensor.__len__),
-    *(torch.is_floating_point, Tensor.is_floating_point, Tensor.element_size, Tensor.get_device),
-    *(getattr(Tensor, name).__get__ for name in _ATTRIBUTES.split()),
-    getattr(Tensor, "_backward_hooks").__set__,  # noqa: B009  # called by autograd
-    *(Tensor.__hash__, Tensor.requires_grad_),
-}
+_METADATA = {torch.is_floating_point, *(getattr(Tensor, name) for name in _METHODS.split())}
+_METADATA |= {getattr(Tensor, name).__get__ for name in _ATTRIBUTES.split()}
+_METADATA |= {getattr(Tensor, "_backward_hooks").__set__}  # noqa: B009  # called by autograd
 # They act on the node of the tensor, which its views do not have.
 _GRAD_FN = getattr(Tensor, "grad_fn").__get__  # noqa: B009
-_OF_NODES = {
-    *(Tensor.register_hook, Tensor.retain_grad, Tensor.register_post_accumulate_grad_hook),
-    *(getattr(Tensor, name).__get__ for name in ("grad", "output_nr")),
-    _GRAD_FN,
-}
+_OF_NODES = {_GRAD_FN, *(getattr(Tensor, name).__get__ for name in ("grad", "output_nr"))}
+_OF_NODES |= {Tensor.register_hook, Tensor.retain_grad, Tensor.register_post_accumulate_grad_hook}
 _BACKWARD = {torch.autograd.grad, torch.autograd.backward, Tensor.backward}
 _ADVICE = (
     "This takes time, and memory for all logits. One cross_entropy of each row needs no logits, "
@@ -207,12 +199,6 @@ class HeadCall:
             known[0, index] = largest[0].flatten()
             known[1, index] = largest[1].where(counts, -1).flatten()
 
-    def bypass(self, loss: Tensor) -> None:
-        """Ends the logits when a backward pass reaches a loss, which does not keep the call."""
-        if (node := loss.grad_fn) is not None:
-            self.bypassed = True
-            node.register_prehook(partial(_start_backward, self.ended, self.hooks_of_grad))
-
     def register_hook(self, tensor: Any, hook: Callable[[Any], Any]) -> Any:
         """Registers a hook of a gradient that the backward pass of the loss does not compute.
 
@@ -309,13 +295,6 @@ class _Value:
         # An autograd function changes these if it returns the tensor.
         return tensor.requires_grad == self.needs_grad and (inference or not version_of(tensor))
 
-    def apply(self, function: Any, args: Any, kwargs: Any) -> Any:
-        """Returns the result of an operator of ATen if it has a rule, or else None."""
-        rule = _RULES.get(function)
-        if rule is None or (self.log and rule not in _RULES_OF_LOG):
-            return None
-        return rule(self, function, args, kwargs)
-
     def result(self, function: Any, args: Any, kwargs: Any = None, **changes: Any) -> Any:
         """Returns the lazy result of an operator, with some changed attributes."""
         kwargs = kwargs or {}
@@ -351,8 +330,12 @@ class _Value:
         label_smoothing: float = 0.0,
     ) -> Any:
         """Returns the result of torch's function, None unless it is the first loss of its rows."""
-        call, dtype = self.call, self.dtype_of_loss()
+        call, dtype = self.call, self.example.dtype
+        if dtype is not torch.float64 and torch.is_autocast_enabled(call.device.type):
+            dtype = torch.float32
         call.check("cross_entropy")
+        index = self.index()
+        rows = index if self.numbers.is_cpu else slice(None)  # reading them would synchronise
         if not (
             self.dim == 1
             and self.log == _LOSSES[function]
@@ -365,11 +348,8 @@ class _Value:
             and 0 <= label_smoothing <= 1
             # A checkpoint of the loss alone has other hooks.
             and call.hooks == torch_internals.saved_tensors_hooks(True)
+            and not call.is_fused[rows].any()
         ):
-            return None
-        index = self.index()
-        rows = index if self.numbers.is_cpu else slice(None)  # reading them would synchronise
-        if call.is_fused[rows].any():
             return None
         result = call.run(
             *(self, index, target, weight, None, None),
@@ -388,7 +368,9 @@ class _Value:
         if call.options.metrics:
             call.head.pyfused_metrics = records[0]
         call.is_fused[rows] = True
-        call.bypass(loss)
+        if (node := loss.grad_fn) is not None:
+            call.bypassed = True  # the node does not keep the call
+            node.register_prehook(partial(_start_backward, call.ended, call.hooks_of_grad))
         return loss
 
     def is_target(self, target: Any, ignore_index: int) -> bool:
@@ -407,12 +389,6 @@ class _Value:
         classes = self.example.shape[self.dim]
         fits = tensor.shape[-1:] == (classes,) and tensor.numel() == classes
         return fits and tensor.device == self.call.device and not requires_grad(tensor)
-
-    def dtype_of_loss(self) -> torch.dtype:
-        """Returns the dtype of torch's loss, which autocast computes in float32."""
-        dtype = self.example.dtype
-        casts = dtype is not torch.float64 and torch.is_autocast_enabled(self.call.device.type)
-        return torch.float32 if casts else dtype
 
 
 # ---- operators that keep logits lazy -------------------------------------------------------------
@@ -503,10 +479,6 @@ def _scale(value: _Value, function: Any, args: Any, kwargs: Any) -> Any:
     return value.result(function, args, kwargs, scale=1.0 if math.isclose(scale, 1.0) else scale)
 
 
-def _tanh(value: _Value, function: Any, args: Any, kwargs: Any) -> Any:
-    return None if value.cap else value.result(function, args, kwargs, cap=1 / value.scale)
-
-
 def _add(value: _Value, function: Any, args: Any, kwargs: Any) -> Any:
     """The sum with a constant bias, which autocast would round."""
     (bias,), example, dtype = args, value.example, value.call.inputs[0].dtype
@@ -518,10 +490,6 @@ def _add(value: _Value, function: Any, args: Any, kwargs: Any) -> Any:
     bias = bias.clone()
     constant = bias.view(-1) if value.constant is None else value.constant + bias.view(-1)
     return value.result(function, (bias,), constant=constant)
-
-
-def _log_softmax(value: _Value, function: Any, args: Any, kwargs: Any) -> Any:
-    return value.result(function, args, kwargs, log=True) if args[0] in value.dims() else None
 
 
 def _largest(value: _Value, function: Any, args: Any, kwargs: Any) -> Any:
@@ -569,12 +537,17 @@ _RULES: dict[Any, Callable[..., Any]] = {
     aten.index.Tensor: _index,
     aten._to_copy.default: _cast,
     **dict.fromkeys((aten.mul.Tensor, aten.mul.Scalar, *_QUOTIENTS), _scale),
-    aten.tanh.default: _tanh,
+    aten.tanh.default: lambda value, function, *_: (
+        None if value.cap else value.result(function, (), cap=1 / value.scale)
+    ),
     aten.add.Tensor: _add,
-    aten._log_softmax.default: _log_softmax,
+    aten._log_softmax.default: lambda value, function, args, _: (
+        value.result(function, args, log=True) if args[0] in value.dims() else None
+    ),
     **dict.fromkeys(_LARGEST, _largest),
 }
-_RULES_OF_LOG = _same, _view, _move, _unbind, _index, _largest
+_OF_LOG = _same, _view, _move, _unbind, _index, _largest
+_RULES_OF_LOG = {operator: rule for operator, rule in _RULES.items() if rule in _OF_LOG}
 _INDEXES = "getitem", "index", "select", "slice"
 
 
@@ -668,7 +641,8 @@ class LazyLogits(Tensor):
         kwargs = kwargs or {}
         tensor: Any = args[0] if args else None
         if isinstance(tensor, LazyLogits) and tensor.value.has_rules(tensor):
-            result = tensor.value.apply(function, args[1:], kwargs)
+            rule = (_RULES_OF_LOG if tensor.value.log else _RULES).get(function)
+            result = rule and rule(tensor.value, function, args[1:], kwargs)
             if result is None and tensor.is_inference():  # autograd has decomposed no operator
                 result = function.decompose(*args, **kwargs)
             if result is not None and result is not NotImplemented:

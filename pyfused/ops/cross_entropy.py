@@ -186,8 +186,9 @@ class CrossEntropyLoss(RowLoss):
         if len(state) in (2, self.fields(options) + 2):  # of `block`
             return state[-2:]
         maximum, index = state[MAXIMUM:SMOOTH]
-        if options.softcap is not None or options.scale != options.temperature:
-            index = torch.full_like(index, -1)  # the maximum is that of the scaled, capped logits
+        is_scaled = options.softcap is not None or options.scale != options.temperature
+        if is_scaled and backend_of(state).ASYNCHRONOUS:  # it is that of scaled, capped logits
+            index = torch.full_like(index, -1)
         return torch.stack([maximum, index])
 
 
