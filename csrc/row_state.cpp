@@ -49,7 +49,7 @@ template <class T, bool kInPlace> class LogitRow {
     Sum smooth;
     row.template read<false, true>(nullptr, [&](const auto* x, int64_t first, int64_t n) {
       if (uint64_t(label - first) < uint64_t(n)) target_logit = double(widen(x[label - first]));
-      if (kFindsMaximum) raise_maximum(x, first, n);
+      if (kFindsMaximum) raise_maximum(first, n);
       if (smooths) add_weighted(smooth, x, first, n);
     });
     const double pivot = double(state.pivot);
@@ -103,9 +103,10 @@ template <class T, bool kInPlace> class LogitRow {
 
   bool has_target() const { return uint64_t(label) < uint64_t(classes); }
 
-  // Not inlined, because this would make the loop over few classes 1.5 times slower.
-  template <class U> PYFUSED_NOINLINE void raise_maximum(const U* x, int64_t first, int64_t n) {
-    const A high = largest(x, n, maximum);
+  // Of the logits before the scale and the softcap, which may round several to one number. Not
+  // inlined, because this would make the loop over few classes 1.5 times slower.
+  PYFUSED_NOINLINE void raise_maximum(int64_t first, int64_t n) {
+    const A high = largest(logits + first, n, maximum);
     if (!(high > maximum)) return;
     maximum = high;
     chunk_of_maximum = first;
@@ -121,9 +122,7 @@ template <class T, bool kInPlace> class LogitRow {
     if (chunk_of_maximum >= 0) {
       highest = double(maximum);
       int64_t i = 0;
-      const auto* const x =
-          row.chunk(chunk_of_maximum, std::min(kChunk, classes - chunk_of_maximum));
-      while (widen(x[i]) != maximum) ++i;
+      while (widen(logits[chunk_of_maximum + i]) != maximum) ++i;
       of_class = double(rows.first_class + chunk_of_maximum + i);
     }
     if (!std::isnan(fields.at(kSum, index)) || std::isnan(highest)) return;

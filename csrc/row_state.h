@@ -23,7 +23,8 @@
 namespace pyfused {
 
 // A state has the fields up to kTargetLogit; or up to kIndex, the first class with the largest
-// logit, where NaN is the largest; or all. pyfused/types.py has the same list.
+// logit before the scale and the softcap, where NaN is the largest; or all. pyfused/types.py has
+// the same list.
 enum RowField {
   kLogP,
   kEntropy,

@@ -136,8 +136,9 @@ class CrossEntropyOptions(NamedTuple):
         memory_budget: Bytes for the logits in memory at once, None for the default.
         loss_dtype: The dtype of the loss, None for torch's.
         with_metrics: Whether the call returns a tuple of the loss and the metrics of each target;
-            PREDICTION for a tuple of the loss and the prediction, which may be -1 if a logit of the
-            row is not finite.
+            PREDICTION for a tuple of the loss and the prediction, a float64 tensor (2, ...) of the
+            largest logit of each row, before softcap and scale, and of its class, -1 if unknown;
+            BOTH for a tuple of the three.
         torch_options: The options of torch's linear_cross_entropy, which kernels ignore.
     """
 
@@ -173,7 +174,7 @@ class CrossEntropyOptions(NamedTuple):
         )
 
 
-PREDICTION = "prediction"
+PREDICTION, BOTH = "prediction", "both"
 _NUMBERS = frozenset((float, int))
 
 

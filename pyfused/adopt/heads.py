@@ -103,6 +103,8 @@ def _reason(head: Any, input: Tensor, weight: Tensor, bias: Tensor | None) -> st
         return SILENT
     if weight.numel() == 0:
         return "the weight of its head has no elements"
+    if weight.shape[0] == 1:
+        return SILENT  # one class
     if not options.metrics and is_small(LINEAR_CROSS_ENTROPY, (input, weight), ()):
         return SILENT  # lazy logits would take longer than the loss
     dtypes = {input.dtype, weight.dtype, weight.dtype if bias is None else bias.dtype}

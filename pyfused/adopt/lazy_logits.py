@@ -1,16 +1,17 @@
 """Logits that are computed only when something other than their cross-entropy reads them.
 
-The head of a converted model returns `LazyLogits`, a tensor without memory. Its cross-entropy is
-``linear_cross_entropy`` of the hidden states, and the gather of a class and the log-sum-exp of each
-row are ``linear_log_probs``. The results of a few operators are lazy as well, because they follow
-from the hidden states: views that keep rows whole, permutations of dimensions, selections of rows,
-a cast to float32, a constant bias, a positive factor, a cap by tanh, log_softmax. The pass over a
-loss records the predictions of its rows. Any other operator reads the logits, which are then
-computed once.
+The head of a converted model returns `LazyLogits`, a tensor without memory, which has four rules:
+
+1. What moves whole rows, or is in the equation of the loss, keeps logits lazy: `_RULES`.
+2. One loss of each row is ``linear_cross_entropy`` of the hidden states: `_Value.cross_entropy`.
+3. The pass over a loss records the largest logit of each row and its class, which answer argmax,
+   max and topk(1): `_largest`.
+4. Everything else reads the logits, which are then computed once, and is torch's.
 
 The tensor is a wrapper subclass with torch's own autograd graph, which begins with `_Head`.
-``__torch_function__`` replaces the cross-entropy, and passes a plain view of the tensor to other
-operators. ``__torch_dispatch__`` computes the values.
+``__torch_function__`` replaces the loss, leaves the functions of `_LAZY` to the operators of ATen
+that they call, and passes a plain view of the tensor to all others. ``__torch_dispatch__`` returns
+the lazy result of an operator that has a rule, and else computes the values.
 
 A program that torch.compile traces breaks its graph at a large head, unless it has to be whole. A
 frame that uses lazy logits is left to Python, where Dynamo would break its graph at each operator.
@@ -24,10 +25,9 @@ import warnings
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
-from types import EllipsisType
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -37,51 +37,32 @@ from torch.nn import functional as F
 from pyfused import torch_internals
 from pyfused.dispatch import reasons
 from pyfused.dispatch.operator import requires_grad
-from pyfused.dispatch.run import run
-from pyfused.layout import accumulate_dtype
-from pyfused.ops.operators import LINEAR_CROSS_ENTROPY, LINEAR_LOG_PROBS
-from pyfused.torch_internals import (
-    PLAIN,
-    DisableTorchFunctionSubclass,
-    tree_map_only,
-    version_of,
-)
-from pyfused.types import LOG_P, LSE, PREDICTION
+from pyfused.dispatch.run import fallback_reason, run
+from pyfused.ops.operators import LINEAR_CROSS_ENTROPY
+from pyfused.torch_internals import PLAIN, DisableTorchFunctionSubclass, tree_map_only, version_of
+from pyfused.types import BOTH, PREDICTION
 
+_METHODS = (
+    "size dim numel stride is_contiguous is_floating_point element_size get_device requires_grad_"
+    " __len__ __hash__"
+)
 _ATTRIBUTES = (
     "shape ndim dtype device layout requires_grad is_leaf _base is_cuda is_cpu is_sparse is_meta"
     " is_nested"
 )
-_METADATA = {
-    *(Tensor.size, Tensor.dim, Tensor.numel, Tensor.stride, Tensor.is_contiguous, Tensor.__len__),
-    *(torch.is_floating_point, Tensor.is_floating_point, Tensor.element_size, Tensor.get_device),
-    *(getattr(Tensor, name).__get__ for name in _ATTRIBUTES.split()),
-    getattr(Tensor, "_backward_hooks").__set__,  # noqa: B009  # called by autograd
-    Tensor.__hash__,
-}
+_METADATA = {torch.is_floating_point, *(getattr(Tensor, name) for name in _METHODS.split())}
+_METADATA |= {getattr(Tensor, name).__get__ for name in _ATTRIBUTES.split()}
+_METADATA |= {getattr(Tensor, "_backward_hooks").__set__}  # noqa: B009  # called by autograd
 # They act on the node of the tensor, which its views do not have.
 _GRAD_FN = getattr(Tensor, "grad_fn").__get__  # noqa: B009
-_OF_NODES = {
-    *(Tensor.register_hook, Tensor.retain_grad, Tensor.register_post_accumulate_grad_hook),
-    *(getattr(Tensor, name).__get__ for name in ("grad", "output_nr")),
-    _GRAD_FN,
-}
+_OF_NODES = {_GRAD_FN, *(getattr(Tensor, name).__get__ for name in ("grad", "output_nr"))}
+_OF_NODES |= {Tensor.register_hook, Tensor.retain_grad, Tensor.register_post_accumulate_grad_hook}
 _BACKWARD = {torch.autograd.grad, torch.autograd.backward, Tensor.backward}
-
-
-class _ThisThread(threading.local):
-    """What ``__torch_dispatch__`` calls instead of an operator of ATen in this thread, or None."""
-
-    result: Callable[..., Any] | None = None
-
-
-_this_thread = _ThisThread()
-_NO_INDEX = -(1 << 63)  # an ignore_index that is no class index
 _ADVICE = (
-    "This takes time, and memory for all logits. Views, permutations and slices such as "
-    "logits[:, :n] keep them lazy for cross_entropy with class indices, for gather and for "
-    "logsumexp; the argmax is known after the loss. For an entropy, call "
-    "pyfused.functional.linear_log_probs. Or call pyfused.revert(model)"
+    "This takes time, and memory for all logits. One cross_entropy of each row needs no logits, "
+    "and its argmax is known afterwards. For other losses, call "
+    "pyfused.functional.linear_log_probs, or linear_cross_entropy(z_loss=...) for a z-loss. Or "
+    "call pyfused.revert(model)"
 )
 
 
@@ -101,47 +82,47 @@ class HeadCall:
     does not notice writes to ``weight.data`` or the steps of fused optimizers.
 
     Attributes:
-        head: The head, which receives the metrics.
-        options: The options of the head.
+        head, options: The head, which receives the metrics, and its options.
+        device: The device of the logits.
         inputs: The hidden states, of shape (..., D), the weight (C, D), and the bias (C) or None.
-        versions: Tensors that must not change until the logits are read, and their versions.
+        versions: The inputs that must not change until the logits are read, and their versions.
         autocast: The dtype of autocast, None if it was disabled.
         hooks: The active hooks of saved tensors.
-        with_metrics: Whether the pass over a loss returns metrics, or the predictions alone, which
-            cost nothing on CPUs.
-        largest: The largest logit of each row that counts in a loss.
+        records: What the pass over a loss returns as well. Predictions cost nothing on CPUs.
+        is_fused: Whether a loss of each row has been fused, on the CPU.
+        largest: The largest logit of each row before a scale and a cap, and its class, which is -1
+            without a fused loss; and the constant that was added to these logits.
         needs_grad: Whether the logits require a gradient.
         computed: Whether an operator has read the logits.
-        bypassed: Whether a loss was computed without the logits.
+        bypassed: Whether a loss that requires a gradient was computed without the logits.
         ended: Is set when a backward pass reaches such a loss.
         hooks_of_grad: Hooks of the logits' gradient, which such a backward pass calls.
         values: Weak references to the values of lazy tensors that may not have been computed.
-        lock: Is held while values are computed, which several threads may read.
     """
 
     def __init__(self, head: Any, options: Any, *inputs: Any) -> None:
-        self.head, self.options, self.autocast = head, options, active_autocast(inputs[0])
-        self.computed = self.bypassed = False
-        self.with_metrics = options.metrics or (inputs[0].device.type == "cpu" and PREDICTION)
-        self.largest: _Largest | None = None
-        self.ended, self.lock = threading.Event(), threading.RLock()
-        self.hooks_of_grad: OrderedDict[int, Callable[[Any], None]] = OrderedDict()
-        self.hooks = torch_internals.saved_tensors_hooks(True)
-        self.values: list[Callable[[], _Value | None]] = []
         hidden, weight, bias = inputs
+        self.device: torch.device = hidden.device
+        self.head, self.options, self.autocast = head, options, active_autocast(hidden)
+        self.hooks = torch_internals.saved_tensors_hooks(True)
+        self.records = BOTH if options.metrics else hidden.is_cpu and PREDICTION
+        self.is_fused = torch.zeros(hidden.shape[:-1].numel(), dtype=torch.bool, device="cpu")
+        self.largest: Any = None
+        self.needs_grad = self.computed = self.bypassed = False
+        self.ended = threading.Event()
+        self.hooks_of_grad: OrderedDict[int, Callable[[Any], None]] = OrderedDict()
+        self.values: list[Callable[[], _Value | None]] = []
         self.inputs = hidden.clone() if hidden.is_inference() else hidden, weight, bias
-        self.versions: list[tuple[Tensor, int]] = []
-        self.watch(*(x for x in self.inputs if x is not None and not x.is_inference()))
+        watched = [x for x in self.inputs if x is not None and not x.is_inference()]
+        self.versions = [(x, version_of(x)) for x in watched]
 
     def logits(self) -> Any:
         """Returns the lazy output of the head."""
         hidden, weight, _ = self.inputs
-        shape = torch.Size((*hidden.shape[:-1], weight.shape[0]))
-        example = torch.empty(shape, dtype=self.autocast or hidden.dtype, device="meta")
-        value = _Value(self, hidden, self.inputs[2], example, len(shape) - 1, self.linear)
-        if self.with_metrics:
-            numbers = torch.arange(shape[:-1].numel(), device=hidden.device)
-            value.numbers = numbers.view(*shape[:-1], 1)
+        shape, dtype = (*hidden.shape[:-1], weight.shape[0]), self.autocast or hidden.dtype
+        numbers = torch.arange(len(self.is_fused), device="cpu").view(shape[:-1])
+        example = torch.empty(shape, dtype=dtype, device="meta")
+        value = _Value(self, numbers, example, len(shape) - 1, self.linear)
         tensor = _head(value, *self.inputs)
         self.needs_grad = value.needs_grad = tensor.requires_grad
         return tensor
@@ -152,22 +133,17 @@ class HeadCall:
         hidden, weight, bias = (x if x is None else x.to(dtype) for x in self.inputs)
         return F.linear(hidden, weight, bias)  # type: ignore[arg-type]
 
-    def watch(self, *tensors: Tensor) -> None:
-        """Makes a change of these tensors an error if the logits are read after it."""
-        self.versions += [(x, version_of(x)) for x in tensors]
-
     def check(self, reader: str) -> None:
         """Checks that the logits can still be computed.
 
         Raises:
-            RuntimeError: Their loss's backward pass has run, or a tensor has been changed.
+            RuntimeError: Their loss's backward pass has run, or an input has been changed.
         """
         freed = not self.inputs[1].untyped_storage().nbytes()  # by FSDP
         if self.ended.is_set():
             event, line = "the backward pass of their loss", "`backward()`"
         elif freed or any(version_of(x) != version for x, version in self.versions):
-            event = "a change of the head's input, weight or bias, or of a tensor that was added "
-            event, line = f"{event}to the logits or selected their rows", "the change"
+            event, line = "a change of the head's input, weight or bias", "the change"
         else:
             return
         raise RuntimeError(
@@ -179,36 +155,49 @@ class HeadCall:
         )
 
     def compute(self, reader: str) -> None:
-        """Computes all lazy tensors of this call, because an operator reads one of them."""
-        with self.lock:
-            if not self.computed:
-                self.check(reader)
-                if self.bypassed or self.needs_grad:
-                    when = " after their loss, which has not computed them" if self.bypassed else ""
-                    why = f"its logits are read by {reader}{when}. {_ADVICE}"
-                    tell(self.options.model_name, why)
-            while self.values:  # before an operator changes one of them in place
-                if (value := self.values.pop(0)()) is not None:
-                    value.compute()
-            self.computed = True
+        """Computes all lazy tensors of this call, because an operator reads one of them.
 
-    def run(self, op: Any, value: _Value, *operands: Any, **options: Any) -> Any:
-        """Runs a fused operator on the rows of a value, without the logits."""
-        options |= {"softcap": value.cap, "memory_budget": self.options.memory_budget}
-        tensors = value.rows, self.inputs[1], value.bias, *operands
-        with (
-            torch.autocast(value.rows.device.type, self.autocast, self.autocast is not None),
-            torch.set_grad_enabled(value.records_grad()),
-        ):
-            result: Any = run(op, tensors, op.options(**options))
-        self.bypass(result[0] if type(result) is tuple else result)
-        return result
+        Several threads may do so; the first result of each tensor counts.
+        """
+        if not self.computed:
+            self.check(reader)
+            fused = bool(self.is_fused.any())
+            if fused or self.needs_grad:
+                when = " after a loss that has not computed them" if fused else ""
+                why = f"its logits are read by {reader}{when}. {_ADVICE}"
+                tell(self.options.model_name, why)
+        for reference in [*self.values]:  # before an operator changes one of them in place
+            if (value := reference()) is not None:
+                value.compute()
+        self.computed = True
+        self.values.clear()
 
-    def bypass(self, result: Tensor) -> None:
-        """Ends the logits when a backward pass reaches a result, which does not keep the call."""
-        if (node := result.grad_fn) is not None:
-            self.bypassed = True
-            node.register_prehook(partial(_start_backward, self.ended, self.hooks_of_grad))
+    def run(self, value: _Value, index: Any, *operands: Any, **options: Any) -> Any:
+        """Returns the results of the fused loss of some rows, None if torch has to compute it."""
+        op, (hidden, weight, bias) = LINEAR_CROSS_ENTROPY, self.inputs
+        options |= {"with_metrics": self.records, "memory_budget": self.options.memory_budget}
+        autocast = torch.autocast(self.device.type, self.autocast, self.autocast is not None)
+        with autocast, torch.set_grad_enabled(value.records_grad()):
+            x = hidden.reshape(-1, hidden.shape[-1])
+            x = x[index] if type(index) is slice else F.embedding(self.moved(index), x)
+            x = x.view(*value.numbers.shape, x.shape[-1])
+            if value.constant is not None:
+                bias = value.constant if bias is None else bias + value.constant
+            call = (x, weight, bias, *operands), op.options(**options)
+            return None if fallback_reason(op, *call) else run(op, *call)
+
+    def moved(self, x: Tensor) -> Tensor:
+        """Returns a tensor on the device of the logits, without waiting for it."""
+        return x.to(self.device, non_blocking=True)
+
+    def record(self, value: _Value, index: Any, largest: Tensor, counts: Tensor) -> None:
+        """Records the largest logits of the rows that count in a loss."""
+        if self.largest is None:
+            self.largest = largest.new_full((2, len(self.is_fused)), -1), value.constant
+        known, constant = self.largest
+        if constant is value.constant:
+            known[0, index] = largest[0].flatten()
+            known[1, index] = largest[1].where(counts, -1).flatten()
 
     def register_hook(self, tensor: Any, hook: Callable[[Any], Any]) -> Any:
         """Registers a hook of a gradient that the backward pass of the loss does not compute.
@@ -241,82 +230,44 @@ def _start_backward(ended: threading.Event, hooks: dict[int, Any], grad_outputs:
         hook(grad_outputs)
 
 
-class _Largest(NamedTuple):
-    """The largest logits that the pass over a loss has recorded, for each row of the head's output.
-
-    Attributes:
-        classes: -1 where the class is unknown: without a loss, or with a NaN or an infinity.
-        logits: Before a scale and a cap, in float64.
-        bias, scale, cap: As in the value of the loss.
-    """
-
-    classes: Tensor
-    logits: Tensor
-    bias: Tensor | None
-    scale: float
-    cap: float | None
-
-    @classmethod
-    @torch.no_grad()
-    def of(cls, value: _Value, classes: Tensor) -> _Largest:
-        """Returns the largest logits of a loss, and those of earlier losses of the same logits."""
-        call, before, numbers = value.call, value.call.largest, value.numbers.flatten()
-        rows, like = value.rows.flatten(0, -2), (value.bias, value.scale, value.cap)
-        n = call.inputs[0].shape[:-1].numel()
-        if before is None or any(x is not y for x, y in zip(before[2:], like, strict=True)):
-            before = cls(numbers.new_full((n,), -1), rows.new_empty(n, dtype=torch.float64), *like)
-        else:
-            counts = classes >= 0
-            numbers, classes, rows = numbers[counts], classes[counts], rows[counts]
-        logits = value.linear_at(rows, classes.clamp(min=0))
-        classes = before.classes.index_copy(0, numbers, classes)
-        return cls(classes, before.logits.index_copy(0, numbers, logits), *like)
-
-
 @dataclass(eq=False)
 class _Value:
     """Describes how a lazy tensor is computed.
 
     It is ``scale * x``, or with a cap ``scale * cap * tanh(x / cap)``, where
-    ``x = linear(rows, weight, bias)``.
+    ``x = linear(rows, weight, bias) + constant``.
 
     Attributes:
         call: The head's call.
-        rows: The hidden states, in the shape of the tensor, with the dimension of the classes moved
-            to the end.
-        bias: The bias of the head and the constants that were added to the logits, None for 0.
+        numbers: The index of each row in the head's output, in the shape of the tensor without the
+            dimension of the classes. It is on the CPU unless a tensor on a GPU has selected rows.
         example: A meta tensor of the same shape, strides and dtype.
         dim: The dimension of the classes.
         operation: Returns the values; None afterwards.
-        needs_grad: Whether the result of the operator required a gradient.
+        needs_grad: Whether the result of the operator requires a gradient.
+        constant: A tensor (C) in the equation above, None for 0.
         scale, cap: The numbers in the equation above.
         log: Whether log_softmax has been applied.
-        numbers: The index of each row in the head's output, in the shape of `rows` with a last
-            dimension of size 1; None without metrics.
         real: The computed values, without an autograd graph.
-        results: The results of `linear_log_probs`, in the shape of `rows` with a last dimension of
-            size 3; None before a gather or a logsumexp.
     """
 
     call: HeadCall
-    rows: Tensor
-    bias: Tensor | None
-    example: Any
+    numbers: Tensor
+    example: Tensor
     dim: int
     operation: Callable[[], Tensor] | None
     needs_grad: bool = False
+    constant: Tensor | None = None
     scale: float = 1.0
     cap: float | None = None
     log: bool = False
-    numbers: Any = None
-    real: Any = None
-    results: Any = None
+    real: Tensor = field(init=False)
 
     def tensor(self) -> Any:
         """Returns a lazy tensor with this value."""
         x = self.example
         tensor: Any = torch_internals.make_wrapper_subclass(
-            LazyLogits, x.shape, strides=x.stride(), dtype=x.dtype, device=self.rows.device
+            LazyLogits, x.shape, strides=x.stride(), dtype=x.dtype, device=self.call.device
         )
         tensor.value = self
         self.call.values.append(weakref.ref(self))
@@ -324,114 +275,52 @@ class _Value:
 
     def compute(self) -> Tensor:
         """Returns the values."""
-        with self.call.lock:
-            if self.operation is not None:
-                mode = torch.inference_mode(self.rows.is_inference())  # must precede no_grad
-                autocast = torch.autocast(self.rows.device.type, enabled=False)
-                with mode, torch.no_grad(), autocast, DisableTorchFunctionSubclass():
-                    self.real, self.operation = self.operation(), None
-            return self.real  # type: ignore[no-any-return]
+        if (operation := self.operation) is not None:
+            mode = torch.inference_mode(self.call.inputs[0].is_inference())  # must precede no_grad
+            autocast = torch.autocast(self.call.device.type, enabled=False)
+            with mode, torch.no_grad(), autocast, DisableTorchFunctionSubclass():
+                vars(self).setdefault("real", operation())  # another thread may have been faster
+            self.operation = None
+        return self.real
 
-    def result(self, function: Any, args: Any, kwargs: Any) -> Any:
-        """Returns the lazy result of an operator of ATen."""
+    def records_grad(self) -> bool:
+        """Returns whether the result of an operator requires a gradient."""
+        return torch.is_grad_enabled() and self.needs_grad
+
+    def has_rules(self, tensor: Any) -> bool:
+        """Returns whether results of this lazy tensor may be lazy, or known without the logits."""
+        inference = tensor.is_inference()
+        if self.call.computed or inference != torch.is_inference_mode_enabled():
+            return False
+        # An autograd function changes these if it returns the tensor.
+        return tensor.requires_grad == self.needs_grad and (inference or not version_of(tensor))
+
+    def result(self, function: Any, args: Any, kwargs: Any = None, **changes: Any) -> Any:
+        """Returns the lazy result of an operator, with some changed attributes."""
+        kwargs = kwargs or {}
         others = tree_map_only(Tensor, lambda x: x.to("meta"), args)
         example = function(self.example, *others, **kwargs)
         operation = lambda: function(self.compute(), *args, **kwargs)  # noqa: E731
-        return replace(self, example=example, operation=operation).tensor()
-
-    def apply(self, tensor: Any, function: Any, args: Any, kwargs: dict[str, Any]) -> Any:
-        """Returns the result of an operator if it is known without the logits, or else None."""
-        before = self.example
-        inference = tensor.is_inference()
-        if inference != torch.is_inference_mode_enabled():
-            return None
-        # An autograd function changes these if it returns the tensor.
-        if tensor.requires_grad != self.needs_grad or (not inference and version_of(tensor)):
-            return None
-        original = _original(function)
-        if result := _RESULTS[self.log].get(original):
-            return result(self, *args, **kwargs)
-        if original in (Tensor.unbind, torch.unbind) and before.dim() > 2:
-            return self.unbind(tensor, *args, **kwargs)
-        if original in _LARGEST:
-            return self.largest(tensor, function, args, kwargs)
-        rule = _RULES.get(original)
-        if rule is None or (self.log and rule not in _MOVES):
-            return None
-        changes = rule(self, function, args, kwargs)
-        if changes is None:
-            return None
-        function, args, kwargs = changes.pop("operation", (function, args, kwargs))
-        result = _call_with(_Value.result, function, tensor, *args, **kwargs)
-        if result is tensor:
-            return tensor
-        value: _Value = result.value
-        shape = value.example.shape
-        if "move" not in changes and shape != before.shape:
-            key = before.shape[self.dim], before.shape[: self.dim].numel()
-            dims = [i for i, size in enumerate(shape) if (size, shape[:i].numel()) == key]
-            if not dims:  # a view that does not keep the classes of a row together
-                return None
-            lead = *shape[: dims[0]], *shape[dims[0] + 1 :]
-            changes.update(dim=dims[0], move=lambda x: x.reshape(*lead, x.shape[-1]))
-        if (move := changes.pop("move", None)) is not None:
-            changes["dim"] %= len(shape)
-            of_rows = {name: getattr(self, name) for name in ("rows", "numbers", "results")}
-            changes |= {name: x if x is None else move(x) for name, x in of_rows.items()}
-        if value.example.dtype is not changes.pop("dtype", before.dtype):
-            return None
-        for name, attribute in changes.items():
-            setattr(value, name, attribute)
-        value.needs_grad = result.requires_grad
-        return result
-
-    def largest(self, tensor: Any, function: Any, args: Any, kwargs: Any) -> Any:
-        """Returns the result of argmax, max or topk if the pass over the loss has recorded it."""
-        known, names = self.call.largest, _LARGEST[_original(function)]
-        options = dict(zip(names, args, strict=False)) | kwargs
-        picks, keeps = function.__name__ != "argmax", "k" in names or options.get("keepdim")
-        if (
-            known is None
-            or options.keys() - names
-            or options.get("dim", -1 if "k" in names else None) not in self.dims()
-            or options.get("k", 1) != 1
-            or options.get("largest", True) is not True
-            or known.bias is not self.bias
-            or (known.cap is not None and known[3:] != (self.scale, self.cap))
-            or (self.log and picks)
-        ):
-            return None
-        numbers = self.numbers.squeeze(-1)
-        classes, logits = known.classes[numbers], known.logits[numbers]
-        if (classes < 0).any():
-            return None
-        both = self.scaled(logits).to(self.example.dtype), classes
-        values, classes = (x.unsqueeze(self.dim) if keeps else x for x in both)
-        answer = (values, classes) if picks else classes
-        return _call_with(lambda *_: answer, function, tensor, *args, **kwargs)
-
-    def unbind(self, tensor: Any, dim: int = 0) -> Any:
-        """Returns the slices along a dimension, over which loops iterate."""
-        if dim in self.dims():
-            return None
-        lead, count = (slice(None),) * (dim % self.example.dim()), self.example.shape[dim]
-        indices = ((*lead, i) for i in range(count))
-        return tuple(self.apply(tensor, Tensor.__getitem__, (i,), {}) for i in indices)
+        needs_grad = self.records_grad() and function is not aten.detach.default
+        changes |= {"example": example, "operation": operation, "needs_grad": needs_grad}
+        return replace(self, **changes).tensor()
 
     def dims(self) -> tuple[int, int]:
         """Returns the numbers of the dimension of the classes."""
         return self.dim, self.dim - self.example.dim()
 
-    def is_constant(self, tensor: Any, dtype: torch.dtype) -> bool:
-        """Returns whether a tensor has a number for each class, in a dtype."""
-        if type(tensor) not in PLAIN or tensor.dtype is not dtype:
-            return False
-        classes, device = self.example.shape[self.dim], self.rows.device
-        fits = tensor.shape[-1:] == (classes,) and tensor.numel() == classes
-        return fits and tensor.device == device and not requires_grad(tensor)
+    def index(self) -> Any:
+        """Returns the indices of the rows in the head's output, a slice if they are consecutive."""
+        index = self.numbers.flatten()
+        if index.is_cpu and len(index):
+            first, last = int(index[0]), int(index[0]) + len(index)
+            if torch.equal(index, torch.arange(first, last, device="cpu")):
+                return slice(first, last)
+        return index
 
     def cross_entropy(
         self,
+        function: Any,
         target: Any,
         weight: Tensor | None = None,
         size_average: bool | None = None,
@@ -440,247 +329,226 @@ class _Value:
         reduction: str = "mean",
         label_smoothing: float = 0.0,
     ) -> Any:
-        """Returns the result of torch's function if it can be fused, or else None."""
-        call, dtype, kind = self.call, self.dtype_of_loss(), self.call.with_metrics
+        """Returns the result of torch's function, None unless it is the first loss of its rows."""
+        call, dtype = self.call, self.example.dtype
+        if dtype is not torch.float64 and torch.is_autocast_enabled(call.device.type):
+            dtype = torch.float32
+        call.check("cross_entropy")
+        index = self.index()
+        rows = index if self.numbers.is_cpu else slice(None)  # reading them would synchronise
         if not (
             self.dim == 1
-            and self.is_index("cross_entropy", target)
-            and (weight is None or self.is_constant(weight, dtype))
-            and size_average is reduce is None
+            and self.log == _LOSSES[function]
             and type(ignore_index) is int
+            and self.is_target(target, ignore_index)
+            and (weight is None or (weight.dim() == 1 and self.is_constant(weight, dtype)))
+            and size_average is reduce is None
             and reduction in ("none", "mean", "sum")
+            and type(label_smoothing) in (int, float)
+            and 0 <= label_smoothing <= 1
+            # A checkpoint of the loss alone has other hooks.
+            and call.hooks == torch_internals.saved_tensors_hooks(True)
+            and not call.is_fused[rows].any()
         ):
             return None
-        loss: Any = call.run(
-            *(LINEAR_CROSS_ENTROPY, self, target, weight, None, None),
+        result = call.run(
+            *(self, index, target, weight, None, None),
             ignore_index=ignore_index,
             reduction=reduction,
             label_smoothing=label_smoothing,
             scale=self.scale,
+            softcap=self.cap,
             loss_dtype=dtype,
-            with_metrics=kind,
         )
-        if kind:
-            loss, metrics = loss
-            if kind is True:
-                call.head.pyfused_metrics, metrics = metrics, metrics.prediction
-            call.largest = _Largest.of(self, metrics.where(target != ignore_index, -1).flatten())
+        if result is None:
+            return None
+        loss, *records = result if call.records else (result,)
+        if call.records:
+            call.record(self, index, records[-1], target != ignore_index)
+        if call.options.metrics:
+            call.head.pyfused_metrics = records[0]
+        call.is_fused[rows] = True
+        if (node := loss.grad_fn) is not None:
+            call.bypassed = True  # the node does not keep the call
+            node.register_prehook(partial(_start_backward, call.ended, call.hooks_of_grad))
         return loss
 
-    def gather(self, dim: Any = None, index: Any = None, **others: Any) -> Any:
-        """Returns the logit, or the log-probability, of one class of each row."""
-        size = [*getattr(index, "shape", ())]
-        if others or dim not in self.dims() or len(size) != self.example.dim() or size[dim] != 1:
-            return None
-        result = self.of_classes("gather", index.squeeze(dim))
-        return None if result is None else result.unsqueeze(dim)
+    def is_target(self, target: Any, ignore_index: int) -> bool:
+        """Returns whether a tensor has a class index for each row, on CPUs one in range."""
+        if type(target) not in PLAIN or target.dtype is not torch.int64:
+            return False
+        if target.shape != self.numbers.shape or target.device != self.call.device:
+            return False
+        invalid = (target < 0) | (target >= self.example.shape[self.dim])
+        return not target.is_cpu or not (invalid & (target != ignore_index)).any()
 
-    def selected(self, index: Any) -> Any:
-        """Returns the log-probability of one class of each selected row, as in ``x[i, j]``."""
-        dims, classes = self.example.dim(), self.example.shape[-1]
-        if type(index) is not tuple or (len(index), self.dim + 1) != (dims, dims):
-            return None
-        if any(type(x) not in PLAIN or x.dtype is not torch.int64 for x in index):
-            return None
-        *rows, index = torch.broadcast_tensors(*index)
-        index = index.where(index >= 0, index + classes)
-        return replace(self, rows=self.rows[tuple(rows)]).of_classes("indexing", index)
-
-    def of_classes(self, reader: str, index: Any) -> Any:
-        """Returns the logit, or the log-probability, of the class of each row."""
-        if not self.is_index(reader, index):
-            return None
-        classes = self.call.inputs[1].shape[0]
-        if index.is_cpu and ((index < 0) | (index >= classes)).any():
-            return None  # torch's function raises its error
-        if self.log or not self.has_results():
-            results = self.row_results(index)
-            result = results[..., LOG_P]
-            result = result if self.log else result + results[..., LSE]
-        else:
-            with torch.set_grad_enabled(self.records_grad()):
-                result, lse = self.scaled(self.linear_at(self.rows, index)), self.results[..., LSE]
-                result = result - (result - lse).clamp(min=0).detach()  # rounding errors
-            self.call.bypass(result)
-        return result.to(self.example.dtype)
-
-    def logsumexp(self, dim: Any = None, keepdim: Any = False, **others: Any) -> Any:
-        """Returns the log-sum-exp of each row."""
-        index = torch.zeros(self.rows.shape[:-1], dtype=torch.int64, device=self.rows.device)
-        if others or dim not in self.dims() or not self.is_index("logsumexp", index):
-            return None
-        results = self.results if self.has_results() else self.row_results(index)
-        result = results[..., LSE].to(self.dtype_after(torch.logsumexp), copy=True)
-        return result.unsqueeze(dim) if keepdim else result
-
-    def row_results(self, index: Tensor) -> Any:
-        """Returns the log-probability of a class, the entropy and the log-sum-exp of each row."""
-        options = {"temperature": 1 / self.scale, "ignore_index": _NO_INDEX}
-        self.results = self.call.run(LINEAR_LOG_PROBS, self, index, **options).movedim(0, -1)
-        return self.results
-
-    def has_results(self) -> bool:
-        """Returns whether `row_results` has been called in the same gradient mode."""
-        return self.results is not None and self.results.requires_grad == self.records_grad()
-
-    def linear_at(self, rows: Tensor, index: Tensor) -> Tensor:
-        """Returns the logit of one class of each row in float64, before a scale and a cap."""
-        hidden, weight, _ = self.call.inputs
-        dtype = self.call.autocast or hidden.dtype
-        wide = accumulate_dtype(dtype)
-        rows, weight = (x.to(dtype).to(wide) for x in (rows, F.embedding(index, weight)))
-        result = (rows * weight).sum(-1)
-        if self.bias is not None:
-            result = result + self.bias[index].to(dtype)
-        return result.to(dtype).double()
-
-    def scaled(self, x: Tensor) -> Tensor:
-        """Returns logits with the scale and the cap."""
-        return self.scale * (x if self.cap is None else self.cap * (x / self.cap).tanh())
-
-    def is_index(self, reader: str, index: Any) -> bool:
-        """Returns whether a fused operator can take a class index for each row."""
-        self.call.check(reader)
-        return (
-            type(index) in PLAIN
-            and index.dtype is torch.int64
-            and index.shape == self.rows.shape[:-1] != ()
-            # A checkpoint of the loss alone has other hooks.
-            and self.call.hooks == torch_internals.saved_tensors_hooks(True)
-        )
-
-    def records_grad(self) -> bool:
-        """Returns whether a result of this value requires a gradient."""
-        return torch.is_grad_enabled() and self.needs_grad
-
-    def dtype_after(self, function: Any, **kwargs: Any) -> torch.dtype:
-        """Returns the dtype of an operator's result, on which autocast may decide."""
-        example = torch.empty(1, dtype=self.example.dtype, device=self.rows.device)
-        return function(example, 0, **kwargs).dtype  # type: ignore[no-any-return]
-
-    def casts_to(self, dtype: torch.dtype) -> bool:
-        """Returns whether a cast to a dtype keeps logits lazy."""
-        before = self.example.dtype
-        return dtype is before or (dtype is torch.float32 and before is not torch.float64)
-
-    def dtype_of_loss(self) -> torch.dtype:
-        """Returns the dtype of torch's loss, which autocast computes in float32."""
-        dtype: torch.dtype = self.example.dtype
-        is_cast = dtype is not torch.float64 and torch.is_autocast_enabled(self.rows.device.type)
-        return torch.float32 if is_cast else dtype
+    def is_constant(self, tensor: Any, dtype: torch.dtype) -> bool:
+        """Returns whether a tensor has a number for each class, in a dtype."""
+        if type(tensor) not in PLAIN or tensor.dtype is not dtype:
+            return False
+        classes = self.example.shape[self.dim]
+        fits = tensor.shape[-1:] == (classes,) and tensor.numel() == classes
+        return fits and tensor.device == self.call.device and not requires_grad(tensor)
 
 
 # ---- operators that keep logits lazy -------------------------------------------------------------
 
-# A rule returns the attributes of a value that an operator changes, its "dtype" if that may change,
-# and "operation" if it is called with other arguments; None if the operator reads the logits.
+# A rule takes the value of a lazy tensor, an operator of ATen and its other arguments. It returns
+# the operator's result, or None if the operator reads the logits.
 
 
-def _operand(args: Any, kwargs: Any) -> Any:
-    """Returns the other operand of a binary operator, None if there are more arguments."""
-    values = (*args, *kwargs.values())
-    return values[0] if len(values) == 1 and kwargs.keys() <= {"other"} else None
+def _same(value: _Value, function: Any, args: Any, kwargs: Any) -> Any:
+    """The same values, but not a copy with a gradient, unless reshape has made it."""
+    is_copy = function is aten.clone.default and not kwargs and value.records_grad()
+    return None if is_copy else value.result(function, args, kwargs)
 
 
-def _view(*_: Any) -> Any:
-    return {}
-
-
-def _movement(value: _Value, function: Any, args: Any, kwargs: Any) -> Any:
-    """A permutation of the dimensions, or an index of numbers and slices."""
-    shape = [*value.example.shape]
-    shape[value.dim] = size = 1 << 31  # which a slice only keeps whole if it has no bounds
-    strides = [int(i == value.dim) for i in range(len(shape))]
-    probe = function(torch.empty_strided(shape, strides, device="meta"), *args, **kwargs)
-    sizes = zip(probe.shape, probe.stride(), strict=True)
-    kept = [i for i, each in enumerate(sizes) if each == (size, 1)]
-    if not kept:
+def _view(value: _Value, function: Any, args: Any, kwargs: Any) -> Any:
+    """A view that keeps the classes of each row together."""
+    before, shape = value.example.shape, function(value.example, *args).shape
+    size, rows = before[value.dim], before[: value.dim].numel()
+    dims = [i for i, each in enumerate(shape) if each == size and shape[:i].numel() == rows]
+    if len(dims) != 1:
         return None
-
-    def move(x: Tensor) -> Any:
-        return function(x.movedim(-1, value.dim), *args, **kwargs).movedim(kept[0], -1)
-
-    return {"dim": kept[0], "move": move}
+    numbers = value.numbers.reshape(*shape[: dims[0]], *shape[dims[0] + 1 :])
+    return value.result(function, args, kwargs, dim=dims[0], numbers=numbers)
 
 
-def _index(value: _Value, function: Any, args: Any, kwargs: Any) -> Any:
-    """Slices of rows, or a selection of rows by masks or int64 tensors."""
-    (index,), shape = args, value.example.shape
-    parts = index if type(index) is tuple else (index,)
-    if {*map(type, parts)} <= {int, slice, EllipsisType}:
-        return _movement(value, function, args, kwargs)
-    indices: tuple[Tensor, ...] = ()
-    for part in parts:
-        if type(part) not in PLAIN or part.is_inference():  # an inference tensor has no version
+def _move(value: _Value, function: Any, args: Any, kwargs: Any) -> Any:
+    """A permutation of the dimensions, or a slice of rows."""
+    size = value.example.shape[value.dim]
+    numbers = value.numbers.unsqueeze(value.dim).expand(value.example.shape)  # of each logit
+    numbers = function(numbers, *args, **kwargs)
+    sizes = zip(numbers.shape, numbers.stride(), strict=True)
+    dims = [i for i, each in enumerate(sizes) if each == (size, 0)]
+    if len(dims) != 1:
+        return None
+    return value.result(function, args, kwargs, dim=dims[0], numbers=numbers.select(dims[0], 0))
+
+
+def _unbind(value: _Value, function: Any, args: Any, kwargs: Any) -> Any:
+    """The slices of rows over which a loop iterates."""
+    dim = function(value.example, *args, **kwargs) and (args[0] if args else 0)
+    if dim in value.dims():
+        return None
+    count = value.example.shape[dim]
+    return [_move(value, aten.select.int, (dim, i), {}) for i in range(count)]
+
+
+def _index(value: _Value, function: Any, args: Any, kwargs: Any) -> Any:  # noqa: ARG001
+    """A selection of rows by masks or int64 tensors."""
+    shape, numbers, indices = value.example.shape, value.numbers, list[Tensor | None]()
+    for x in args[0]:
+        if x is None:
+            indices.append(None)
+        elif type(x) not in PLAIN:
             return None
-        if part.dtype is torch.bool and part.shape == shape[len(indices) :][: part.dim()] != ():
-            indices += part.nonzero(as_tuple=True)
-        elif part.dtype is torch.int64:
-            indices += (part,)
+        elif x.dtype is torch.bool and x.shape == shape[len(indices) :][: x.dim()] != ():
+            indices += x.nonzero(as_tuple=True)
+        elif x.dtype is torch.int64:
+            indices.append(x.clone())
         else:
             return None
-    if value.dim != len(shape) - 1 or not 0 < len(indices) < len(shape):
+        if x is not None and not x.is_cpu:
+            numbers = value.call.moved(numbers)
+    if value.dim != numbers.dim() or len(indices) > value.dim:
         return None
-    value.call.watch(*parts)
-    return {"dim": -1, "move": lambda x: x[indices], "operation": (function, (indices,), {})}
-
-
-def _log_softmax(value: _Value, function: Any, args: Any, kwargs: Any) -> Any:
-    """A log_softmax over the classes."""
-    dim, *others = args or (kwargs.get("dim"),)
-    if others or type(dim) is not int or dim not in value.dims():
-        return None
-    dtype = value.dtype_after(_original(function), dtype=kwargs.get("dtype"))
-    if not value.casts_to(dtype):
-        return None
-    operation = lambda x: x.to(dtype).log_softmax(dim)  # noqa: E731
-    return {"log": True, "dtype": dtype, "operation": (operation, (), {})}
-
-
-def _add(value: _Value, function: Any, args: Any, kwargs: Any) -> Any:  # noqa: ARG001
-    """The sum with a constant bias, which autocast would round."""
-    bias, call = _operand(args, kwargs), value.call
-    example, dtype = value.example, value.rows.dtype
-    if value.scale != 1 or value.cap is not None or call.autocast or example.dtype is not dtype:
-        return None
-    if not value.is_constant(bias, dtype) or value.dim != example.dim() - 1:
-        return None
-    if bias.dim() > example.dim() or bias.is_inference():  # it has no version
-        return None
-    call.watch(bias)
-    bias = bias.reshape(-1)
-    return {"bias": bias if value.bias is None else value.bias + bias, "results": None}
+    numbers = function(numbers, indices)
+    return value.result(function, (indices,), dim=numbers.dim(), numbers=numbers)
 
 
 def _cast(value: _Value, function: Any, args: Any, kwargs: Any) -> Any:
-    """A cast to float32, or to the tensor's own dtype and device."""
-    if kwargs.keys() - {"dtype", "device", "non_blocking"} or bool in map(type, args):
+    """A cast to float32, or a copy."""
+    before, device = value.example.dtype, kwargs.get("device")
+    dtype = kwargs.get("dtype") or before
+    casts = dtype is before or (dtype is torch.float32 and before is not torch.float64)
+    if not casts or device not in (None, value.call.device) or kwargs.get("pin_memory"):
         return None
-    device = value.rows.device
-    cast = function(torch.empty(0, dtype=value.example.dtype, device=device), *args, **kwargs)
-    if cast.device != device or not value.casts_to(cast.dtype):
-        return None
-    return {"dtype": cast.dtype, "operation": (Tensor.to, (cast.dtype,), {})}
+    options = {"dtype": dtype, "memory_format": kwargs.get("memory_format")}
+    return value.result(function, args, options)
 
 
 def _scale(value: _Value, function: Any, args: Any, kwargs: Any) -> Any:
-    number = _operand(args, kwargs)
+    """A positive Python number as a factor or divisor."""
+    (number,) = args
     if type(number) not in (int, float) or not 0 < number < math.inf:
         return None
     scale = value.scale / number if function in _QUOTIENTS else value.scale * number
     if not 0 < scale < math.inf:
         return None
-    return {"scale": 1.0 if math.isclose(scale, 1.0) else scale, "results": None}
+    return value.result(function, args, kwargs, scale=1.0 if math.isclose(scale, 1.0) else scale)
 
 
-def _tanh(value: _Value, _: Any, *arguments: Any) -> Any:
-    changes = {"cap": 1 / value.scale, "results": None}
-    return None if value.cap or any(arguments) else changes
+def _add(value: _Value, function: Any, args: Any, kwargs: Any) -> Any:
+    """The sum with a constant bias, which autocast would round."""
+    (bias,), example, dtype = args, value.example, value.call.inputs[0].dtype
+    if kwargs or value.call.autocast or value.scale != 1 or value.cap or example.dtype is not dtype:
+        return None
+    is_last = value.dim == example.dim() - 1
+    if not (is_last and value.is_constant(bias, dtype) and bias.dim() <= example.dim()):
+        return None
+    bias = bias.clone()
+    constant = bias.view(-1) if value.constant is None else value.constant + bias.view(-1)
+    return value.result(function, (bias,), constant=constant)
 
 
-def _clone(*_: Any) -> Any:
-    """A copy without a gradient, as DistributedDataParallel makes of a model's outputs."""
-    return None if torch.is_grad_enabled() else {}
+def _largest(value: _Value, function: Any, args: Any, kwargs: Any) -> Any:
+    """The largest logit of each row, or its class, if the pass over the loss has recorded them."""
+    names, is_argmax = _LARGEST[function], function is aten.argmax.default
+    options = {"dim": -1 if "k" in names else None} | dict(zip(names, args, strict=False)) | kwargs
+    dims = (*value.dims(), None) if is_argmax and value.example.dim() == 1 else value.dims()
+    is_largest = options.get("k", 1) == 1 and options.get("largest", True)
+    known, constant = value.call.largest or (None, None)
+    if (
+        known is None
+        or constant is not value.constant
+        or options["dim"] not in dims
+        or not is_largest
+    ):
+        return None
+    x, classes = known[:, value.call.moved(value.numbers)]
+    if (value.log and not is_argmax) or (classes < 0).any():
+        return None
+    x = x.to(value.call.autocast or value.call.inputs[0].dtype).double()
+    x = value.scale * (x if value.cap is None else value.cap * (x / value.cap).tanh())
+    results = x.to(value.example.dtype), classes.long()
+    if "k" in names or options.get("keepdim"):
+        results = results[0].unsqueeze(value.dim), results[1].unsqueeze(value.dim)
+    return results[1] if is_argmax else results
+
+
+aten: Any = torch.ops.aten
+_QUOTIENTS = aten.div.Tensor, aten.div.Scalar
+# The arguments of the operators that return the largest logit of each row.
+_LARGEST = {
+    aten.argmax.default: ("dim", "keepdim"),
+    aten.max.dim: ("dim", "keepdim"),
+    aten.topk.default: ("k", "dim", "largest", "sorted"),
+}
+_MOVES = (
+    *(aten.transpose.int, aten.t.default, aten.permute.default, aten.select.int, aten.slice.Tensor),
+    *(aten.unsqueeze.default, aten.squeeze.default, aten.squeeze.dim, aten.squeeze.dims),
+)
+_RULES: dict[Any, Callable[..., Any]] = {
+    **dict.fromkeys((aten.alias.default, aten.detach.default, aten.clone.default), _same),
+    **dict.fromkeys((aten.view.default, aten._unsafe_view.default), _view),
+    **dict.fromkeys(_MOVES, _move),
+    aten.unbind.int: _unbind,
+    aten.index.Tensor: _index,
+    aten._to_copy.default: _cast,
+    **dict.fromkeys((aten.mul.Tensor, aten.mul.Scalar, *_QUOTIENTS), _scale),
+    aten.tanh.default: lambda value, function, *_: (
+        None if value.cap else value.result(function, (), cap=1 / value.scale)
+    ),
+    aten.add.Tensor: _add,
+    aten._log_softmax.default: lambda value, function, args, _: (
+        value.result(function, args, log=True) if args[0] in value.dims() else None
+    ),
+    **dict.fromkeys(_LARGEST, _largest),
+}
+_OF_LOG = _same, _view, _move, _unbind, _index, _largest
+_RULES_OF_LOG = {operator: rule for operator, rule in _RULES.items() if rule in _OF_LOG}
+_INDEXES = "getitem", "index", "select", "slice"
 
 
 def _original(function: Any) -> Any:
@@ -688,49 +556,21 @@ def _original(function: Any) -> Any:
     return getattr(function, "__wrapped__", function)
 
 
-# Operators whose results are known without the logits, or without their log_softmax.
-_RESULTS: dict[bool, dict[Any, Any]] = {
-    False: {
-        _original(F.cross_entropy): _Value.cross_entropy,
-        **dict.fromkeys((Tensor.gather, torch.gather), _Value.gather),
-        **dict.fromkeys((Tensor.logsumexp, torch.logsumexp), _Value.logsumexp),
-    },
-    True: {
-        _original(F.nll_loss): _Value.cross_entropy,
-        **dict.fromkeys((Tensor.gather, torch.gather), _Value.gather),
-        Tensor.__getitem__: _Value.selected,
-    },
-}
-_MOVES = _view, _index, _movement
-_QUOTIENTS = Tensor.div, Tensor.__truediv__, torch.div, torch.true_divide
-_NAMES_OF_RULES: dict[Callable[..., Any], str] = {
-    _view: "view reshape contiguous flatten unsqueeze squeeze detach",
-    _movement: "transpose swapaxes swapdims permute movedim moveaxis t",
-    _index: "__getitem__",
-    _log_softmax: "log_softmax",
-    _add: "add __add__ __radd__",
-    _scale: "mul __mul__ __rmul__ div __truediv__ true_divide",
-    _cast: "float to",
-    _tanh: "tanh",
-    _clone: "clone",
-}
-_RULES = {
-    _original(getattr(owner, name)): rule
-    for rule, names in _NAMES_OF_RULES.items()
-    for name in names.split()
+# Functions that call nothing but these operators, and may leave the logits lazy.
+_NAMES = (
+    "view view_as reshape reshape_as flatten unflatten unsqueeze squeeze contiguous detach clone"
+    " transpose swapaxes swapdims permute movedim moveaxis t select narrow unbind"
+    " tensor_split __getitem__ float to cpu type_as mul multiply __mul__ __rmul__ div divide"
+    " true_divide __truediv__ tanh add __add__ __radd__ log_softmax argmax max topk"
+)
+_LAZY = {
+    _original(getattr(owner, name))
+    for name in _NAMES.split()
     for owner in (Tensor, torch, F)
     if callable(getattr(owner, name, None))
-} | {Tensor.mT.__get__: _movement, Tensor.data.__get__: _view}  # type: ignore[attr-defined]
-# Operators that return the largest logit of each row, and the names of their arguments.
-_LARGEST = {
-    getattr(owner, name): names.split()
-    for name, names in (
-        ("argmax", "dim keepdim"),
-        ("max", "dim keepdim"),
-        ("topk", "k dim largest sorted"),
-    )
-    for owner in (Tensor, torch)
-}
+} | {getattr(Tensor, name).__get__ for name in ("T", "mT", "data")}
+# Losses of the logits, and of their log_softmax.
+_LOSSES = {_original(F.cross_entropy): False, _original(F.nll_loss): True}
 
 
 # ---- the tensor subclass -------------------------------------------------------------------------
@@ -750,14 +590,14 @@ class LazyLogits(Tensor):
     def __torch_function__(
         cls, function: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
-        kwargs = kwargs or {}
+        kwargs, original = kwargs or {}, _original(function)
         tensor: Any = args[0] if args else None
         is_lazy = isinstance(tensor, LazyLogits)
         with DisableTorchFunctionSubclass():
-            if is_lazy and function in _METADATA:
+            if original in _LAZY or (is_lazy and function in _METADATA):
                 return function(*args, **kwargs)
-            if is_lazy and not tensor.value.call.computed:
-                result = tensor.value.apply(tensor, function, args[1:], kwargs)
+            if is_lazy and original in _LOSSES and tensor.value.has_rules(tensor):
+                result = tensor.value.cross_entropy(original, *args[1:], **kwargs)
                 if result is not None:
                     return result
             name = _name_of(function)
@@ -789,7 +629,7 @@ class LazyLogits(Tensor):
         if value.operation is None:
             return repr(value.real)
         x = value.example
-        shown = f"shape={tuple(x.shape)}, dtype={x.dtype}, device={value.rows.device}"
+        shown = f"shape={tuple(x.shape)}, dtype={x.dtype}, device={value.call.device}"
         return f"LazyLogits({shown}, not computed)"
 
     __format__ = object.__format__
@@ -800,9 +640,15 @@ class LazyLogits(Tensor):
     ) -> Any:
         kwargs = kwargs or {}
         tensor: Any = args[0] if args else None
-        if isinstance(tensor, LazyLogits) and (result := _this_thread.result) is not None:
-            return result(tensor.value, function, args[1:], kwargs)
-        values, kwargs = tree_map_only(LazyLogits, _values_of, (args, kwargs))
+        if isinstance(tensor, LazyLogits) and tensor.value.has_rules(tensor):
+            rule = (_RULES_OF_LOG if tensor.value.log else _RULES).get(function)
+            result = rule and rule(tensor.value, function, args[1:], kwargs)
+            if result is None and tensor.is_inference():  # autograd has decomposed no operator
+                result = function.decompose(*args, **kwargs)
+            if result is not None and result is not NotImplemented:
+                return result
+        values_of = partial(_values_of, reader=_name_of(function))
+        values, kwargs = tree_map_only(LazyLogits, values_of, (args, kwargs))
         result = function(*values, **kwargs)
         if result is not values[0]:
             return result
@@ -845,18 +691,9 @@ class _Head(torch.autograd.Function):
 _head: Any = torch_internals.apply_of(_Head)
 
 
-def _call_with(result: Callable[..., Any], function: Any, *args: Any, **kwargs: Any) -> Any:
-    """Calls an operator, for which ``__torch_dispatch__`` calls another function."""
-    _this_thread.result = result
-    try:
-        return function(*args, **kwargs)
-    finally:
-        _this_thread.result = None
-
-
-def _values_of(x: LazyLogits) -> Tensor:
+def _values_of(x: LazyLogits, reader: str) -> Tensor:
     """Returns the values of a lazy tensor."""
-    x.value.call.compute("C++ code")
+    x.value.call.compute(reader)
     return x.value.compute()
 
 
@@ -919,6 +756,9 @@ def active_autocast(x: Tensor) -> torch.dtype | None:
 
 
 def _name_of(function: Any) -> str:
+    """Returns the name of a function, or of an operator of ATen, in messages."""
     name = getattr(function, "__name__", str(function))
-    name = function.__self__.__name__ if name in ("__get__", "__set__") else name.strip("_")
-    return "indexing" if name == "getitem" else name
+    if name in ("__get__", "__set__"):
+        return function.__self__.__name__  # type: ignore[no-any-return]
+    name = name.partition(".")[0].strip("_")
+    return {"to_copy": "to"}.get(name, "indexing" if name in _INDEXES else name)

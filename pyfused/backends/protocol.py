@@ -76,8 +76,9 @@ class Backend(Protocol):
                 denominator if it is a tensor. The last three may be None.
             options: `CrossEntropyOptions`.
             grad_output: The gradient of the loss, of the loss's shape; None means ones.
-            prediction: An int64 tensor (N) for predictions, if ``predicts`` is true for the
-                logits. It is -1 for a row that is ignored or has a logit that is not finite.
+            prediction: A float64 tensor (2, N) for the largest logit of each row, before the
+                scale, and its class, if ``predicts`` is true for the logits. The class is -1 for
+                a row that is ignored, and if the log-sum-exp is not finite.
 
         Returns:
             The loss, in the accumulation dtype or ``outputs.loss_dtype``, and the gradients.

@@ -19,9 +19,10 @@ from pyfused.ops.row_sources import LogitRows
 from pyfused.ops.rows import RowLoss, RowOperator, loss_forward
 from pyfused.ops.shards import class_range
 from pyfused.types import (
-    INDEX,
+    BOTH,
     LOG_P,
     LSE,
+    MAXIMUM,
     METRICS_FIELDS,
     PREDICTION,
     SMOOTH,
@@ -153,21 +154,36 @@ class CrossEntropyLoss(RowLoss):
         self, logits: Tensor, inputs: Tensors, grad_output: Any, options: Options, outputs: Outputs
     ) -> BlockResult:
         (target, weight, token_weight, _), backend = inputs, backend_of(logits)
-        state = prediction = None
         x, saved = capped(logits, options.softcap, rounds=True)
         if target.is_floating_point():
             target = target.to(logits.dtype)
-        if options.with_metrics == PREDICTION and outputs.loss and backend.predicts(x):
-            prediction = x.new_empty(len(x), dtype=torch.int64)
-            state = prediction.unsqueeze(0)
-        elif options.with_metrics and outputs.loss:
+        kind, state, prediction = options.with_metrics if outputs.loss else False, None, None
+        if kind in (True, BOTH):
             state = metrics_state(x, target, options, self.fields(options))
+        if kind in (PREDICTION, BOTH):
+            if options.softcap is None and backend.predicts(x):
+                prediction = x.new_empty((2, len(x)), dtype=torch.float64)
+            else:
+                maximum = torch.stack([each.double() for each in logits.max(1)])
+                state = maximum if state is None else torch.cat([state, maximum])
         tensors = x, target, weight, token_weight, None
         loss, gradients = backend.cross_entropy(tensors, options, outputs, grad_output, prediction)
         gradient, grad_target = gradients
         if options.softcap is not None and gradient is not None:
             gradient = cap_backward(gradient, saved, options.softcap)
+        if prediction is not None:
+            state = prediction if state is None else torch.cat([state, prediction])
         return loss, (gradient, grad_target), state
+
+    def prediction_from(self, state: Tensor, options: Options) -> Tensor:
+        """Returns the largest logit of each row and its class, given states of rows or blocks."""
+        if len(state) in (2, self.fields(options) + 2):  # of `block`
+            return state[-2:]
+        maximum, index = state[MAXIMUM:SMOOTH]
+        is_scaled = options.softcap is not None or options.scale != 1
+        if is_scaled and backend_of(state).ASYNCHRONOUS:  # it is that of scaled, capped logits
+            index = torch.full_like(index, -1)
+        return torch.stack([maximum, index])
 
 
 def metrics_state(
@@ -328,15 +344,18 @@ class LinearCrossEntropy(RowOperator):
         loss = with_leading_dims(loss, leading).to(dtype)
         if state is None:
             return loss
-        if options.with_metrics == PREDICTION:
-            return loss, with_leading_dims(state[min(INDEX, len(state) - 1)].long(), leading)
+        if options.with_metrics != True:  # noqa: E712
+            prediction = self.loss.prediction_from(state, options).reshape(2, *leading)
+            if options.with_metrics == PREDICTION:
+                return loss, prediction
         if target.is_floating_point():
             target = target.reshape(-1, target.shape[-1])
         else:
             target = target.to(torch.int64).flatten()
         wide = self.wide_dtype((input, *tensors[1:]))
         fields = metrics.from_state(state, target, options.ignore_index, wide)
-        return loss, metrics.Metrics(*[with_leading_dims(x, leading) for x in fields])
+        found = metrics.Metrics(*[with_leading_dims(x, leading) for x in fields])
+        return (loss, found, prediction) if options.with_metrics == BOTH else (loss, found)
 
     def loop(self, tensors: Tensors, options: Options, needs: Needs) -> HeadLoop:
         """Returns the loop over blocks of rows with all classes."""

@@ -16,7 +16,7 @@ from pyfused.dispatch.originals import F
 from pyfused.layout import accumulate_dtype, common_dtype, loss_shape, with_leading_dims
 from pyfused.ops import metrics
 from pyfused.ops.pointwise_loss import reduced
-from pyfused.types import PREDICTION, CrossEntropyOptions, Head, LogProbsOptions
+from pyfused.types import CrossEntropyOptions, Head, LogProbsOptions
 
 
 def cross_entropy(
@@ -400,8 +400,6 @@ def head_cross_entropy(*call: Any) -> Any:
         logits = head_logits(head.input.detach(), *head[1:3])
     logits = _scaled(logits.to(accumulate_dtype(logits.dtype)), options)
     fields = metrics.from_logits(logits, head.target, options.ignore_index)
-    if options.with_metrics == PREDICTION:
-        return loss, with_leading_dims(fields.prediction, leading)
     return loss, metrics.Metrics(*(with_leading_dims(x, leading) for x in fields))
 
 
