@@ -237,10 +237,10 @@ def _is_librarys(value: Any) -> bool:
     value = getattr(value, "fget", getattr(value, "__func__", value))  # of properties and methods
     if not isinstance(value, (FunctionType, type)):
         return isinstance(value, _NATIVE)
-    modules = [value.__module__]
+    modules = [str(value.__module__)]
     if isinstance(value, FunctionType):  # decorators of torch set __module__
-        modules.append(value.__globals__.get("__name__"))
-    return all(str(x).partition(".")[0] in ("builtins", "functools", "torch") for x in modules)
+        modules.append(str(value.__globals__.get("__name__")))
+    return all(x.partition(".")[0] in ("builtins", "functools", "torch") for x in modules)
 
 
 def _is_data(name: str, value: Any) -> bool:

@@ -141,12 +141,12 @@ def test_subnormal_results(
 
 
 @pytest.mark.cpu
-@grid(name=NAMES, isa=["x86-64-v3", "x86-64-v4"], dtype=FLOATS, dim=[0, 1])
+@grid(name=NAMES, capability=["x86-64-v3", "x86-64-v4"], dtype=FLOATS, dim=[0, 1])
 def test_avx2_leaves_strided_bfloat16_to_torch(
-    name: str, isa: str, dtype: torch.dtype, dim: int, monkeypatch: pytest.MonkeyPatch
+    name: str, capability: str, dtype: torch.dtype, dim: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cpu, "capability", isa)
-    by_torch = isa == "x86-64-v3" and dtype is torch.bfloat16 and dim == 0
+    monkeypatch.setattr(cpu, "capability", capability)
+    by_torch = capability == "x86-64-v3" and dtype is torch.bfloat16 and dim == 0
     with fused_by_size():
         backend = pyfused.explain(name, torch.randn(512, 2048).to(dtype), dim).backend
     assert backend == ("torch" if by_torch else "cpu")

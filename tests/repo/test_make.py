@@ -40,7 +40,6 @@ OTHERS = {
     "bench-busy": ("test_benchmarks.py; it needs minutes",),
     "bench-compare": ("test_benchmarks.py; it needs another build", "BASE=main"),
     "sizes": ("test_machine_code.py",),
-    "sanitize": ("sanitize-memory, and a build with another sanitizer",),
     "wheels": ("the workflow of wheels, by tools/wheels.py and cibuildwheel",),
     "test-wheel": ("test_packaging.py; it downloads torch", "WHEEL=file"),
     "test-aarch64": ("nothing: it needs qemu and Debian's packages for ARM64",),
