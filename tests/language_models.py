@@ -91,7 +91,7 @@ def step(model: Any) -> tuple[torch.Tensor, list[torch.Tensor | None], bool]:
 
 def are_computed(logits: Any) -> bool:
     """Returns whether logits are in memory, because they are not lazy or something read them."""
-    return not isinstance(logits, LazyLogits) or logits.value.real is not None
+    return not isinstance(logits, LazyLogits) or logits.value.operation is None
 
 
 def conversion(name: str) -> str:

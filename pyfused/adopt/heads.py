@@ -21,7 +21,7 @@ from pyfused.adopt.subclass import MARK
 from pyfused.backends import takes_triton
 from pyfused.dispatch.operator import needs_grad
 from pyfused.dispatch.run import head_elements
-from pyfused.dispatch.sizes import COMPILED, is_small
+from pyfused.dispatch.sizes import COMPILED, converted_limit
 from pyfused.ops.operators import LINEAR_CROSS_ENTROPY
 from pyfused.torch_internals import (
     PLAIN,
@@ -105,7 +105,8 @@ def _reason(head: Any, input: Tensor, weight: Tensor, bias: Tensor | None) -> st
         return "the weight of its head has no elements"
     if weight.shape[0] == 1:
         return SILENT  # one class
-    if not options.metrics and is_small(LINEAR_CROSS_ENTROPY, (input, weight), ()):
+    limit = 0 if options.metrics else converted_limit(LINEAR_CROSS_ENTROPY, input)
+    if head_elements(input, weight) < limit:
         return SILENT  # lazy logits would take longer than the loss
     dtypes = {input.dtype, weight.dtype, weight.dtype if bias is None else bias.dtype}
     valid = dtypes <= _CAST_DTYPES if active_autocast(input) else len(dtypes) == 1

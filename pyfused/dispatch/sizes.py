@@ -198,13 +198,18 @@ ON_GPU: dict[str, Limits] = {
     "Activation": Limits(NEVER),
 }
 
+# The head of a converted model takes about 0.4 ms longer per step than a call by name, so it needs
+# so many times the logits. With 64, 256 and 768 features, a step took 1.04 to 1.44 times as long as
+# torch's at 2^18 logits, 1.0 to 1.2 times at 2^19, and 0.87 to 1.06 times at 2^20.
+CONVERTED = 4
+
 # In compiled programs, on CPUs and on GPUs: the number of logits from which a call becomes a custom
 # operator. All other operators are torch's functions, which Inductor fuses with their neighbours.
 # Heads do not store all logits: on CPUs a training step took 2.1 times as long as Inductor's
-# at 2^16 logits, 1.2 times at 2^18, and 0.8 times at 2^20. A custom operator costs about 30 us per
-# pass. On GPUs, launching should take no longer than the kernels from 2^24 logits on; the limit has
-# not been measured.
-COMPILED: dict[str, tuple[int, int]] = dict.fromkeys(LINEAR, (LARGE, LOGITS))
+# at 2^16 logits, 1.2 times at 2^18, and 0.8 times at 2^20, from where converted heads gain, too. A
+# custom operator costs about 30 us per pass. On GPUs, launching should take no longer than the
+# kernels from 2^24 logits on; the limit has not been measured.
+COMPILED: dict[str, tuple[int, int]] = dict.fromkeys(LINEAR, (2 * LARGE, LOGITS))
 
 
 def _row(table: dict[str, Limits], op: Operator) -> Limits | None:
@@ -368,6 +373,13 @@ def is_small(op: Operator, tensors: Tensors, options: Options) -> bool:
     if elements == 0 or FORCED is not None:
         return elements == 0
     return elements < op.least[input.is_cpu] or _is_below_limit(op, elements, tensors, options)
+
+
+def converted_limit(op: Operator, input: Tensor) -> int:
+    """Returns the number of logits from which the head of a converted model gains."""
+    threads = torch.get_num_threads() if input.is_cpu else 0
+    by_name = limits(op, threads, input.dtype).from_elements
+    return max(by_name, min(LOGITS, CONVERTED * by_name)) if FORCED is None else 0
 
 
 def _is_below_limit(op: Operator, elements: int, tensors: Tensors, options: Any) -> bool:

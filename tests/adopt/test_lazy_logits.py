@@ -281,7 +281,7 @@ class Sequence:
         call = self.draw.choice(self.calls)
         pair, seed = self.draw.choice(call.logits), self.draw.getrandbits(60)
         kinds = ["read", "read", "loss", "loss", "loss", "change"]
-        kind = self.draw.choice(kinds + ["loss"] * 6 * (not call.head_call.computed))
+        kind = self.draw.choice(kinds + ["loss"] * 3 * (not call.head_call.computed))
         mode = self.draw.choice([torch.enable_grad] * 5 + [torch.no_grad] * (kind != "change"))
 
         def result(logits: Tensor) -> tuple[Tensor, Tensor]:
@@ -310,6 +310,8 @@ class Sequence:
                 found = result(pair[1])[1]
             except RuntimeError as error:
                 assert re.search(REFUSED.format(outcome), str(error))  # noqa: PT017
+                if kind == "change":  # which torch has made
+                    self.calls = [each for each in self.calls if each is not call]
             else:  # the pass over a loss has recorded the predictions
                 assert found.dtype is torch.int64
                 indices = [x.unsqueeze(-1).expand_as(others) for x in (found, expected)]
@@ -342,7 +344,7 @@ def test_drawn_sequences(first: int) -> None:
         outcomes += sequence.outcomes
     del outcomes["read of lazy logits"]  # predictions, which are rare
     assert len(outcomes) == 10, outcomes
-    assert min(outcomes.values()) >= 20, outcomes
+    assert min(outcomes.values()) >= 10, outcomes
 
 
 @pytest.fixture(autouse=True)
@@ -829,6 +831,7 @@ def outcome(model: Any, after_loss: bool, call: Callable[[Tensor], Any]) -> list
         [*found] if isinstance(found, (tuple, list)) or hasattr(found, "__next__") else [found]
     )
     tensors = [x for x in results if isinstance(x, Tensor)]
+    values = [torch.stack([x])[0].detach() for x in tensors]  # they may be lazy
     total = total + sum(x.double().square().sum() for x in tensors if x.requires_grad)
     gradients: Any = ()
     if isinstance(total, Tensor) and total.requires_grad:
@@ -839,7 +842,7 @@ def outcome(model: Any, after_loss: bool, call: Callable[[Tensor], Any]) -> list
     described = [(x.dtype, x.stride(), x.requires_grad) for x in tensors]
     others = [x for x in results if not isinstance(x, (Tensor, float))]
     floats = [x for x in results if isinstance(x, float)]
-    return [None, described, others, [x.detach() for x in tensors], floats, gradients]
+    return [None, described, others, values, floats, gradients]
 
 
 @pytest.mark.filterwarnings("ignore")

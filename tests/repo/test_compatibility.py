@@ -17,7 +17,7 @@ import pyfused
 from pyfused import functional as F
 from pyfused.adopt.lazy_logits import LazyLogits
 from pyfused.backends import cpu
-from pyfused.dispatch.sizes import COMPILED, limits
+from pyfused.dispatch.sizes import COMPILED, converted_limit
 from pyfused.ops.operators import LINEAR_CROSS_ENTROPY, OPERATORS
 
 pytestmark = [pytest.mark.cpu, pytest.mark.thresholds]
@@ -95,7 +95,7 @@ def test_sizes_that_change_a_call() -> None:
     page, compiled = (
         (ROOT / f"docs/{n}.md").read_text("utf-8") for n in ("compatibility", "compile")
     )
-    logits = limits(LINEAR_CROSS_ENTROPY, 2).from_elements
+    logits = converted_limit(LINEAR_CROSS_ENTROPY, torch.empty(0))
     assert f"{logits:,} logits" in page
     model = pyfused.convert(torch.nn.Sequential(torch.nn.Linear(4, 128)), head="0")
     for tokens in (logits // 128 - 1, logits // 128):
