@@ -17,8 +17,9 @@ import pytest
 import torch
 
 import pyfused
+from pyfused.adopt.lazy_logits import HeadCall
 from pyfused.backends import backend_of, cpu
-from pyfused.dispatch import sizes
+from pyfused.dispatch import reasons, sizes
 
 if device := os.environ.get("PYFUSED_TEST_DEVICE"):
     torch.set_default_device(device)
@@ -214,6 +215,24 @@ def switching() -> Iterator[None]:
     sys.setswitchinterval(1e-6)
     yield
     sys.setswitchinterval(before)
+
+
+# ---- converted heads -----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def untold() -> None:
+    """Lets each test receive the warnings that other tests have received."""
+    reasons._reported.clear()
+
+
+@pytest.fixture
+def losses(monkeypatch: pytest.MonkeyPatch) -> list[torch.Tensor]:
+    """Counts the losses that were computed without logits."""
+    found: list[torch.Tensor] = []
+    loss = HeadCall.run
+    monkeypatch.setattr(HeadCall, "run", lambda *a, **k: found.append(loss(*a, **k)) or found[-1])
+    return found
 
 
 def pytest_report_header() -> str:

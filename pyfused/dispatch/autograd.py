@@ -72,13 +72,32 @@ class Fused(torch.autograd.Function):
 
     A call saves the tensors from which `Operator.backward` and `Operator.define` compute gradients.
     If its forward pass has computed the gradients, it saves them too, and backward scales them.
+    They are saved apart: reading them does not check whether the tensors were changed.
     """
 
     @staticmethod
     def forward(ctx: Any, call: tuple[Any, ...], *tensors: Tensor | None) -> Any:
         op, options, needs, shard = ctx.call = call
         output, saved, gradients = op.forward(tensors, options, needs, shard)
-        _save(ctx, saved, gradients)
+        kept: list[Tensor] = []  # without None, as tools that draw graphs read saved tensors
+        ctx.missing = missing = list[int]()  # the indices of None
+        for i, x in enumerate(saved):
+            if x is None:
+                missing.append(i)
+            elif not x.is_inference() or x.requires_grad:
+                kept.append(x)
+            elif not gradients:  # autograd cannot save inference tensors
+                kept.append(x.clone())
+            else:
+                kept, ctx.missing = [], None  # gradients can be scaled, but not computed again
+                break
+        ctx.save_for_backward(*kept)
+        ctx.gradients = []
+        for x in gradients:
+            ctx.gradients.append(x if x is None else save_apart(x, False))
+        ctx.formats = None  # without hooks for saved tensors, autograd returns what was saved
+        if saved_tensors_hooks(True) is not None:
+            ctx.formats = [*map(_format, saved)], [*map(_format, gradients)]
         if type(output) is tuple:
             ctx.mark_non_differentiable(*[x for x in output[1:] if x is not None])
         return output
@@ -105,34 +124,6 @@ class Fused(torch.autograd.Function):
         return None, *gradients, *(None,) * constants
 
 
-def _save(ctx: Any, saved: Sequence[Any], gradients: Gradients) -> None:
-    """Saves the tensors of a call, and the gradients that its forward pass has computed.
-
-    The gradients are saved apart: reading them does not check whether the tensors were changed.
-
-    Args:
-        saved: Some may be None, which are not saved, as tools that draw graphs read saved tensors.
-        gradients: () if backward computes them.
-    """
-    tensors: list[Tensor] = []
-    ctx.missing = missing = list[int]()  # the indices of None
-    for i, x in enumerate(saved):
-        if x is None:
-            missing.append(i)
-        elif not x.is_inference() or x.requires_grad:
-            tensors.append(x)
-        elif not gradients:  # autograd cannot save inference tensors
-            tensors.append(x.clone())
-        else:
-            tensors, ctx.missing = [], None  # the gradients can be scaled, but not computed again
-            break
-    ctx.save_for_backward(*tensors)
-    ctx.gradients = [x if x is None else save_apart(x, False) for x in gradients]
-    ctx.formats = None  # without hooks for saved tensors, autograd returns what was saved
-    if saved_tensors_hooks(True) is not None:
-        ctx.formats = [*map(_format, saved)], [*map(_format, gradients)]
-
-
 def _format(x: Tensor | None) -> Any:
     """Returns what kernels assume of a saved tensor, whose strides they read."""
     return None if x is None else (layout_reason("saved", x), x.dtype, x.device, x.shape)
@@ -144,8 +135,6 @@ def _changed_by_hooks(ctx: Any, saved: Sequence[Any]) -> bool:
     Raises:
         RuntimeError: One has another shape.
     """
-    if ctx.formats is None:
-        return False
     formats: list[Any] = [*map(_format, saved)]
     for before, after in zip(ctx.formats[0], formats, strict=True):
         if before is not None and after[-1] != before[-1]:
@@ -153,21 +142,6 @@ def _changed_by_hooks(ctx: Any, saved: Sequence[Any]) -> bool:
             raise RuntimeError(f"{ctx.call[0].name}: expected {expected}, got {tuple(after[-1])}")
     changed: bool = formats != ctx.formats[0]
     return changed
-
-
-def _saved_tensors(ctx: Any) -> list[Any]:
-    """Returns the tensors that a call has saved.
-
-    Raises:
-        RuntimeError: One was changed in place, or an earlier backward pass has freed them.
-    """
-    try:
-        saved = [*ctx.saved_tensors]
-    except RuntimeError as error:
-        raise _with_hint(error, ctx.call[0].name) from None
-    for i in ctx.missing:
-        saved.insert(i, None)
-    return saved
 
 
 def _scaled_gradients(ctx: Any, grad_output: Tensor) -> Gradients | None:
@@ -186,7 +160,8 @@ def _scaled_gradients(ctx: Any, grad_output: Tensor) -> Gradients | None:
         if ctx.formats is not None and _format(gradient) != ctx.formats[1][i]:
             return None
         if gradient is not None:
-            if retained or ctx.formats is not None or not is_dense(gradient):
+            is_shared = retained or ctx.formats is not None
+            if is_shared or not (gradient.is_contiguous() or is_dense(gradient)):
                 gradient = gradient.clone()
             if not backend_of(gradient).scale_(gradient, grad_output):
                 if ctx.missing is not None:
@@ -206,14 +181,20 @@ def _computed_gradients(ctx: Any, grad_output: Tensor, reason: str | None) -> Gr
             None, a kernel does, unless hooks have changed the saved tensors.
 
     Raises:
-        RuntimeError: A tensor of the call was created in inference mode.
+        RuntimeError: A tensor of the call was created in inference mode, or was changed in place;
+            or an earlier backward pass has freed the tensors.
     """
     op, options, needs, shard = ctx.call
     if ctx.missing is None:
         message = "expected operands created outside of inference mode"
         raise RuntimeError(f"{reason or 'hooks that change saved tensors'}: {message}")
-    saved = _saved_tensors(ctx)
-    if _changed_by_hooks(ctx, saved):
+    try:
+        saved = [*ctx.saved_tensors]
+    except RuntimeError as error:
+        raise _with_hint(error, op.name) from None
+    for i in ctx.missing:
+        saved.insert(i, None)
+    if ctx.formats is not None and _changed_by_hooks(ctx, saved):
         reason = reason or "hooks have changed the dtype, device or layout of saved tensors"
     if not reason:
         return op.backward(saved, options, needs, grad_output, shard)  # type: ignore[no-any-return]
