@@ -264,8 +264,10 @@ def replaced(names: Set[str]) -> str | None:
         if now == before:  # compares the objects
             continue
         for name in now.keys() | before:
-            is_read = name in names or (name.startswith("__") and name not in _UNUSED)
-            if is_read and now.get(name) is not before.get(name):
+            values = now.get(name), before.get(name)
+            # Operators and builtins call special methods. Python itself sets data, when it pickles.
+            is_called = name.startswith("__") and name not in _UNUSED and any(map(callable, values))
+            if (name in names or is_called) and values[0] is not values[1]:
                 return f"it reads {path}.{name}, which is not torch's own"
     return None
 

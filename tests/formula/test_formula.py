@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import copyreg
 import gc
 import math
 import pickle
@@ -1121,3 +1122,11 @@ def test_random_programs(
     kernels = backend_of(torch.empty(0)).pointwise_loss
     for dtype in (torch.float32, torch.float64)[: 1 + (kernels is not cpu.pointwise_loss)]:
         check(op, numbers, kernels, dtype)
+
+
+def test_what_python_sets_in_tensors_is_ignored() -> None:
+    """Pickling sets ``__slotnames__`` in the class."""
+    assert pickle.loads(pickle.dumps(torch.ones(2))).equal(torch.ones(2))
+    copyreg._slotnames(Tensor)  # type: ignore[attr-defined]
+    assert "__slotnames__" in vars(Tensor)
+    assert pyfused.loss(lambda x: x * x)(torch.ones(2)).item() == 1
