@@ -189,7 +189,7 @@ def test_a_small_call_uses_the_original_without_a_warning(
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_log_probabilities_of_a_converted_model(dtype: torch.dtype, utils: ModuleType) -> None:
-    """TRL's function loops over the sequences of a batch, and does not compute lazy logits."""
+    """TRL's function loops over the sequences of a batch, and reads lazy logits."""
     model: Any = torch.nn.Sequential(torch.nn.Linear(FEATURES, CLASSES)).to(dtype)
     x, target = torch.randn(4, 10, FEATURES, dtype=dtype), torch.randint(CLASSES, (4, 9))
     found = []
@@ -198,7 +198,7 @@ def test_log_probabilities_of_a_converted_model(dtype: torch.dtype, utils: Modul
         logits = model(x)
         log_p = utils.selective_log_softmax(logits[:, :-1], target, temperature=0.7)
         found.append([log_p, *torch.autograd.grad(log_p.square().mean(), [*model.parameters()])])
-    assert not logits.value.call.computed
+    assert logits.value.call.computed
     tolerance = 1e-5 if dtype is torch.float32 else 3e-2
     torch.testing.assert_close(found[1], found[0], rtol=tolerance, atol=tolerance)
 
