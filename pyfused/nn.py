@@ -116,6 +116,12 @@ def options_of(module: Any) -> dict[str, Any]:
     return {**module.fused_options, **tensors}
 
 
+def _keywords_of(function: Any) -> set[str]:
+    """Returns the names of a function's keyword-only parameters."""
+    parameters = inspect.signature(function).parameters.values()
+    return {p.name for p in parameters if p.kind is p.KEYWORD_ONLY}
+
+
 def shown(options: Mapping[str, Any], defaults: Mapping[str, Any] = {}) -> str:
     """Returns the ``repr`` of options, without default values."""
     texts = []
@@ -330,8 +336,7 @@ class LinearLogProbs(LogProbs):
         memory_budget: int | None = None,
         **options: Any,
     ) -> None:
-        if "dim" in options:  # the classes are those of the layer
-            raise TypeError("LinearLogProbs() got an unexpected keyword argument 'dim'")
+        checks.keywords("LinearLogProbs", options, _keywords_of(F.linear_log_probs))
         super().__init__(**options)
         self.fused_options.pop("dim")
         self.linear = torch.nn.Linear(in_features, num_classes, bias, device, dtype)
@@ -358,9 +363,7 @@ class KLDivWithLogitsLoss(_Loss, _Module):
         **options: Any,
     ) -> None:
         super().__init__(reduction=reduction)
-        parameters = inspect.signature(getattr(F, self._function)).parameters.values()
-        known = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY]
-        known.remove("token_weight")
+        known = _keywords_of(getattr(F, self._function)) - {"token_weight"}
         checks.keywords(type(self).__name__, options, known)
         set_options(self, {"beta": beta, "temperature": temperature, **options})
 

@@ -133,7 +133,7 @@ def unsupported(
             continue
         name = operand.name
         if type(x) not in PLAIN:
-            if operand.number and (isinstance(x, Real) if is_traced else type(x) is float):
+            if operand.number and type(x) is float:
                 continue
             return f"{name} is a {type(x).__name__}"
         if not is_traced and (reason := layout_reason(name, x)):

@@ -564,7 +564,7 @@ def outcome(model: Any, after_loss: bool, call: Callable[[Tensor], Any]) -> list
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("part", range(4))
 def test_every_method(part: int) -> None:
-    """Methods and functions, with arguments by position and by keyword, are those of torch."""
+    """Every method and function gives torch's result, by position and by keyword."""
     draw, plain = random.Random(part), Model()
     model, count = pyfused.convert(Model(), head="head"), Counter[bool]()
     for name in sorted({*METHODS} - {*EXCLUDED.split()})[part::4]:
