@@ -185,8 +185,9 @@ def cross_entropy(
         RuntimeError, ValueError: A shape, dtype or option is invalid.
     """
     op = operators.CROSS_ENTROPY
+    small = left_to_torch(op, (input,), size_average, reduce)
     if (
-        left_to_torch(op, (input,), size_average, reduce)
+        small
         and softcap is token_weight is denominator is loss_dtype is shard is None
         and gamma is z_loss is _ZERO
         and scale is temperature is _ONE
@@ -211,7 +212,7 @@ def cross_entropy(
         reduction=reduction,
         loss_dtype=loss_dtype,
     )
-    return run(op, (input, target, weight, token_weight, tensor), options, shard)
+    return run(op, (input, target, weight, token_weight, tensor), options, small, shard)
 
 
 def cross_entropy_with_metrics(
@@ -247,7 +248,7 @@ def cross_entropy_with_metrics(
         with_metrics=True,
         **others,
     )
-    return run(op, (input, target, weight, *factors), loss_options, shard)  # type: ignore[return-value]
+    return run(op, (input, target, weight, *factors), loss_options, shard=shard)  # type: ignore[return-value]
 
 
 def _split_factors(
@@ -349,16 +350,10 @@ def linear_cross_entropy(
         As in :func:`cross_entropy`.
     """
     op = operators.LINEAR_CROSS_ENTROPY
+    small = not is_dynamo_compiling() and is_small(op, (input, linear_weight), ())
+    is_soft = isinstance(target, Tensor) and target.is_floating_point()
     if (
-        (
-            (not is_dynamo_compiling() and is_small(op, (input, linear_weight), ()))
-            # torch's function raises an error.
-            or (
-                ignore_index is not None
-                and isinstance(target, Tensor)
-                and target.is_floating_point()
-            )
-        )
+        (small or (ignore_index is not None and is_soft))  # torch's function raises an error then
         and softcap is token_weight is denominator is loss_dtype is shard is memory_budget is None
         and z_loss is _ZERO
         and scale is temperature is _ONE
@@ -396,7 +391,7 @@ def linear_cross_entropy(
         loss_dtype=loss_dtype,
         torch_options=options,
     )
-    return run(op, tensors, loss_options, shard)
+    return run(op, tensors, loss_options, small, shard)
 
 
 def linear_cross_entropy_with_metrics(
@@ -436,7 +431,7 @@ def linear_cross_entropy_with_metrics(
         memory_budget=memory_budget,
         **others,
     )
-    return run(op, tensors, loss_options, shard)  # type: ignore[return-value]
+    return run(op, tensors, loss_options, shard=shard)  # type: ignore[return-value]
 
 
 def log_probs(
@@ -486,7 +481,7 @@ def log_probs(
         alone=alone,
         with_metrics=return_metrics,
     )
-    values = run(op, tensors, options, shard)
+    values = run(op, tensors, options, shard=shard)
     if alone and not return_metrics:
         return LogProbs(values)
     return named(values, alone, return_entropy, return_lse, return_metrics)
@@ -534,7 +529,7 @@ def linear_log_probs(
         alone=alone,
         with_metrics=return_metrics,
     )
-    values = run(op, (input, linear_weight, linear_bias, target), options, shard)
+    values = run(op, (input, linear_weight, linear_bias, target), options, shard=shard)
     if alone and not return_metrics:
         return LogProbs(values)
     return named(values, alone, return_entropy, return_lse, return_metrics)
@@ -754,10 +749,13 @@ def nll_loss(
             ignored.
     """
     op = operators.NLL_LOSS
-    if left_to_torch(op, (input,), size_average, reduce, reduction=reduction):
+    if small := left_to_torch(op, (input,), size_average, reduce, reduction=reduction):
         return F.nll_loss(input, target, weight, size_average, ignore_index, reduce, reduction)
     return run(
-        op, (input, target, weight), op.options(ignore_index=ignore_index, reduction=reduction)
+        op,
+        (input, target, weight),
+        op.options(ignore_index=ignore_index, reduction=reduction),
+        small,
     )
 
 
@@ -790,7 +788,9 @@ def triplet_margin_loss(
             between negative and anchor, if it is smaller.
     """
     op = operators.TRIPLET_MARGIN_LOSS
-    if left_to_torch(op, (anchor, positive, negative), size_average, reduce, reduction=reduction):
+    if small := left_to_torch(
+        op, (anchor, positive, negative), size_average, reduce, reduction=reduction
+    ):
         return F.triplet_margin_loss(
             anchor, positive, negative, margin, p, eps, swap, size_average, reduce, reduction
         )
@@ -798,6 +798,7 @@ def triplet_margin_loss(
         op,
         (anchor, positive, negative),
         op.options(margin=margin, p=p, eps=eps, swap=swap, reduction=reduction),
+        small,
     )
 
 
@@ -822,11 +823,13 @@ def cosine_embedding_loss(
         margin: The cosine below which pairs with target -1 have no loss.
     """
     op = operators.COSINE_EMBEDDING_LOSS
-    if left_to_torch(op, (input1, input2, target), size_average, reduce, reduction=reduction):
+    if small := left_to_torch(
+        op, (input1, input2, target), size_average, reduce, reduction=reduction
+    ):
         return F.cosine_embedding_loss(
             input1, input2, target, margin, size_average, reduce, reduction
         )
-    return run(op, (input1, input2, target), op.options(margin=margin, reduction=reduction))
+    return run(op, (input1, input2, target), op.options(margin=margin, reduction=reduction), small)
 
 
 def mse_loss(
@@ -847,9 +850,9 @@ def mse_loss(
         weight: A factor for each element, of the input's shape.
     """
     op = elementwise.MSE_LOSS
-    if left_to_torch(op, (input, target), size_average, reduce, reduction=reduction):
+    if small := left_to_torch(op, (input, target), size_average, reduce, reduction=reduction):
         return F.mse_loss(input, target, size_average, reduce, reduction, weight)
-    return run(op, (input, target, weight), op.options(reduction=reduction))
+    return run(op, (input, target, weight), op.options(reduction=reduction), small)
 
 
 def l1_loss(
@@ -870,9 +873,11 @@ def l1_loss(
     op = elementwise.L1_LOSS
     # With a weight, torch's function ignores it if a default device is set.
     tensors = input, target, weight
-    if left_to_torch(op, tensors, size_average, reduce, weight is not None, reduction=reduction):
+    if small := left_to_torch(
+        op, tensors, size_average, reduce, weight is not None, reduction=reduction
+    ):
         return F.l1_loss(input, target, size_average, reduce, reduction, weight)
-    return run(op, tensors, op.options(reduction=reduction))
+    return run(op, tensors, op.options(reduction=reduction), small)
 
 
 def smooth_l1_loss(
@@ -894,9 +899,9 @@ def smooth_l1_loss(
             number raises a RuntimeError.
     """
     op = elementwise.SMOOTH_L1_LOSS
-    if left_to_torch(op, (input, target), size_average, reduce, reduction=reduction):
+    if small := left_to_torch(op, (input, target), size_average, reduce, reduction=reduction):
         return F.smooth_l1_loss(input, target, size_average, reduce, reduction, beta)
-    return run(op, (input, target), op.options(beta=beta, reduction=reduction))
+    return run(op, (input, target), op.options(beta=beta, reduction=reduction), small)
 
 
 def huber_loss(
@@ -918,9 +923,9 @@ def huber_loss(
         weight: A factor for each element, of the input's shape.
     """
     op = elementwise.HUBER_LOSS
-    if left_to_torch(op, (input, target), reduction=reduction):
+    if small := left_to_torch(op, (input, target), reduction=reduction):
         return F.huber_loss(input, target, reduction, delta, weight)
-    return run(op, (input, target, weight), op.options(delta=delta, reduction=reduction))
+    return run(op, (input, target, weight), op.options(delta=delta, reduction=reduction), small)
 
 
 def binary_cross_entropy(
@@ -948,9 +953,9 @@ def binary_cross_entropy(
             :func:`binary_cross_entropy_with_logits` then.
     """
     op = elementwise.BINARY_CROSS_ENTROPY
-    if left_to_torch(op, (input, target), size_average, reduce, reduction=reduction):
+    if small := left_to_torch(op, (input, target), size_average, reduce, reduction=reduction):
         return F.binary_cross_entropy(input, target, weight, size_average, reduce, reduction)
-    return run(op, (input, target, weight), op.options(reduction=reduction))
+    return run(op, (input, target, weight), op.options(reduction=reduction), small)
 
 
 def binary_cross_entropy_with_logits(
@@ -981,11 +986,11 @@ def binary_cross_entropy_with_logits(
         RuntimeError: A weight requires grad.
     """
     op = elementwise.BINARY_CROSS_ENTROPY_WITH_LOGITS
-    if left_to_torch(op, (input, target), size_average, reduce, reduction=reduction):
+    if small := left_to_torch(op, (input, target), size_average, reduce, reduction=reduction):
         return F.binary_cross_entropy_with_logits(
             input, target, weight, size_average, reduce, reduction, pos_weight
         )
-    return run(op, (input, target, weight, pos_weight), op.options(reduction=reduction))
+    return run(op, (input, target, weight, pos_weight), op.options(reduction=reduction), small)
 
 
 def kl_div(
@@ -1011,9 +1016,11 @@ def kl_div(
     op = elementwise.KL_DIV
     # A mean warns, and the warning has to name the line of the call.
     warns = isinstance(reduction, str) and reduction == "mean"
-    if left_to_torch(op, (input, target), size_average, reduce, warns, reduction=reduction):
+    if small := left_to_torch(
+        op, (input, target), size_average, reduce, warns, reduction=reduction
+    ):
         return F.kl_div(input, target, size_average, reduce, reduction, log_target)
-    return run(op, (input, target), op.options(log_target=log_target, reduction=reduction))
+    return run(op, (input, target), op.options(log_target=log_target, reduction=reduction), small)
 
 
 def poisson_nll_loss(
@@ -1041,7 +1048,7 @@ def poisson_nll_loss(
         eps: Added to the rates before taking the logarithm.
     """
     op = elementwise.POISSON_NLL_LOSS
-    if left_to_torch(op, (input, target), size_average, reduce, reduction=reduction):
+    if small := left_to_torch(op, (input, target), size_average, reduce, reduction=reduction):
         return F.poisson_nll_loss(
             input, target, log_input, full, size_average, eps, reduce, reduction
         )
@@ -1049,6 +1056,7 @@ def poisson_nll_loss(
         op,
         (input, target),
         op.options(eps=eps, log_input=log_input, full=full, reduction=reduction),
+        small,
     )
 
 
@@ -1078,9 +1086,9 @@ def gaussian_nll_loss(
             ``var`` is invalid.
     """
     op = elementwise.GAUSSIAN_NLL_LOSS
-    if left_to_torch(op, (input, target, var), reduction=reduction):
+    if small := left_to_torch(op, (input, target, var), reduction=reduction):
         return F.gaussian_nll_loss(input, target, var, full, eps, reduction)
-    return run(op, (input, target, var), op.options(eps=eps, full=full, reduction=reduction))
+    return run(op, (input, target, var), op.options(eps=eps, full=full, reduction=reduction), small)
 
 
 def soft_margin_loss(
@@ -1099,9 +1107,9 @@ def soft_margin_loss(
         target: The classes, -1 or 1, of the input's shape.
     """
     op = elementwise.SOFT_MARGIN_LOSS
-    if left_to_torch(op, (input, target), size_average, reduce, reduction=reduction):
+    if small := left_to_torch(op, (input, target), size_average, reduce, reduction=reduction):
         return F.soft_margin_loss(input, target, size_average, reduce, reduction)
-    return run(op, (input, target), op.options(reduction=reduction))
+    return run(op, (input, target), op.options(reduction=reduction), small)
 
 
 def hinge_embedding_loss(
@@ -1124,9 +1132,9 @@ def hinge_embedding_loss(
         margin: The distance beyond which dissimilar pairs have no loss.
     """
     op = elementwise.HINGE_EMBEDDING_LOSS
-    if left_to_torch(op, (input, target), size_average, reduce, reduction=reduction):
+    if small := left_to_torch(op, (input, target), size_average, reduce, reduction=reduction):
         return F.hinge_embedding_loss(input, target, margin, size_average, reduce, reduction)
-    return run(op, (input, target), op.options(margin=margin, reduction=reduction))
+    return run(op, (input, target), op.options(margin=margin, reduction=reduction), small)
 
 
 def margin_ranking_loss(
@@ -1149,11 +1157,13 @@ def margin_ranking_loss(
         margin: How much higher it should be.
     """
     op = elementwise.MARGIN_RANKING_LOSS
-    if left_to_torch(op, (input1, input2, target), size_average, reduce, reduction=reduction):
+    if small := left_to_torch(
+        op, (input1, input2, target), size_average, reduce, reduction=reduction
+    ):
         return F.margin_ranking_loss(
             input1, input2, target, margin, size_average, reduce, reduction
         )
-    return run(op, (input1, input2, target), op.options(margin=margin, reduction=reduction))
+    return run(op, (input1, input2, target), op.options(margin=margin, reduction=reduction), small)
 
 
 def quantile_loss(
@@ -1287,9 +1297,9 @@ def _without_halves(tensor: Tensor | None) -> Tensor | None:
 def relu(input: Tensor, inplace: bool = False) -> Tensor:
     """Returns ``max(input, 0)``; NaN stays NaN."""
     op = elementwise.RELU
-    if inplace is not False or left_to_torch(op, (input,)):
+    if inplace is not False or (small := left_to_torch(op, (input,))):
         return F.relu(input, inplace)
-    return run(op, (input,), ())
+    return run(op, (input,), (), small)
 
 
 def leaky_relu(input: Tensor, negative_slope: float = 0.01, inplace: bool = False) -> Tensor:
@@ -1299,17 +1309,17 @@ def leaky_relu(input: Tensor, negative_slope: float = 0.01, inplace: bool = Fals
         negative_slope: The slope below 0.
     """
     op = elementwise.LEAKY_RELU
-    if inplace is not False or left_to_torch(op, (input,)):
+    if inplace is not False or (small := left_to_torch(op, (input,))):
         return F.leaky_relu(input, negative_slope, inplace)
-    return run(op, (input,), op.options(negative_slope=negative_slope))
+    return run(op, (input,), op.options(negative_slope=negative_slope), small)
 
 
 def tanh(input: Tensor) -> Tensor:
     """Returns the hyperbolic tangent."""
     op = elementwise.TANH
-    if left_to_torch(op, (input,)):
+    if small := left_to_torch(op, (input,)):
         return F.tanh(input)
-    return run(op, (input,), ())
+    return run(op, (input,), (), small)
 
 
 def softcap(input: Tensor, cap: float = 30.0) -> Tensor:
@@ -1331,9 +1341,9 @@ def silu(input: Tensor, inplace: bool = False) -> Tensor:
     If ``inplace`` is True and a gradient is needed, torch's operator runs, and copies the input.
     """
     op = elementwise.SILU
-    if inplace is not False or left_to_torch(op, (input,)):
+    if inplace is not False or (small := left_to_torch(op, (input,))):
         return F.silu(input, inplace)
-    return run(op, (input,), ())
+    return run(op, (input,), (), small)
 
 
 def gelu(input: Tensor, *, approximate: Approximate = "none", **others: Any) -> Tensor:
@@ -1351,17 +1361,17 @@ def gelu(input: Tensor, *, approximate: Approximate = "none", **others: Any) -> 
         others: torch's other arguments, such as ``out``; torch's operator runs.
     """
     op = elementwise.GELU
-    if others or left_to_torch(op, (input,)):
+    if others or (small := left_to_torch(op, (input,))):
         return F.gelu(input, approximate=approximate, **others)
-    return run(op, (input,), op.options(approximate=approximate))
+    return run(op, (input,), op.options(approximate=approximate), small)
 
 
 def sigmoid(input: Tensor) -> Tensor:
     """Returns ``1 / (1 + exp(-input))``."""
     op = elementwise.SIGMOID
-    if left_to_torch(op, (input,)):
+    if small := left_to_torch(op, (input,)):
         return F.sigmoid(input)
-    return run(op, (input,), ())
+    return run(op, (input,), (), small)
 
 
 def elu(input: Tensor, alpha: float = 1.0, inplace: bool = False) -> Tensor:
@@ -1371,17 +1381,17 @@ def elu(input: Tensor, alpha: float = 1.0, inplace: bool = False) -> Tensor:
         alpha: The result at minus infinity is ``-alpha``.
     """
     op = elementwise.ELU
-    if inplace is not False or left_to_torch(op, (input,)):
+    if inplace is not False or (small := left_to_torch(op, (input,))):
         return F.elu(input, alpha, inplace)
-    return run(op, (input,), op.options(alpha=alpha))
+    return run(op, (input,), op.options(alpha=alpha), small)
 
 
 def selu(input: Tensor, inplace: bool = False) -> Tensor:
     """Returns 1.0507 times :func:`elu` with ``alpha`` 1.6733, which keeps mean and variance."""
     op = elementwise.SELU
-    if inplace is not False or left_to_torch(op, (input,)):
+    if inplace is not False or (small := left_to_torch(op, (input,))):
         return F.selu(input, inplace)
-    return run(op, (input,), ())
+    return run(op, (input,), (), small)
 
 
 def celu(input: Tensor, alpha: float = 1.0, inplace: bool = False) -> Tensor:
@@ -1391,17 +1401,17 @@ def celu(input: Tensor, alpha: float = 1.0, inplace: bool = False) -> Tensor:
         alpha: The result at minus infinity is ``-alpha``; not 0.
     """
     op = elementwise.CELU
-    if inplace is not False or left_to_torch(op, (input,)):
+    if inplace is not False or (small := left_to_torch(op, (input,))):
         return F.celu(input, alpha, inplace)
-    return run(op, (input,), op.options(alpha=alpha))
+    return run(op, (input,), op.options(alpha=alpha), small)
 
 
 def mish(input: Tensor, inplace: bool = False) -> Tensor:
     """Returns ``input * tanh(log(1 + exp(input)))``."""
     op = elementwise.MISH
-    if inplace is not False or left_to_torch(op, (input,)):
+    if inplace is not False or (small := left_to_torch(op, (input,))):
         return F.mish(input, inplace)
-    return run(op, (input,), ())
+    return run(op, (input,), (), small)
 
 
 def softplus(input: Tensor, beta: float = 1.0, threshold: float = 20.0, **others: Any) -> Tensor:
@@ -1413,9 +1423,9 @@ def softplus(input: Tensor, beta: float = 1.0, threshold: float = 20.0, **others
         others: As in :func:`gelu`.
     """
     op = elementwise.SOFTPLUS
-    if others or left_to_torch(op, (input,)):
+    if others or (small := left_to_torch(op, (input,))):
         return F.softplus(input, beta, threshold, **others)
-    return run(op, (input,), op.options(beta=beta, threshold=threshold))
+    return run(op, (input,), op.options(beta=beta, threshold=threshold), small)
 
 
 def logsigmoid(input: Tensor, **others: Any) -> Tensor:
@@ -1425,25 +1435,25 @@ def logsigmoid(input: Tensor, **others: Any) -> Tensor:
         others: As in :func:`gelu`.
     """
     op = elementwise.LOGSIGMOID
-    if others or left_to_torch(op, (input,)):
+    if others or (small := left_to_torch(op, (input,))):
         return F.logsigmoid(input, **others)
-    return run(op, (input,), ())
+    return run(op, (input,), (), small)
 
 
 def softsign(input: Tensor) -> Tensor:
     """Returns ``input / (1 + abs(input))``."""
     op = elementwise.SOFTSIGN
-    if left_to_torch(op, (input,)):
+    if small := left_to_torch(op, (input,)):
         return F.softsign(input)
-    return run(op, (input,), ())
+    return run(op, (input,), (), small)
 
 
 def tanhshrink(input: Tensor) -> Tensor:
     """Returns ``input - tanh(input)``."""
     op = elementwise.TANHSHRINK
-    if left_to_torch(op, (input,)):
+    if small := left_to_torch(op, (input,)):
         return F.tanhshrink(input)
-    return run(op, (input,), ())
+    return run(op, (input,), (), small)
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
@@ -1504,9 +1514,9 @@ def softmax(
     op = operators.SOFTMAX
     if dim is None and isinstance(input, Tensor):
         return F.softmax(input, dim, _stacklevel + 1, dtype)  # warns, and names the caller's line
-    if left_to_torch(op, (input,), dim=dim):
+    if small := left_to_torch(op, (input,), dim=dim):
         return F.softmax(input, dim, _stacklevel, dtype)
-    return run(op, (input,), op.options(dim=dim, dtype=dtype))
+    return run(op, (input,), op.options(dim=dim, dtype=dtype), small)
 
 
 def log_softmax(
@@ -1528,6 +1538,6 @@ def log_softmax(
         return F.log_softmax(
             input, dim, _stacklevel + 1, dtype
         )  # warns, and names the caller's line
-    if left_to_torch(op, (input,), dim=dim):
+    if small := left_to_torch(op, (input,), dim=dim):
         return F.log_softmax(input, dim, _stacklevel, dtype)
-    return run(op, (input,), op.options(dim=dim, dtype=dtype))
+    return run(op, (input,), op.options(dim=dim, dtype=dtype), small)

@@ -14,7 +14,7 @@ from pyfused.dispatch.operator import Operator, Options, Tensors
 from pyfused.dispatch.originals import F
 
 
-def by_torch(op: Operator, tensors: Tensors, options: Options, *_: Any) -> Any:
+def by_torch(op: Operator, tensors: Tensors, options: Options, *_: Any, **__: Any) -> Any:
     """Replaces `pyfused.dispatch.run.run` by an operator's definition in torch's operators."""
     return op.by_torch(tensors, options)
 

@@ -12,7 +12,8 @@ from torch import Tensor
 from pyfused import memory
 from pyfused.backends import backend_of
 from pyfused.dispatch import report
-from pyfused.dispatch.reasons import layout_reason, log_once
+from pyfused.dispatch.operator import Operand
+from pyfused.dispatch.reasons import log_once, unsupported
 from pyfused.layout import is_dense
 from pyfused.torch_internals import (
     active_mode,
@@ -24,6 +25,8 @@ from pyfused.torch_internals import (
     without_transforms,
 )
 from pyfused.types import Gradients
+
+_SAVED = (Operand("gradient"),)
 
 
 def autocast_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
@@ -111,7 +114,7 @@ class Fused(torch.autograd.Function):
         reason = (
             (torch.is_grad_enabled() and "create_graph")
             or active_mode()
-            or layout_reason("gradient", grad_output)
+            or unsupported(_SAVED, (grad_output,))
         )
         gradients: Gradients | None = None
         if not reason and ctx.gradients:
@@ -126,7 +129,7 @@ class Fused(torch.autograd.Function):
 
 def _format(x: Tensor | None) -> Any:
     """Returns what kernels assume of a saved tensor, whose strides they read."""
-    return None if x is None else (layout_reason("saved", x), x.dtype, x.device, x.shape)
+    return None if x is None else (unsupported(_SAVED, (x,)), x.dtype, x.device, x.shape)
 
 
 def _changed_by_hooks(ctx: Any, saved: Sequence[Any]) -> bool:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Sequence
 from functools import lru_cache
 from numbers import Integral, Real
 from types import NoneType
@@ -17,11 +16,10 @@ import torch
 from torch import Tensor
 from torch.compiler import is_dynamo_compiling
 
-from pyfused import backends
-from pyfused.backends import DTYPES, cpu, takes_triton, unsupported_device
+from pyfused.backends import DTYPES, takes_triton
 from pyfused.dispatch import reasons, report, sizes
-from pyfused.dispatch.operator import Operand, Operator, Options, Tensors, requires_grad
-from pyfused.dispatch.reasons import FUSED, SMALL, layout_reason
+from pyfused.dispatch.operator import Operator, Options, Tensors, requires_grad
+from pyfused.dispatch.reasons import FUSED, SMALL, unsupported
 from pyfused.dispatch.sizes import is_small
 from pyfused.torch_internals import (
     PLAIN,
@@ -32,23 +30,28 @@ from pyfused.torch_internals import (
 )
 from pyfused.types import OPTIONS, VocabShard
 
-_INDICES = (torch.int64, torch.uint8)
-_CONVERTED = (*_INDICES, torch.bool, torch.int8, torch.int16, torch.int32)
 _NUMBERS = frozenset((float, NoneType))
 _CHOICES = frozenset((str, bool, int, float, torch.dtype, NoneType))
 
 
-def run(op: Any, tensors: Tensors, options: Options, shard: VocabShard | None = None) -> Tensor:
+def run(
+    op: Any,
+    tensors: Tensors,
+    options: Options,
+    small: bool | None = None,
+    shard: VocabShard | None = None,
+) -> Tensor:
     """Returns an operator's result, from a fused kernel or from torch's operator.
 
     Args:
+        small: What `left_to_torch` has returned.
         shard: The classes of this process, if a process group shards them.
     """
     if shard is not None:
         return _run_on_shard(op, tensors, options, shard)  # type: ignore[no-any-return]
     if is_dynamo_compiling():
         return _run_compiled(op, tensors, options)  # type: ignore[no-any-return]
-    fused, converted = decide(op, tensors, options)
+    fused, converted = decide(op, tensors, options, small)
     reason = fused if isinstance(fused, str) else None
     if report.active:
         fused = report.counted(op, tensors, options, reason, fused)
@@ -101,12 +104,14 @@ def fallback_reason(op: Operator, tensors: Tensors, options: Options) -> str | N
     return method if isinstance(method, str) else None
 
 
-def decide(op: Operator, tensors: Tensors, options: Options) -> tuple[Any, Options]:
+def decide(
+    op: Operator, tensors: Tensors, options: Options, small: bool | None = None
+) -> tuple[Any, Options]:
     """Returns how a call is computed: a method of the operator, or why torch computes it.
 
     Also returns the options of the method, in which numbers are floats.
     """
-    if is_small(op, tensors, options):
+    if small or (small is None and is_small(op, tensors, options)):
         return SMALL, options
     if reason := active_mode() or unsupported(op.all_operands, tensors, tensors[0]):
         return reason, options
@@ -117,41 +122,6 @@ def decide(op: Operator, tensors: Tensors, options: Options) -> tuple[Any, Optio
         if isinstance(options, str):
             return options, ()
     return op.invalid_options(*options) or op.method_of(tensors, options), options
-
-
-def unsupported(
-    operands: Sequence[Operand], tensors: Tensors, input: Any, is_traced: bool = False
-) -> str | None:
-    """Returns why the kernels for the input's device do not take a tensor, None if they take all.
-
-    Args:
-        is_traced: Whether Dynamo traces the call.
-    """
-    can_be_on_cpus = backends.FORCED is None and cpu.MISSING is None
-    for operand, x in zip(operands, tensors, strict=True):
-        if x is None and operand.optional:
-            continue
-        name = operand.name
-        if type(x) not in PLAIN:
-            if operand.number and type(x) is float:
-                continue
-            return f"{name} is a {type(x).__name__}"
-        if not is_traced and (reason := layout_reason(name, x)):
-            return reason
-        are_on_cpus = can_be_on_cpus and x.is_cpu and input.is_cpu  # the first tensor is plain
-        if not are_on_cpus and (reason := unsupported_device(name, x, input)):
-            return reason
-        dtype = x.dtype
-        if dtype not in DTYPES:
-            others = _CONVERTED if operand.converts else _INDICES if operand.indices else ()
-            if dtype not in others:
-                return f"{name} has dtype {dtype}"
-        if not operand.differentiated and requires_grad(x):
-            return f"{name} requires grad"
-        # In a compiled program, a comparison would restrict the sizes.
-        if x is not input and not is_traced and x.numel() == 0:
-            return SMALL  # it broadcasts
-    return None
 
 
 # ---- options -------------------------------------------------------------------------------------
@@ -176,7 +146,7 @@ def _converted(op: Operator, options: Options, tensors: Tensors) -> Options | st
             is_ours = OPTIONS.get(name) is scalar and name != "label_smoothing"
             is_constant = not (requires_grad(value) if is_ours else value.requires_grad)
             is_readable = value.is_cpu and is_constant and value.numel() == 1
-            if not is_readable or layout_reason(name, value) is not None:
+            if not is_readable or unsupported((scalar,), (value,)) is not None:
                 return f"{name} is a tensor"
             value = value.detach()  # torch warns if a number that requires grad is converted
         elif value is not None and not isinstance(value, (float, int, Real)):

@@ -243,17 +243,10 @@ def _limits(op: Operator, threads: int, dtype: torch.dtype, intel: bool = INTEL)
     return row.with_threads(threads).times(HALVES.get(dtype, 1))
 
 
-class _Choices(NamedTuple):
-    """The options that limits depend on."""
-
-    reduction: str | None
-    dim: Any
-
-
-def limit_of(op: Any, tensors: Tensors, options: Any, found: Limits) -> int:
+def limit_of(op: Any, tensors: Tensors, reduction: str | None, dim: Any, found: Limits) -> int:
     """Returns which of an operator's limits applies to a call."""
     input = tensors[0]
-    if found.unreduced is not None and getattr(options, "reduction", None) == "none":
+    if found.unreduced is not None and reduction == "none":
         return found.unreduced
     if found.without_gradient is not None and op.needs_no_gradient(tensors):
         return found.without_gradient
@@ -261,7 +254,6 @@ def limit_of(op: Any, tensors: Tensors, options: Any, found: Limits) -> int:
         return found.from_elements  # others have no strides
     if found.strided is not None and input.dim() and input.stride(-1) != 1:
         return found.strided
-    dim = getattr(options, "dim", 1)
     if type(dim) is int and -input.dim() <= dim < input.dim() and input.stride(dim) == 1:
         few = VECTOR // min(input.element_size(), 4) - 1 if input.is_cpu else FEW_ON_GPU
         return found.few_classes if input.size(dim) <= few else found.from_elements
@@ -272,7 +264,8 @@ def why_small(op: Operator, tensors: Tensors, options: Options) -> str:
     """Returns why torch computes a small call, with what decides besides its size."""
     input = tensors[0]
     found = limits(op, torch.get_num_threads() if input.is_cpu else 0, input.dtype)
-    limit = limit_of(op, tensors, options, found)
+    reduction, dim = getattr(options, "reduction", None), getattr(options, "dim", 1)
+    limit = limit_of(op, tensors, reduction, dim, found)
     if limit == found.pages <= op.elements(tensors):
         return f"{SMALL_REASON}, because the process keeps freed pages"
     if input.is_cpu or found.from_elements == NEVER or not input.numel():
@@ -313,13 +306,14 @@ def left_to_torch(
     any_size: bool = False,
     reduction: str | None = None,
     dim: int = 1,
-) -> bool:
+) -> bool | None:
     """Returns whether torch's function of an operator's name computes a call.
 
-    It does in programs that are compiled, for the deprecated arguments, and if the call is small or
-    the input no tensor: proxies of torch.fx record the arguments as they came. Each function asks
-    this first, so that it adds little to the time of a small call. `is_small` decides calls whose
-    tensors broadcast: torch may warn about them, and the warning has to name the line of the call.
+    None leaves the decision to `run`, which asks `is_small`. torch's function computes calls in
+    programs that are compiled, for the deprecated arguments, and if the call is small or the input
+    no tensor: proxies of torch.fx record the arguments as they came. Each function asks this first,
+    so that it adds little to the time of a small call. `run` decides about calls whose tensors
+    broadcast: torch may warn about them, and the warning has to name the line of the call.
 
     Args:
         tensors: The tensors of the call; optional ones at the end may be omitted.
@@ -331,20 +325,21 @@ def left_to_torch(
     if not size_average is reduce is None:
         return True
     if any_size:
-        return not isinstance(input, Tensor)
+        return None if isinstance(input, Tensor) else True
     if is_dynamo_compiling():
         return add_traced(op.name)
     if type(input) is not Tensor or (has_torch_function_unary(input) and has_function_mode()):
-        return not isinstance(input, Tensor)  # a mode has to see torch's function and nothing else
+        # A mode has to see torch's function and nothing else.
+        return None if isinstance(input, Tensor) else True
     elements = input.numel()
     if type(elements) is not int or FORCED is not None:  # torch.jit.trace returns a tensor
-        return False
+        return None
     for i in op.broadcast:
         if type(tensors[i]) is not Tensor or tensors[i].shape != input.shape:
-            return False
-    if elements < op.least[input.is_cpu]:
-        return True
-    return _is_below_limit(op, elements, tensors, _Choices(reduction, dim))
+            return None
+    return elements < op.least[input.is_cpu] or _is_below_limit(
+        op, elements, tensors, reduction, dim
+    )
 
 
 def is_small(op: Operator, tensors: Tensors, options: Options) -> bool:
@@ -372,7 +367,10 @@ def is_small(op: Operator, tensors: Tensors, options: Options) -> bool:
             break
     if elements == 0 or FORCED is not None:
         return elements == 0
-    return elements < op.least[input.is_cpu] or _is_below_limit(op, elements, tensors, options)
+    if elements < op.least[input.is_cpu]:
+        return True
+    reduction, dim = getattr(options, "reduction", None), getattr(options, "dim", 1)
+    return _is_below_limit(op, elements, tensors, reduction, dim)
 
 
 def converted_limit(op: Operator, input: Tensor) -> int:
@@ -382,12 +380,14 @@ def converted_limit(op: Operator, input: Tensor) -> int:
     return max(by_name, min(LOGITS, CONVERTED * by_name)) if FORCED is None else 0
 
 
-def _is_below_limit(op: Operator, elements: int, tensors: Tensors, options: Any) -> bool:
+def _is_below_limit(
+    op: Operator, elements: int, tensors: Tensors, reduction: str | None, dim: Any
+) -> bool:
     """Returns whether torch is faster for a number of elements."""
     input = tensors[0]
     threads = torch.get_num_threads() if input.is_cpu else 0
     found = op.limits.get((threads, input.dtype)) or limits(op, threads, input.dtype)
     if elements < found.least or elements >= found.most:  # the common cases
         return elements < found.least
-    limit = limit_of(op, tensors, options, found)
+    limit = limit_of(op, tensors, reduction, dim, found)
     return elements < limit or (limit == found.pages and memory.pages_are_kept())

@@ -252,14 +252,15 @@ class CrossEntropy(RowOperator):
     def forward(
         self, tensors: Tensors, options: Options, needs: Needs, shard: Any = None
     ) -> Forward:
-        dtype, state = definitions.dtype_of_loss(options, *tensors[:3]), None
-        if self.needs_state(options, shard):
+        dtype = definitions.dtype_of_loss(options, *tensors[:3])
+        if shard is not None or options.softcap is not None:
             return self.state_forward(tensors, options, needs, shard, dtype=dtype)
-        if options.with_metrics:
-            state = metrics_state(tensors[0], tensors[1], options, METRICS_FIELDS)
         kernel = backend_of(tensors[0]).cross_entropy
         loss, saved, gradients = loss_forward(kernel, tensors, options, needs, dtype)
-        return loss if state is None else (loss, state), saved, gradients
+        if options.with_metrics:
+            state = metrics_state(tensors[0], tensors[1], options, METRICS_FIELDS)
+            return (loss, state), saved, gradients
+        return loss, saved, gradients
 
     def backward(
         self, saved: Tensors, options: Options, needs: Needs, grad_output: Tensor, shard: Any = None
