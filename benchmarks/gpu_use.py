@@ -212,7 +212,7 @@ def size_rows(op: str, clock: Clock, device: str, rounds: int) -> list[list[str]
     larger = [size for size in SIZES if size > max(slower, default=0)]
     host = [f"{1e3 * median(each):.0f}" for each in reversed(times[0])]
     faster_from = f"2^{larger[0].bit_length() - 1}" if larger else "never"
-    limit = sizes.limits(OPERATORS[op], 0).from_elements
+    limit = sizes.limits(OPERATORS[op], torch.device(device, 0)).from_elements
     limit_shown = "never" if limit == sizes.NEVER else f"2^{limit.bit_length() - 1}"
     return [[op, *host, faster_from, limit_shown, *(f"{speedup:.2f}" for speedup in speedups)]]
 

@@ -29,7 +29,8 @@ from torch import Tensor
 
 import pyfused
 import pyfused.functional
-from pyfused.dispatch.sizes import LOGITS, NEVER, _limits, limits
+from pyfused.dispatch.operator import Operator
+from pyfused.dispatch.sizes import LOGITS, NEVER, ON_CPU, Limits, _row, limits
 from pyfused.ops.operators import OPERATORS
 
 sys.path += [str(Path(__file__).parents[1] / folder) for folder in ("benchmarks", "examples")]
@@ -552,24 +553,26 @@ def all_sizes() -> str:
     return f"{legend}\n\n{sizes()}\n"
 
 
+def _limits(op: Operator) -> Limits:
+    """Returns the limits of an operator in float32, with two threads."""
+    return (_row(ON_CPU, op) or Limits(LOGITS)).times(1)
+
+
 def smallest() -> str:
     """Returns the operators that have the same smallest input on CPUs, in the order of sizes."""
     by_size: dict[int, list[str]] = {}
     for name, op in OPERATORS.items():
-        size = _limits(op, 2, torch.float32, intel=False).from_elements
+        size = _limits(op).from_elements
         by_size.setdefault(size, []).append(f"`{name}`")
     rows = [[words(size), ", ".join(names)] for size, names in sorted(by_size.items())]
     return report.tabulated(["elements", "operators"], rows, names=2)
 
 
 def sizes(*operators: str) -> str:
-    """Returns a table of the smallest inputs that run a kernel on CPUs, except Intel's."""
-    columns = ["elements", "few classes", "without gradient", "unreduced", "strided rows"]
-    found = {
-        f"`{name}`": _limits(OPERATORS[name], 2, torch.float32, intel=False)[:5]
-        for name in operators or OPERATORS
-    }
-    used = [i for i in range(5) if any(row[i] is not None for row in found.values())]
+    """Returns a table of the smallest inputs that run a kernel on CPUs."""
+    columns = ["elements", "few classes", "without gradient", "unreduced"]
+    found = {f"`{name}`": _limits(OPERATORS[name])[:4] for name in operators or OPERATORS}
+    used = [i for i in range(4) if any(row[i] is not None for row in found.values())]
     rows = [[name, *[words(row[i]) for i in used]] for name, row in found.items()]
     return report.tabulated(["operator", *[columns[i] for i in used]], rows, names=1)
 

@@ -97,7 +97,7 @@ class Operator(ABC):
         family: The name of the row of sizes.py for operators without their own row.
         broadcast: The indices of the tensors that broadcast with the input.
         is_linear: Whether the size of a call is the number of a linear layer's outputs.
-        limits: The limits of sizes.py, by the number of threads, 0 for GPUs, and dtype.
+        limits: The limits of sizes.py, by dtype and the number of threads or the GPU.
         least: The smallest number of elements for which a kernel runs, on GPUs and on CPUs.
         strategy: Describes how CPU kernels traverse an input.
         student: The number of tensors of a kernel that may need a gradient; they come first.

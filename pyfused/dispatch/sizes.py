@@ -6,8 +6,8 @@ element: many if torch runs several operators, few if torch is limited by memory
 On CPUs, each operator has a size from which a kernel is faster with two threads on every processor
 that was measured: AMD EPYC, with AVX-512 and with AVX2, and Intel Xeon. With more threads, these
 sizes grow.
-On GPUs, the sizes follow from two numbers of the machine. The environment variable
-``PYFUSED_HOST_US`` replaces one of them, the host's time for a call in microseconds.
+On GPUs, the sizes follow from the bandwidth of the memory and the host's time for a call, which the
+environment variable ``PYFUSED_HOST_US`` sets in microseconds.
 """
 
 from __future__ import annotations
@@ -15,8 +15,10 @@ from __future__ import annotations
 import math
 import os
 import sys
-from collections.abc import Iterator
+import timeit
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -25,11 +27,11 @@ from torch.compiler import is_dynamo_compiling
 from torch.overrides import has_torch_function_unary
 
 from pyfused import backends, memory
-from pyfused.backends import DTYPES
+from pyfused.backends import cpu, without_triton
 from pyfused.dispatch.operator import Operator, Options, Tensors
 from pyfused.dispatch.reasons import SMALL as SMALL_REASON
 from pyfused.dispatch.report import add_traced
-from pyfused.torch_internals import PLAIN, has_function_mode
+from pyfused.torch_internals import PLAIN, active_mode, has_function_mode
 
 FORCED = backends.FORCED  # the backend that runs for all sizes, None by default
 LINEAR = ("linear_cross_entropy", "linear_log_probs", "linear_kl_div", "linear_topk_kl_div")
@@ -52,8 +54,6 @@ class Limits(NamedTuple):
         without_gradient: For calls without a gradient, where torch's forward pass is faster or
             slower than its backward pass.
         unreduced: For losses that are not reduced, which write one more output.
-        strided: For softmaxes whose last dimension is not contiguous, which kernels copy unless
-            they can read its strides; torch always copies.
         least, most: The smallest and the largest of these; `most` is NEVER if PAGES is one of them.
         pages: The size that PAGES stands for unless pages are kept, NEVER if it is none of these.
     """
@@ -62,7 +62,6 @@ class Limits(NamedTuple):
     few_classes: int | None = None
     without_gradient: int | None = None
     unreduced: int | None = None
-    strided: int | None = None
     least: int = 0
     most: int = 0
     pages: int = NEVER
@@ -73,17 +72,17 @@ class Limits(NamedTuple):
         return self._replace(
             **{
                 name: min(LOGITS, int(x * factor))
-                for name, x in zip(self._fields[:5], self, strict=False)
+                for name, x in zip(self._fields[:4], self, strict=False)
                 if x is not None and 2 * PER_THREAD < x < LOGITS
             }
         )
 
     def times(self, factor: int) -> Limits:
         """Returns the limits multiplied by a factor, with `least`, `most` and `pages`."""
-        columns = zip(self._fields[:5], self, strict=False)
-        pages = factor * LOGITS if PAGES in self[:5] else NEVER
+        columns = zip(self._fields[:4], self, strict=False)
+        pages = factor * LOGITS if PAGES in self[:4] else NEVER
         scaled = {n: pages if x == PAGES else factor * x for n, x in columns if x is not None}
-        most = max(NEVER if PAGES in self[:5] else 0, *scaled.values())
+        most = max(NEVER if PAGES in self[:4] else 0, *scaled.values())
         return self._replace(**scaled, least=min(scaled.values()), most=most, pages=pages)
 
 
@@ -116,10 +115,10 @@ ON_CPU: dict[str, Limits] = {
     "mish": Limits(SMALL),
     "Activation": Limits(MEDIUM),  # on an Intel Xeon, 0.75 times as fast as torch at 2^14
     "cross_entropy": Limits(MEDIUM, few_classes=SMALL),
-    "log_softmax": Limits(LARGE, few_classes=SMALL, strided=2 * LARGE),
+    "log_softmax": Limits(LARGE, few_classes=SMALL),
     "logsigmoid": Limits(MEDIUM),
     "PointwiseLoss": Limits(MEDIUM, unreduced=PAGES),
-    "softmax": Limits(2 * LARGE, few_classes=SMALL, strided=2 * LARGE),
+    "softmax": Limits(2 * LARGE, few_classes=SMALL),
     "Gated": Limits(LARGE),
     "silu": Limits(2 * LARGE, without_gradient=4 * LARGE),
     "leaky_relu": Limits(PAGES),
@@ -127,19 +126,14 @@ ON_CPU: dict[str, Limits] = {
     "sigmoid": Limits(PAGES),
     "nll_loss": Limits(PAGES, without_gradient=NEVER),  # forward reads one element of each row
 }
-# MKL computes torch's tanh of float32 and float64, in 0.6 to 0.9 times the kernel's time on Intel's
-# processors, and in 4 times its time on AMD's.
-_capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
-INTEL = "Intel" in _capabilities.get("cpu_name", "")
-BY_MKL = ("tanh",)
 # In half precision torch processes the same number of bytes per second, so limits double. For
 # float16 they grow more, because the kernels convert it in a separate step. torch's half-precision
 # softmax and cross-entropy process fewer bytes per second, so their limits do not double.
 HALVES = {torch.bfloat16: 2, torch.float16: 8}
 ON_CPU_OF_HALVES: dict[str, Limits] = {
     "cross_entropy": Limits(MEDIUM, few_classes=SMALL),
-    "log_softmax": Limits(LARGE, few_classes=SMALL, strided=2 * LARGE),
-    "softmax": Limits(LARGE, few_classes=SMALL, strided=2 * LARGE),
+    "log_softmax": Limits(LARGE, few_classes=SMALL),
+    "softmax": Limits(LARGE, few_classes=SMALL),
 }
 
 
@@ -155,11 +149,21 @@ def _host_us() -> float:
     return number
 
 
-# The two numbers of a machine from which the limits on its GPU follow. An H100 with a slow host had
-# 190 us and 2984 GB/s. They are rounded up, because limits that are too low make calls slower: with
-# 60 us, calls took 1.2 to 1.8 times as long.
-HOST_US = _host_us()  # of a call, forward and backward
-GB_PER_S = 3000.0  # the bandwidth of the GPU's memory
+# The limits on GPUs follow from the host's time for a call, forward and backward, and from the
+# bandwidth of the memory. A slow host took 190 us. The time is rounded up, because limits that are
+# too low make calls slower: with 60 us, calls took 1.2 to 1.8 times as long.
+HOST_US = _host_us()
+
+
+@cache
+def gb_per_s(device: torch.device) -> float:
+    """Returns the bandwidth of a GPU's memory, an H100's if the device does not tell it."""
+    if device.type != "cuda" or without_triton(device):  # such as fake tensors
+        return 3000.0
+    from triton.testing import get_dram_gbps
+
+    return get_dram_gbps(device.index) or 3000.0
+
 
 # A kernel is faster if torch's kernels take longer on the GPU than launching ours takes on the
 # host. PASSES is how many times torch's kernels read or write an element, forward and backward:
@@ -218,17 +222,17 @@ def _row(table: dict[str, Limits], op: Operator) -> Limits | None:
     return next((table[name] for name in names if name in table), None)
 
 
-def limits(op: Operator, threads: int, dtype: torch.dtype = torch.float32) -> Limits:
-    """Returns the limits of an operator or its family with a number of threads, 0 for GPUs."""
-    found = op.limits.get((threads, dtype))
+def limits(op: Operator, where: int | torch.device, dtype: torch.dtype = torch.float32) -> Limits:
+    """Returns the limits of an operator with a number of CPU threads, or on a GPU."""
+    found = op.limits.get((where, dtype))
     if found is None:
-        found = op.limits[threads, dtype] = _limits(op, threads, dtype)
+        found = op.limits[where, dtype] = _limits(op, where, dtype)
     return found
 
 
-def _limits(op: Operator, threads: int, dtype: torch.dtype, intel: bool = INTEL) -> Limits:
-    if not threads:
-        elements = 1e3 * HOST_US * GB_PER_S / dtype.itemsize  # of one pass
+def _limits(op: Operator, where: int | torch.device, dtype: torch.dtype) -> Limits:
+    if isinstance(where, torch.device):
+        elements = 1e3 * HOST_US * gb_per_s(where) / dtype.itemsize  # of one pass
         first, few = (
             max(SMALL, 1 << math.ceil(math.log2(elements / passes)))
             for passes in (PASSES_OF.get(op.name, PASSES), PASSES_OF_FEW)
@@ -236,11 +240,28 @@ def _limits(op: Operator, threads: int, dtype: torch.dtype, intel: bool = INTEL)
         row = _row(ON_GPU, op) or Limits(first, few if op.name == "cross_entropy" else None)
         return row.times(1)
     if dtype in HALVES and op.name in ON_CPU_OF_HALVES:
-        return ON_CPU_OF_HALVES[op.name].with_threads(threads).times(1)
+        return ON_CPU_OF_HALVES[op.name].with_threads(where).times(1)
     row = _row(ON_CPU, op) or Limits(PAGES)
-    if intel and op.name in BY_MKL and dtype not in HALVES:
+    if op.name == "tanh" and dtype not in HALVES and _is_fast_in_torch(op, dtype):
         row = Limits(PAGES)
-    return row.with_threads(threads).times(HALVES.get(dtype, 1))
+    return row.with_threads(where).times(HALVES.get(dtype, 1))
+
+
+def _is_fast_in_torch(op: Operator, dtype: torch.dtype) -> bool:
+    """Returns whether torch computes an activation in less than twice the kernel's time.
+
+    It calls MKL for tanh, which takes 0.6 to 0.9 times the kernel's time on some processors, and 4
+    times on others.
+    """
+    if cpu.MISSING or active_mode():
+        return True  # unknown
+    x = torch.linspace(-4, 4, SMALL, dtype=dtype, device="cpu")
+
+    def seconds(compute: Callable[[], Any]) -> float:
+        compute()
+        return min(timeit.repeat(compute, number=1, repeat=5))
+
+    return seconds(lambda: op.torch(x, ())) < 2 * seconds(lambda: op.forward((x,), (), ()))
 
 
 def limit_of(op: Any, tensors: Tensors, reduction: str | None, dim: Any, found: Limits) -> int:
@@ -252,18 +273,20 @@ def limit_of(op: Any, tensors: Tensors, reduction: str | None, dim: Any, found: 
         return found.without_gradient
     if found.few_classes is None or input.layout is not torch.strided or input.is_nested:
         return found.from_elements  # others have no strides
-    if found.strided is not None and input.dim() and input.stride(-1) != 1:
-        return found.strided
     if type(dim) is int and -input.dim() <= dim < input.dim() and input.stride(dim) == 1:
         few = VECTOR // min(input.element_size(), 4) - 1 if input.is_cpu else FEW_ON_GPU
         return found.few_classes if input.size(dim) <= few else found.from_elements
     return found.from_elements
 
 
+def _where(input: Tensor) -> int | torch.device:
+    return torch.get_num_threads() if input.is_cpu else input.device
+
+
 def why_small(op: Operator, tensors: Tensors, options: Options) -> str:
     """Returns why torch computes a small call, with what decides besides its size."""
     input = tensors[0]
-    found = limits(op, torch.get_num_threads() if input.is_cpu else 0, input.dtype)
+    found = limits(op, _where(input), input.dtype)
     reduction, dim = getattr(options, "reduction", None), getattr(options, "dim", 1)
     limit = limit_of(op, tensors, reduction, dim, found)
     if limit == found.pages <= op.elements(tensors):
@@ -273,18 +296,17 @@ def why_small(op: Operator, tensors: Tensors, options: Options) -> str:
     reason = f"{SMALL_REASON}: kernels run from {limit:,} elements"
     if _row(ON_GPU, op):
         return reason
-    return f"{reason} ({HOST_US:g} us for a call on the host, {GB_PER_S:g} GB/s on the GPU)"
+    bandwidth = f"{gb_per_s(input.device):g} GB/s on the GPU"
+    return f"{reason} ({HOST_US:g} us for a call on the host, {bandwidth})"
 
 
 # ---- small calls ---------------------------------------------------------------------------------
 
 
 def set_least(op: Operator) -> None:
-    """Sets `least` to the smallest of an operator's limits, of all dtypes."""
-    op.least = (
-        min([limits(op, 0, x).least for x in DTYPES]),
-        min([limits(op, 2, x).least for x in DTYPES]),
-    )
+    """Sets `least` to the smallest of an operator's limits, of all devices and dtypes."""
+    on_gpu, on_cpu = _row(ON_GPU, op) or Limits(SMALL), _row(ON_CPU, op) or Limits(PAGES)
+    op.least = on_gpu.times(1).least, on_cpu.times(1).least
 
 
 @contextmanager
@@ -375,8 +397,7 @@ def is_small(op: Operator, tensors: Tensors, options: Options) -> bool:
 
 def converted_limit(op: Operator, input: Tensor) -> int:
     """Returns the number of logits from which the head of a converted model gains."""
-    threads = torch.get_num_threads() if input.is_cpu else 0
-    by_name = limits(op, threads, input.dtype).from_elements
+    by_name = limits(op, _where(input), input.dtype).from_elements
     return max(by_name, min(LOGITS, CONVERTED * by_name)) if FORCED is None else 0
 
 
@@ -385,8 +406,8 @@ def _is_below_limit(
 ) -> bool:
     """Returns whether torch is faster for a number of elements."""
     input = tensors[0]
-    threads = torch.get_num_threads() if input.is_cpu else 0
-    found = op.limits.get((threads, input.dtype)) or limits(op, threads, input.dtype)
+    where = torch.get_num_threads() if input.is_cpu else input.device
+    found = op.limits.get((where, input.dtype)) or limits(op, where, input.dtype)
     if elements < found.least or elements >= found.most:  # the common cases
         return elements < found.least
     limit = limit_of(op, tensors, reduction, dim, found)
