@@ -122,7 +122,7 @@ def keywords(function: str, options: Iterable[str], known: Iterable[str]) -> Non
 # ---- losses over classes -------------------------------------------------------------------------
 
 # Functions named after an operator check shapes, dtypes and options. Types are checked by
-# `Operator.check_tensors`, and class indices by kernels or by `class_indices`.
+# `Operator.check_types`, and class indices by kernels or by `class_indices`.
 
 
 def cross_entropy(

@@ -98,7 +98,7 @@ class FormulaOperator(PointwiseLoss):
             denominators={"mean": _mean_of_weights},
             masks=tuple([k for k, is_mask in enumerate(masks) if is_mask]),
         )
-        self.family, self.check = formula.family, None
+        self.family, self.check_shapes = formula.family, None
         self.invalid_options = self._invalid_options  # not cached by numbers, as 0.0 == -0.0
         self.all_outputs = Outputs(True, (True,) * count)
         self.traced = lru_cache(_MOST_TRACES)(self._traced)  # by `cases_of`
@@ -184,9 +184,6 @@ class FormulaOperator(PointwiseLoss):
     def by_operands(self, operands: Sequence[Tensor], options: Options) -> Tensor:
         masked = [x.bool() if k in self.masks else x for k, x in enumerate(operands)]
         return super().by_operands(masked, options)
-
-    def check_options(self, options: Options) -> None:
-        checks.reduction(options.reduction)  # functions take any numbers
 
 
 def _exponents(kernel: Kernel) -> set[int]:

@@ -84,6 +84,9 @@ class Operator(ABC):
         torch: The definition in torch's operators. Takes the tensors and the options.
         fallback_reason: Takes the tensors and the options; returns why torch's operator has to
             compute the call, None if a kernel can.
+        check_shapes: Takes the tensors, one by one, and the options, and raises for shapes and
+            dtypes that neither kernels nor definitions take; None if `fallback_reason` looks at
+            them.
 
         in_torch: Whether torch has a function of this name.
         all_operands: The operands and the factors.
@@ -91,8 +94,6 @@ class Operator(ABC):
         fields: The names of the options; the numbers come first.
         invalid_options: Takes the options of a call, one by one, and returns why no kernel takes
             them, None if one does.
-        check: Takes the tensors, one by one, and the options, and raises for shapes and dtypes that
-            neither kernels nor definitions take; None if `fallback_reason` looks at them.
         compared: The index of each number with ``compared_with``, and of its operand.
         family: The name of the row of sizes.py for operators without their own row.
         broadcast: The indices of the tensors that broadcast with the input.
@@ -111,13 +112,13 @@ class Operator(ABC):
     options: Any = None
     torch: Callable[..., Any] = field(default=None)  # type: ignore[assignment]
     fallback_reason: Callable[..., str | None] | None = None
+    check_shapes: Callable[..., None] | None = None
 
     in_torch: bool = field(init=False)
     all_operands: tuple[Operand, ...] = field(init=False)
     names: tuple[str, ...] = field(init=False)
     fields: tuple[str, ...] = field(init=False)
     invalid_options: Callable[..., str | None] = field(init=False)
-    check: Callable[..., None] | None = field(init=False, default=None)
     compared: tuple[tuple[int, int], ...] = field(init=False)
     student: int = field(init=False, default=1)
     family: str = field(init=False)
@@ -167,12 +168,6 @@ class Operator(ABC):
             if not is_valid:
                 return f"{scalar.name} is {value!r}"
         return checks.reason(self.check_choices, self.options(*options))
-
-    def check_options(self, options: Options) -> None:
-        """Raises for options that neither kernels nor definitions take."""
-        for scalar, value in zip(self.numbers, options, strict=False):
-            checks.bounded(scalar, value)
-        self.check_choices(options)
 
     def check_choices(self, options: Options) -> None:  # noqa: B027
         """Raises for invalid options that are not numbers."""
@@ -232,7 +227,8 @@ class Operator(ABC):
     def method_of(self, tensors: Tensors, options: Options) -> Any:
         """Returns the method that computes a call, or why no kernel takes its shapes and dtypes."""
         reason = self.fallback_reason and self.fallback_reason(*tensors, options)
-        return reason or (self.check and checks.reason(self.check, *tensors, options)) or self.fused
+        check = self.check_shapes
+        return reason or (check and checks.reason(check, *tensors, options)) or self.fused
 
     def by_torch(self, tensors: Tensors, options: Options) -> Any:
         """Returns the result of torch's operators, which raise their errors for invalid arguments.
@@ -246,19 +242,22 @@ class Operator(ABC):
         return self.torch(*tensors, options)
 
     def check_call(self, tensors: Tensors, options: Options) -> None:
-        self.check_tensors(tensors)
-        self.check_options(options)
-        if self.check is not None:
-            self.check(*tensors, options)
+        self.check_types(tensors, options)
+        if self.check_shapes is not None:
+            self.check_shapes(*tensors, options)
         self.check_values(tensors, options)
 
     def check_values(self, tensors: Tensors, options: Options) -> None:  # noqa: B027
         """Raises for invalid values of tensors, unless reading them would synchronise a device."""
 
-    def check_tensors(self, tensors: Tensors) -> None:
+    def check_types(self, tensors: Tensors, options: Options) -> None:
+        """Raises for arguments of other types, and for numbers and words that are not valid."""
         for operand, x in zip(self.operands, tensors, strict=False):
             if x is not None or not operand.optional:
                 checks.tensor(operand.name, x, operand.number)
+        for scalar, value in zip(self.numbers, options, strict=False):
+            checks.bounded(scalar, value)
+        self.check_choices(options)
 
     def strategy_of(self, tensors: Tensors, options: Options) -> str:  # noqa: ARG002
         """Describes how a CPU kernel traverses the tensors of a call."""

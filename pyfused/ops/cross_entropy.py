@@ -219,10 +219,6 @@ class CrossEntropy(RowOperator):
             self.check_call(tensors, options)
         return self.torch(*tensors, options)
 
-    def needs_state(self, options: Options, shard: Any) -> bool:
-        """Returns whether only the kernels of row states support a call."""
-        return shard is not None or options.softcap is not None
-
     def method_of(self, tensors: Tensors, options: Options) -> Any:
         input, target, weight, token_weight, denominator = tensors
         if (  # the common case, for which nothing else has to be checked
@@ -265,18 +261,10 @@ class CrossEntropy(RowOperator):
     def backward(
         self, saved: Tensors, options: Options, needs: Needs, grad_output: Tensor, shard: Any = None
     ) -> Gradients:
-        if self.needs_state(options, shard):
+        if shard is not None or options.softcap is not None:
             return super().backward(saved, options, needs, grad_output, shard)
         outputs = Outputs(False, tuple(needs))
         return backend_of(saved[0]).cross_entropy(saved, options, outputs, grad_output)[1]
-
-    def define(
-        self, saved: Tensors, options: Options, needs: Needs, grad_output: Tensor, shard: Any = None
-    ) -> Gradients:
-        if self.needs_state(options, shard) or options.gamma != 0 or needs[1]:
-            return super().define(saved, options, needs, grad_output, shard)
-        call: Any = *saved[:5], options
-        return definitions.gradient_of_cross_entropy(grad_output, *call), None
 
     def finished(self, result: Any, tensors: Tensors, options: Options, *_: Any) -> Any:
         if not options.with_metrics:

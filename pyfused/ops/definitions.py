@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -72,76 +70,6 @@ def cross_entropy(
         if token_weight is not None:  # infinity times 0 is NaN
             token_weight = token_weight.reshape(shape).where(is_valid, 0)
     return reduced_rows(loss, token_weight, options, divisors).to(result_dtype)
-
-
-def gradient_of_cross_entropy(
-    grad_output: Tensor,
-    input: Tensor,
-    target: Tensor,
-    weight: Tensor | None,
-    token_weight: Tensor | None,
-    denominator: Tensor | None,
-    options: CrossEntropyOptions,
-) -> Tensor:
-    """Returns the gradient of the logits, of a call without gamma and softcap.
-
-    It is shorter to differentiate than `cross_entropy`. With p = softmax(x), class weights w,
-    target probabilities q, and the coefficients a, b and z of `row_coefficients`, it is
-
-        a (w_c q_c - p_c sum_k w_k q_k) + b (w_c - p_c sum_k w_k) + 2 z lse p_c
-    """
-    ignore_index, soft = options.ignore_index, target.is_floating_point()
-    dim, dtype = min(input.dim() - 1, 1), accumulate_dtype(input.dtype)
-    options, shape = with_scalars(options, denominator, dtype), loss_shape(input, "none")
-    x = without_ignored(input, target, ignore_index, token_weight).to(dtype)
-    x = _scaled(x, options)
-    p, classes = x.softmax(dim), x.shape[dim]
-    weights = x.new_ones(1) if weight is None else weight.to(dtype)
-    by_class = weights.view(-1, *[1] * (x.dim() - dim - 1))
-    if soft:
-        q = without_ignored(target, target, ignore_index, token_weight).to(dtype) * by_class
-        target_weight, divisors = q.sum(dim), None
-    else:
-        target = target.long().reshape(shape)
-        target_weight = divisors = target_weights(target, weight, ignore_index, dtype)
-    rows = _grad_of_rows(grad_output.to(dtype), token_weight, options, divisors, shape)
-    rows, counts = rows.expand(shape), counted(target, ignore_index, token_weight)
-    rows = rows if counts is None else rows.where(counts.reshape(shape), 0)
-    a, b, z = row_coefficients(None, options, classes)
-    p_factor = -a * target_weight
-    if b:
-        p_factor = p_factor - b * (classes if weight is None else weights.sum())
-    if z:
-        p_factor = p_factor + 2 * z * x.logsumexp(dim)
-    gradient: Tensor = p * (p_factor * rows).unsqueeze(dim)
-    if soft:
-        gradient = gradient + q * (a * rows).unsqueeze(dim)
-    else:
-        label = target.where(target != ignore_index, 0).unsqueeze(dim)
-        gradient.scatter_add_(dim, label, (a * target_weight * rows).unsqueeze(dim))
-    if b:
-        gradient = gradient + by_class * (b * rows).unsqueeze(dim)
-    scale = options.scale / options.temperature
-    return (gradient if scale == 1 else gradient * scale).to(input.dtype)
-
-
-def _grad_of_rows(
-    grad_output: Tensor,
-    token_weight: Tensor | None,
-    options: Any,
-    divisors: Tensor | None,
-    shape: Sequence[int],
-) -> Tensor:
-    """Returns the gradient of each loss, given the gradient of the result of `reduced_rows`."""
-    if token_weight is not None:
-        token_weight = token_weight.reshape(shape).to(grad_output.dtype)
-        divisors = token_weight if divisors is None else divisors * token_weight
-    if options.reduction == "mean":
-        divisor = options.denominator
-        if divisor is None:
-            divisor = math.prod(shape) if divisors is None else divisors.sum()
-        grad_output = grad_output / divisor
-    return grad_output if token_weight is None else grad_output * token_weight
 
 
 def dtype_of_loss(options: Any, input: Any, target: Any, weight: Any) -> torch.dtype:

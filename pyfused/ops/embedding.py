@@ -60,7 +60,7 @@ class EmbeddingLoss(TensorLoss):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.check = None
+        self.check_shapes = None
         self.has_target = self.operands[-1].sign
         self.inputs = self.operands[: len(self.operands) - self.has_target]
         self.broadcast, self.uniform = tuple(range(1, len(self.inputs))), 0

@@ -120,7 +120,7 @@ class TensorLoss(SpecializedOperator):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.check = self._check_shapes
+        self.check_shapes = self._check_shapes
         self.variables = tuple(o for o in self.operands if o.name != "weight" or not o.optional)
         indices = [self.names.index(variable.name) for variable in self.variables]
         self._indices = indices

@@ -103,7 +103,6 @@ class RowOperator(Operator):
     gradients would underflow without grad_output.
 
     Attributes:
-        check_arguments: Raises for invalid shapes, dtypes and options.
         loss: Computes the result and its gradients, from states of rows, as
             `cross_entropy.CrossEntropyLoss` does, or in blocks of rows with all classes.
         reference: Computes the result by torch's operators, from arranged tensors. NaN in rows that
@@ -115,7 +114,6 @@ class RowOperator(Operator):
         tiles: Whether states of rows are computed only if a block cannot have all classes.
     """
 
-    check_arguments: Callable[..., None]
     loss: Any = None
     reference: Callable[..., Any] | None = None
     factors: ClassVar[tuple[Operand, ...]] = FACTORS
@@ -124,7 +122,6 @@ class RowOperator(Operator):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.check = self.check_arguments
         self.reference = self.reference or self.torch
         self.student = sum(operand.differentiated for operand in self.operands)
         self.inputs = [i for i, x in enumerate(self.operands) if x.name.endswith("input")]
@@ -312,8 +309,9 @@ class RowOperator(Operator):
 
     def compiled(self, tensors: Tensors, options: Options) -> Any:
         """Returns the result of a head in a compiled program, from its custom operator."""
-        self.check_options(options)
-        self.check_arguments(*tensors, options)
+        self.check_types(tensors, options)
+        assert self.check_shapes is not None
+        self.check_shapes(*tensors, options)
         arranged = list(self.arranged(tensors, options))
         for i, operand in enumerate(self.operands):  # custom operators check dtypes
             if operand.name.endswith(("_weight", "_bias")):

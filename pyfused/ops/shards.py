@@ -224,8 +224,7 @@ def check_local(
         total: The number of all classes, None if this process does not know it.
     """
     target, values = tensors["target"], (*tensors.values(),)
-    op.check_tensors(values)
-    op.check_options(options)
+    op.check_types(values, options)
     shape = tuple(tensors[name].shape)
     if len(shape) < 2:
         expected = "(N, C, ...)" if dim else "(C, D)"
@@ -236,11 +235,11 @@ def check_local(
         raise ValueError(f"gamma: expected 0.0 with a shard, got {options.gamma}")
     classes = max(1, shape[dim]) if total is None else total
     if op.is_linear:
-        op.check_arguments(*values, options, classes)
+        op.check_shapes(*values, options, classes)
     else:
         input, *others = values
         shape = *input.shape[:1], classes, *input.shape[2:]
-        op.check_arguments(input.new_empty(()).expand(shape), *others, options)
+        op.check_shapes(input.new_empty(()).expand(shape), *others, options)
     numbers = [Operand(name, differentiated=False) for name in op.fields]  # some may be tensors
     for operand, x in zip((*op.all_operands, *numbers), (*values, *options), strict=True):
         reason = unsupported((operand,), (x,), values[0]) if isinstance(x, Tensor) else None
