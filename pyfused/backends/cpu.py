@@ -14,7 +14,6 @@ import os
 import platform
 import sys
 from collections.abc import Callable, Sequence
-from functools import partial
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -299,7 +298,10 @@ def _logits_layout(input: Tensor) -> tuple[Any, ...]:
     return logits, sizes, *layout
 
 
-nll_loss = partial(cross_entropy, normalized=True)  # the input has log-probabilities
+def nll_loss(
+    tensors: Sequence[Any], options: Options, outputs: Outputs, grad_output: Tensor | None = None
+) -> LossResult:
+    return cross_entropy(tensors, options, outputs, grad_output, normalized=True)
 
 
 def kl_div_with_logits(

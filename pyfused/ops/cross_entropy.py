@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from pyfused.backends import backend_of, takes_triton
+from pyfused.backends import backend_of, cpu, takes_triton
 from pyfused.dispatch.autograd import in_autocast_dtype
 from pyfused.dispatch.operator import Forward, Needs, Operand, Options, Tensors
 from pyfused.layout import accumulate_dtype, with_leading_dims
@@ -437,16 +437,13 @@ class NllLoss(RowOperator):
         return input, class_targets(input, target), weight, None, None
 
     def forward(self, tensors: Tensors, options: Options, needs: Needs, *_: Any) -> Forward:
-        kernel = getattr(backend_of(tensors[0]), self.name)
         dtype = definitions.dtype_of_loss(options, *tensors[:3])
-        return loss_forward(kernel, tensors, options, needs, dtype)
+        return loss_forward(cpu.nll_loss, tensors, options, needs, dtype)
 
     def backward(
         self, saved: Tensors, options: Options, needs: Needs, grad_output: Tensor, *_: Any
     ) -> Gradients:
-        kernel = getattr(backend_of(saved[0]), self.name)
-        gradients: Gradients = kernel(saved, options, Outputs(False, tuple(needs)), grad_output)[1]
-        return gradients
+        return cpu.nll_loss(saved, options, Outputs(False, tuple(needs)), grad_output)[1]
 
 
 def nll_loss_fallback_reason(

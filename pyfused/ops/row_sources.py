@@ -45,7 +45,12 @@ class LogitRows(RowBlock):
         self.target = None if target is None else target.contiguous()
         self.weight, self.options, self.classes = weight, options, classes
 
-    def state(self, fields: int = STATE_FIELDS, results: int = 0, _: bool = False) -> RowState:
+    def state(
+        self,
+        fields: int = STATE_FIELDS,
+        results: int = 0,
+        keeps_logits: bool = False,  # noqa: ARG002 only layers keep logits
+    ) -> RowState:
         """Computes the state of each row.
 
         Args:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
+import itertools
 import re
 import subprocess
+from types import FunctionType
 from typing import Any
 
 import pytest
@@ -16,10 +19,28 @@ from processes import python
 
 from pyfused import backends, explain
 from pyfused.backends import cpu
+from pyfused.backends.protocol import Backend
 from pyfused.formula_compiler import program
 from pyfused.functional import cross_entropy
 
 on_triton = pytest.mark.skipif(backend is cpu, reason="the C++ kernels raise instead")
+
+
+@pytest.mark.cpu
+@pytest.mark.parametrize("name", ["cpu", "triton"])
+def test_a_backend_has_the_functions_of_the_protocol(name: str) -> None:
+    module = pytest.importorskip(f"pyfused.backends.{name}")
+    for name, declared in vars(Backend).items():
+        if not isinstance(declared, FunctionType) or name.startswith("_"):
+            continue
+        _, *parameters = inspect.signature(declared).parameters.values()
+        found = [*inspect.signature(getattr(module, name)).parameters.values()]
+        for ours, theirs in itertools.zip_longest(parameters, found):
+            if ours is None:
+                assert theirs.default is not theirs.empty, name
+            else:
+                assert theirs.name == ours.name, name
+                assert ours.default in (ours.empty, theirs.default), name
 
 
 # ---- choice of the backend -----------------------------------------------------------------------
