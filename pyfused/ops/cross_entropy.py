@@ -354,30 +354,9 @@ class LinearCrossEntropy(RowOperator):
         size = sizes.row_blocks if tensors[3].is_floating_point() else sizes.loss_blocks
         return HeadLoop(backend_of(tensors[0]), sizes.dtype, size, needs)
 
-    def forward(
-        self, tensors: Tensors, options: Options, needs: Needs, shard: Any = None
-    ) -> Forward:
-        if (blocks := self.blocks(tensors, options, needs, shard)) is None:
-            # With metrics, the forward pass also has rows of weight 0.
-            keeps = shard is not None and not (options.with_metrics and tensors[-2] is not None)
-            return self.state_forward(tensors, options, needs, shard, keeps_logits=keeps)
-        needs = needs if self.in_forward(tensors, options, needs) else ()
-        loss, gradients, state = blocks.compute(needs)
-        if state is None:
-            return loss, tensors, gradients
-        return (loss, state), (*tensors, state), gradients
-
-    def backward(
-        self, saved: Tensors, options: Options, needs: Needs, grad_output: Tensor, shard: Any = None
-    ) -> Gradients:
-        if blocks := self.blocks(saved[: len(self.all_operands)], options, needs, shard):
-            return blocks.compute(needs, grad_output)[1]
-        return super().backward(saved, options, needs, grad_output, shard)
-
     def blocks(
         self, tensors: Tensors, options: Options, needs: Needs, shard: Any
     ) -> HeadBlocks | None:
-        """Returns the blocks of a call's logits with all classes, None if blocks have fewer."""
         if shard is not None:
             return None
         blocks = HeadBlocks(self, self.loop(tensors, options, needs), tensors, options)

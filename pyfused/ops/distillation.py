@@ -262,20 +262,19 @@ class Divergence(RowOperator):
         return HeadLoop(backend_of(tensors[0]), sizes.dtype, sizes.row_blocks, needs)
 
     def forward(self, tensors: Tensors, options: Options, needs: Needs, *_: Any) -> Forward:
-        if not self.is_linear:
-            return loss_forward(divergence_kernel, tensors, options, needs)
-        blocks = HeadBlocks(self, self.loop(tensors, options, needs), tensors, options)
-        needs = needs if self.in_forward(tensors, options, needs) else ()
-        loss, gradients, _state = blocks.compute(needs)
-        return loss, tensors, gradients
+        if self.is_linear:
+            return super().forward(tensors, options, needs)
+        return loss_forward(divergence_kernel, tensors, options, needs)
 
     def backward(
         self, saved: Tensors, options: Options, needs: Needs, grad_output: Tensor, *_: Any
     ) -> Gradients:
-        if not self.is_linear:
-            return divergence_kernel(saved, options, Outputs(False, tuple(needs)), grad_output)[1]
-        blocks = HeadBlocks(self, self.loop(saved, options, needs), saved, options)
-        return blocks.compute(needs, grad_output)[1]
+        if self.is_linear:
+            return super().backward(saved, options, needs, grad_output)
+        return divergence_kernel(saved, options, Outputs(False, tuple(needs)), grad_output)[1]
+
+    def blocks(self, tensors: Tensors, options: Options, needs: Needs, _: Any) -> HeadBlocks:
+        return HeadBlocks(self, self.loop(tensors, options, needs), tensors, options)
 
 
 # ---- kernels -------------------------------------------------------------------------------------

@@ -188,11 +188,6 @@ class RowOperator(Operator):
         """Returns the result of a call, from the output for its arranged tensors."""
         return result
 
-    def in_forward(self, tensors: Tensors, options: Options, needs: Needs) -> bool:
-        """Returns whether the forward pass computes the gradients, if it has all classes."""
-        reduction = getattr(options, "reduction", "none")
-        return True in needs and gradients_in_forward(reduction, self.input_dtype(tensors))
-
     def fake(self, tensors: Tensors, options: Options) -> tuple[Tensor, Tensor]:
         """Returns empty tensors like the result and the state that a custom operator returns."""
         shape = tensors[0].shape[:-1] if options.reduction == "none" else ()
@@ -215,7 +210,7 @@ class RowOperator(Operator):
         limits: Any = tensors[1].shape, dtype, backend, options.memory_budget
         return head_sizes(*limits, None, converts)
 
-    # ---- states of rows --------------------------------------------------------------------------
+    # ---- passes --------------------------------------------------------------------------
 
     def source(
         self, tensors: Tensors, options: Options, needs: Needs, shard: Any, all_rows: bool = False
@@ -239,6 +234,22 @@ class RowOperator(Operator):
         if shard is None:
             return source
         return ShardedRows(source, shard, layer, target, self.loss.merges_entropy(options), needs)
+
+    def blocks(self, _tensors: Tensors, _options: Options, _needs: Needs, _shard: Any) -> Any:
+        """Returns the `heads.HeadBlocks` of a layer's logits, None if they lack classes."""
+
+    def forward(
+        self, tensors: Tensors, options: Options, needs: Needs, shard: Any = None
+    ) -> Forward:
+        if (blocks := self.blocks(tensors, options, needs, shard)) is None:
+            # With metrics, the forward pass also has rows of weight 0.
+            keeps = shard is not None and not (options.with_metrics and tensors[-2] is not None)
+            return self.state_forward(tensors, options, needs, shard, keeps_logits=keeps)
+        in_forward = gradients_in_forward(options.reduction, self.input_dtype(tensors))
+        loss, gradients, state = blocks.compute(needs if in_forward and True in needs else ())
+        if state is None:
+            return loss, tensors, gradients
+        return (loss, state), (*tensors, state), gradients
 
     def state_forward(
         self,
@@ -271,8 +282,10 @@ class RowOperator(Operator):
     def backward(
         self, saved: Tensors, options: Options, needs: Needs, grad_output: Tensor, shard: Any = None
     ) -> Gradients:
-        """Computes the gradients from the states that `state_forward` has saved."""
-        source, count = self.source(saved, options, needs, shard), len(self.all_operands)
+        count = len(self.all_operands)
+        if blocks := self.blocks(saved[:count], options, needs, shard):
+            return blocks.compute(needs, grad_output)[1]  # type: ignore[no-any-return]
+        source = self.source(saved, options, needs, shard)
         tensors, (state, logits) = saved[:count], (*saved[count:], None)[:2]
         call = tensors, options, source.classes.total, grad_output
         gradients = source.gradients(state, self.loss.grad_results(state, *call), logits)
