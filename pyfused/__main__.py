@@ -52,6 +52,7 @@ def report() -> dict[str, str]:
         "PYFUSED_CPU_CAPABILITY": os.environ.get("PYFUSED_CPU_CAPABILITY", "not set"),
         "thread runtime": thread_runtime(),
         "PYFUSED_BACKEND": os.environ.get("PYFUSED_BACKEND", "not set"),
+        "PYFUSED_HALF_PRODUCTS": os.environ.get("PYFUSED_HALF_PRODUCTS", "not set"),
         "PYFUSED_HOST_US": os.environ.get("PYFUSED_HOST_US", "not set"),
         "operators": ", ".join(OPERATORS),
         "kernels": f"cpu: {on_cpus}; GPUs: {on_gpus}",

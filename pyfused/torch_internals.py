@@ -349,10 +349,3 @@ def triton_specializer() -> Any:
         return pkgutil.resolve_name("triton._C.libtriton:native_specialize_impl")
     except (ImportError, AttributeError):
         return None
-
-
-# ---- processors ----------------------------------------------------------------------------------
-
-# Instructions for bfloat16 products; without them, float32 products are faster.
-has_amx: Callable[[], bool] = getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
-has_avx512_bf16: Callable[[], bool] = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)

@@ -13,7 +13,11 @@ import math
 import os
 import platform
 import sys
+import time
+import timeit
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache, partial
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -34,7 +38,6 @@ from pyfused.layout import (
     loss_shape,
     row_sizes,
 )
-from pyfused.torch_internals import has_amx, has_avx512_bf16
 from pyfused.types import EmbeddingOptions, Outputs, RowBlock
 
 if TYPE_CHECKING:
@@ -181,14 +184,42 @@ predicts = supports_rows
 
 # ---- matrix products -----------------------------------------------------------------------------
 
-# Without these instructions, half-precision products are 3 to 250 times slower than float32.
-MULTIPLIES_BFLOAT16 = bool(has_amx()) or bool(has_avx512_bf16())
+_PRODUCTS = os.environ.get("PYFUSED_HALF_PRODUCTS") or None
+if _PRODUCTS not in (None, "half", "float32"):
+    raise ImportError(f"PYFUSED_HALF_PRODUCTS: expected half or float32, got {_PRODUCTS!r}")
 
 
+@cache
 def product_dtype(dtype: torch.dtype) -> torch.dtype:
-    if dtype is torch.float16 or (dtype is torch.bfloat16 and not MULTIPLIES_BFLOAT16):
+    if dtype.itemsize > 2 or _PRODUCTS == "half":
+        return dtype
+    if _PRODUCTS == "float32":
         return torch.float32
-    return dtype
+    with ThreadPoolExecutor(1) as executor:  # another thread has no autocast and no modes
+        return dtype if executor.submit(_products_are_fast, dtype).result() else torch.float32
+
+
+def _products_are_fast(dtype: torch.dtype) -> bool:
+    """Measures whether products of half precision are faster than in float32, with one thread.
+
+    Processors without instructions for the dtype take 3 to 250 times as long, and some of those
+    that have them 1.4 times. Blocks of float32 logits take longer to convert and to read, which
+    costs a fifth of a product.
+    """
+
+    def seconds(rows: int, dtype: torch.dtype) -> float:
+        x, weight = (torch.ones(n, 512, dtype=dtype, device="cpu") for n in (rows, 1024))
+        multiply = partial(torch.mm, x, weight.t(), out=x.new_empty(rows, 1024))
+        return min(timeit.repeat(multiply, timer=time.thread_time, number=1, repeat=5))
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        # A slow processor takes milliseconds for the first product, and needs no other.
+        pairs = ((8, 2.0), (128, 1.2))
+        return all(seconds(n, dtype) < most * seconds(n, torch.float32) for n, most in pairs)
+    finally:
+        torch.set_num_threads(threads)  # also the number of threads that start later
 
 
 # A half-precision product is added to a float32 tensor in parts of this many bytes, which stay in

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 from pyfused.backends import backend_of
+from pyfused.dispatch.autograd import in_autocast_dtype
 from pyfused.dispatch.operator import Operator, Options, Tensors
 from pyfused.dispatch.reasons import SMALL
 from pyfused.dispatch.sizes import why_small
@@ -48,4 +49,8 @@ def explanation_of(
         return Explanation(op.name, "torch", reason)
     by_shards = "each process computes its classes"
     strategy = op.strategy_of(tensors, options) if shard is None else by_shards
+    if op.is_linear:
+        dtype = in_autocast_dtype(tensors[0]).dtype
+        if (product := backend_of(tensors[0]).product_dtype(dtype)) is not dtype:
+            strategy += f", products in {product} instead of {dtype}"
     return Explanation(op.name, *backend_of(tensors[0]).describe(tensors[0], strategy))

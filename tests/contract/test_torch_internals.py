@@ -65,7 +65,6 @@ def test_missing_optional_attribute(owner: str, name: str) -> None:
     assert other.MISSING is None
     assert other.active_mode() is None
     assert other.graph_is_retained() in (False, True)
-    assert other.has_amx() in (False, True)
 
 
 def test_another_base_class_of_autograd_functions(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -95,6 +95,7 @@ def test_the_reason_names_the_error_if_triton_cannot_start(monkeypatch: pytest.M
     [
         ("PYFUSED_BACKEND", "cpu, triton or torch", ["cuda", "CPU"]),
         ("PYFUSED_CPU_CAPABILITY", "one of .*", ["avx2"]),
+        ("PYFUSED_HALF_PRODUCTS", "half or float32", ["bfloat16"]),
         ("PYFUSED_HOST_US", "a positive number of microseconds", ["abc", "0", "-1", "nan", "inf"]),
         ("PYFUSED_RECYCLE", "0 or a number of bytes", ["1GB", "-1", "True"]),
     ],

@@ -123,13 +123,35 @@ def test_blocks_of_classes_equal_whole_rows(
     torch.testing.assert_close(gradient.t(), best, equal_nan=True)
 
 
+# ---- products ------------------------------------------------------------------------------------
+
+
+@pytest.mark.cpu
+@pytest.mark.parametrize("is_fast", [True, False])
+def test_products_in_the_faster_dtype(is_fast: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both are as exact as the rounding of logits and gradients to bfloat16 allows."""
+    monkeypatch.setattr(cpu, "_products_are_fast", lambda _: is_fast)
+    monkeypatch.setattr(cpu, "product_dtype", cpu.product_dtype.__wrapped__)
+    target = torch.randint(0, 1000, (200,))
+    tensors = [torch.randn(n, 64).bfloat16().requires_grad_() for n in (200, 1000)]
+    exact = [x.detach().double().requires_grad_() for x in tensors]
+    log_p = (exact[0] @ exact[1].t()).log_softmax(1)
+    best = -log_p.gather(1, target[:, None]).mean()
+    loss = fused.linear_cross_entropy(*tensors, target, loss_dtype=torch.float32)
+    pairs = zip(torch.autograd.grad(loss, tensors), torch.autograd.grad(best, exact), strict=True)
+    for x, y in ((loss, best), *pairs):
+        assert (x - y).abs().max() <= 2**-6 * y.abs().max()
+    reason = pyfused.explain("linear_cross_entropy", *tensors, target).reason
+    assert ("products in torch.float32" in reason) is not is_fast
+
+
 # ---- block sizes ---------------------------------------------------------------------------------
 
 
 @pytest.mark.cpu
 def test_explain_states_the_number_of_logits_per_block(monkeypatch: pytest.MonkeyPatch) -> None:
     """All logits are computed at once if they take no more memory than a block and a sum."""
-    monkeypatch.setattr(cpu, "MULTIPLIES_BFLOAT16", True)
+    monkeypatch.setattr(cpu, "product_dtype", lambda dtype: dtype)
 
     def strategy(dtype: torch.dtype, rows: int = 3000, **options: Any) -> str:
         input, head = torch.zeros(rows, 512, dtype=dtype), torch.zeros(4000, 512, dtype=dtype)
