@@ -207,6 +207,8 @@ class DivergenceLoss(RowLoss):
 class TopKLoss(DivergenceLoss):
     """The divergence of a student's linear layer from a teacher's top k."""
 
+    keeps_logits = False
+
     def check(self, tensors: Tensors) -> Tensor:
         """Returns whether each row has an invalid index, and raises if reading them is possible."""
         _, weight, _, indices, log_probs, token_weight, _ = tensors

@@ -241,6 +241,11 @@ def multiply(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> Non
         torch.addmm(bias, x, weight.t(), out=out)
 
 
+def memory_of(logits: Tensor) -> Tensor:
+    """Returns the memory of a block of all classes, with its padding, for `HeadLoop.run`."""
+    return logits.as_strided((logits.shape[0] * logits.stride(0),), (1,))
+
+
 def pad_gradient(gradient: Tensor, logits: Tensor, classes: int) -> Tensor:
     """Returns the gradient of logits with padding, which it overwrites; it is 0 in the padding."""
     if gradient.data_ptr() != logits.data_ptr():

@@ -16,8 +16,9 @@ from pyfused.backends import backend_of
 from pyfused.dispatch.operator import Needs, Options, Tensors
 from pyfused.layout import accumulate_dtype
 from pyfused.ops.elementwise import SOFTCAP
-from pyfused.ops.head_loop import HeadLoop, Layer
+from pyfused.ops.head_loop import HeadLoop, Layer, memory_of
 from pyfused.ops.rows import RowOperator
+from pyfused.torch_internals import graph_is_retained, saved_tensors_hooks
 from pyfused.types import Gradients, Outputs
 
 # The loss of each row of a block, or their sum; the gradients of the logits, which may overwrite
@@ -46,12 +47,21 @@ class HeadBlocks:
             tensors = [self.rows.take(x) if has and x is not None else x for x, has in pairs]
         self.tensors, self.size = tensors, loop.size(tensors[0].shape[0])
 
-    def compute(self, needs: Needs, grad_output: Tensor | None = None) -> BlockResult:
-        """Returns the loss, the gradients, and the states of all rows for metrics.
+    def compute(
+        self,
+        needs: Needs,
+        grad_output: Tensor | None = None,
+        logits: Tensor | None = None,
+        keeps_logits: bool = False,
+    ) -> tuple[Any, ...]:
+        """Returns the loss, the gradients, the states of all rows for metrics, and kept logits.
 
         Args:
             needs: Whether each of the first tensors needs a gradient; () to compute none.
             grad_output: The gradient of the result in the backward pass, None in the forward pass.
+            logits: The logits that the forward pass has kept, or None.
+            keeps_logits: Whether to keep logits for the backward pass, if there is one block and
+                it takes no more memory than the weight.
         """
         loss, rows, options = self.op.loss, self.rows, self.options
         is_mean, unreduced = options.reduction == "mean", options.reduction == "none"
@@ -72,10 +82,19 @@ class HeadBlocks:
         grad_output = None if grad_output is None else grad_output.contiguous()
         if is_mean:
             options = options._replace(reduction="sum", denominator=None)
+        kept: Tensor | None = None
+        n, features = input.shape
+        keeps_logits = keeps_logits and n <= self.size.rows and n <= features
+        if saved_tensors_hooks(True) is not None:  # backward must not overwrite what hooks return
+            keeps_logits = False
+        if logits is not None and graph_is_retained():  # another pass may read them
+            logits = logits.clone()
         results = list[Any]()
         sliced = row_operands if self.size.rows < input.shape[0] else []
 
         def step(logits: Tensor, block: slice, _: slice) -> Tensor | None:
+            nonlocal kept
+            kept = memory_of(logits) if keeps_logits else None
             part, grad = [*operands], grad_output
             for i in sliced:
                 part[i] = None if part[i] is None else part[i][block]
@@ -88,8 +107,8 @@ class HeadBlocks:
             return gradient  # type: ignore[no-any-return]
 
         layer = Layer(input, weight, bias)
-        sums = self.loop.run(layer, step, counts=rows.counts)
-        return self.collected(results, sums, divisor, len(needs))
+        sums = self.loop.run(layer, step, counts=rows.counts, logits=logits)
+        return *self.collected(results, sums, divisor, len(needs)), kept
 
     def collected(
         self, results: Sequence[Any], gradients: Gradients, divisor: Any, count: int

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from pyfused.backends import backend_of
 from pyfused.layout import feature_rows
-from pyfused.ops.head_loop import HeadLoop, Layer, rows_that_count
+from pyfused.ops.head_loop import HeadLoop, Layer, memory_of, rows_that_count
 from pyfused.torch_internals import graph_is_retained, saved_tensors_hooks
 from pyfused.types import STATE_FIELDS, ClassRange, Gradients, RowBlock, RowOptions
 
@@ -139,7 +139,7 @@ class HeadRows:
         def step(logits: Tensor, rows: slice, classes: slice) -> None:
             nonlocal saved
             if keeps_logits and logits.shape[1] == all_classes:
-                saved = logits.as_strided((logits.shape[0] * logits.stride(0),), (1,))
+                saved = memory_of(logits)
             block = self.block(logits, rows, classes)
             backend.row_state(block, state[:, rows], continues=classes.start > 0)
 

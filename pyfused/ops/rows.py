@@ -54,7 +54,12 @@ class RowLoss:
     """A loss of rows with factors.
 
     The last two tensors of a call are the factor of each row and the divisor of a mean, or None.
+
+    Attributes:
+        keeps_logits: Whether `block` leaves the logits as they are if it computes no gradient.
     """
+
+    keeps_logits: ClassVar[bool] = True
 
     def rows(self, tensors: Tensors, _: Options) -> Rows:
         """Returns the rows to compute."""
@@ -246,10 +251,11 @@ class RowOperator(Operator):
             keeps = shard is not None and not (options.with_metrics and tensors[-2] is not None)
             return self.state_forward(tensors, options, needs, shard, keeps_logits=keeps)
         in_forward = gradients_in_forward(options.reduction, self.input_dtype(tensors))
-        loss, gradients, state = blocks.compute(needs if in_forward and True in needs else ())
-        if state is None:
-            return loss, tensors, gradients
-        return (loss, state), (*tensors, state), gradients
+        needed = needs if in_forward and True in needs else ()
+        keeps = self.loss.keeps_logits and True in needs and not in_forward
+        loss, gradients, state, logits = blocks.compute(needed, keeps_logits=keeps)
+        saved = tensors if state is logits is None else (*tensors, state, logits)
+        return loss if state is None else (loss, state), saved, gradients
 
     def state_forward(
         self,
@@ -283,10 +289,10 @@ class RowOperator(Operator):
         self, saved: Tensors, options: Options, needs: Needs, grad_output: Tensor, shard: Any = None
     ) -> Gradients:
         count = len(self.all_operands)
-        if blocks := self.blocks(saved[:count], options, needs, shard):
-            return blocks.compute(needs, grad_output)[1]  # type: ignore[no-any-return]
+        tensors, (state, logits) = saved[:count], (*saved[count:], None, None)[:2]
+        if blocks := self.blocks(tensors, options, needs, shard):
+            return blocks.compute(needs, grad_output, logits)[1]  # type: ignore[no-any-return]
         source = self.source(saved, options, needs, shard)
-        tensors, (state, logits) = saved[:count], (*saved[count:], None)[:2]
         call = tensors, options, source.classes.total, grad_output
         gradients = source.gradients(state, self.loss.grad_results(state, *call), logits)
         return *gradients, *[None] * (len(needs) - len(gradients))

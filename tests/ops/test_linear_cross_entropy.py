@@ -69,6 +69,28 @@ def test_no_unnecessary_matrix_products(
     assert found == [(rows, 6, 70), *gradient.get(str(wanted), [])]
 
 
+@pytest.mark.parametrize("rows", [12, 6])
+@pytest.mark.parametrize("options", [{}, {"softcap": 2.0}, {"token_weight": 0.5}])
+def test_logits_no_larger_than_the_weight_are_kept(rows: int, options: dict[str, Any]) -> None:
+    """Unreduced losses compute their gradients in backward, which may run twice."""
+    given = HeadCase(rows=rows)
+    given.target.clamp_(min=0)  # none is ignored
+    if "token_weight" in options:
+        options = {"token_weight": torch.full((rows,), 0.5)}
+    leaves, grad = (given.input, given.head), torch.rand(rows)
+    logits = given.input @ given.head.t()
+    best = fused.cross_entropy(logits, given.target, reduction="none", **options)
+    expected = torch.autograd.grad(best, leaves, grad)
+    with products() as found:
+        loss = fused.linear_cross_entropy(*leaves, given.target, reduction="none", **options)
+        first = torch.autograd.grad(loss, leaves, grad, retain_graph=True)
+    assert len(found) == (3 if rows == 6 else 4)
+    with torch.autograd.graph.save_on_cpu():
+        hooked = fused.linear_cross_entropy(*leaves, given.target, reduction="none", **options)
+    for got in (first, *(torch.autograd.grad(x, leaves, grad) for x in (loss, hooked))):
+        torch.testing.assert_close(got, expected)
+
+
 @pytest.mark.parametrize("classes", [2, 40], ids=["rows", "blocks"])
 def test_weight_gradients_are_summed_in_float32(classes: int) -> None:
     """Each of many rows adds less than half precision can resolve."""
