@@ -44,7 +44,7 @@ demo-quick: $(BUILD) ## demo with fewer steps: under 3 minutes on two cores
 formulas: $(if $(and $(OP),$(wildcard $(BUILD))),,$(BUILD)) $(TOOLS) ## generate C++ from the declarations, and rebuild (OP=mse_loss: try one formula, 1 minute)
 ifdef OP # for the oldest instruction set, which compiles in a third of the time of the newest
 	$(BIN)/python tools/formulas.py csrc
-	PYFUSED_ONLY_ISA=$(subst -,_,$(OLDEST)) $(BIN)/python setup.py --quiet build_ext --inplace
+	PYFUSED_ISAS=$(subst -,_,$(OLDEST)) $(BIN)/python setup.py --quiet build_ext --inplace
 	PYFUSED_CPU_CAPABILITY=$(OLDEST) $(BIN)/python -m pytest -n 0 -p no:randomly $(FORMULA_TESTS) -k "$(OP)"
 else
 	$(BIN)/python tools/formulas.py
@@ -148,7 +148,7 @@ TIDY_FLAGS = -std=c++17 $(if $(filter x86_64,$(shell uname -m)),-mavx2 -mfma -mf
 # they take minutes and call the same code; the tests of memory and processes, because sanitizers
 # change memory use. One test of accuracy is deselected, because its sums are not vectorised.
 SANITIZE := build/sanitize
-SANITIZED = cd $(SANITIZE)/lib && $(if $(PYFUSED_ONLY_ISA),PYFUSED_CPU_CAPABILITY=$(subst _,-,$(PYFUSED_ONLY_ISA))) \
+SANITIZED = cd $(SANITIZE)/lib && $(if $(PYFUSED_ISAS),PYFUSED_CPU_CAPABILITY=$(subst _,-,$(PYFUSED_ISAS))) \
 	LD_PRELOAD="$(call library,asan) $(call library,stdc++)" \
 	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 $(abspath $(BIN))/python
 library = $$($(CXX) -print-file-name=lib$(1).so)
@@ -166,7 +166,7 @@ must_report = if ($(SANITIZED) -c '$($(1))') >$(SANITIZE)/report 2>&1; then \
 
 sanitize-memory: export CXXFLAGS = -O1 -g -fno-omit-frame-pointer -fsanitize=address,undefined \
 	-fno-sanitize-recover=all
-sanitize-memory: $(TOOLS) ## find memory errors and undefined behaviour in the kernels (GCC; PYFUSED_ONLY_ISA=x86_64_v2 takes a third of the time)
+sanitize-memory: $(TOOLS) ## find memory errors and undefined behaviour in the kernels (GCC; PYFUSED_ISAS=x86_64_v2 takes a third of the time)
 	$(BIN)/python setup.py --quiet build --build-base $(SANITIZE)/temp --build-lib $(SANITIZE)/lib
 	@$(call must_report,OVERRUN,heap-buffer-overflow,an overrun: the kernels are not instrumented)
 	@$(call must_report,AFTER_FREE,use-after-poison,a use after free: free blocks are not poisoned)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import shutil
 import sys
 import sysconfig
@@ -46,13 +47,33 @@ X86_64 = {
     "x86_64_v3": {"unix": V3, "msvc": "/arch:AVX2"},
     "x86_64_v4": {"unix": V4, "msvc": "/arch:AVX512"},
 }
+# The names of these features in /proc/cpuinfo.
+FLAGS_OF_CPU = {
+    "x86_64_v3": {"avx2", "fma", "f16c", "bmi1", "bmi2"},
+    "x86_64_v4": {"avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"},
+}
 ELSEWHERE = {"generic": {"unix": "", "msvc": ""}}
 PLATFORM = sysconfig.get_platform()  # the wheel's platform, which may be cross-compiled
-ISAS = X86_64 if PLATFORM.endswith(("x86_64", "amd64")) else ELSEWHERE
-if only := os.environ.get("PYFUSED_ONLY_ISA"):  # `make formulas OP=name` tests one
-    if only not in ISAS:
-        sys.exit(f"PYFUSED_ONLY_ISA: expected one of {', '.join(ISAS)}, got {only!r}")
-    ISAS = {only: ISAS[only]}
+KNOWN = X86_64 if PLATFORM.endswith(("x86_64", "amd64")) else ELSEWHERE
+
+
+def chosen() -> list[str]:
+    """Returns the names in PYFUSED_ISAS; by default the oldest, and the newest of this machine."""
+    if names := os.environ.get("PYFUSED_ISAS"):
+        chosen = [*KNOWN] if names == "all" else names.split(",")
+        if not {*chosen} <= KNOWN.keys():
+            sys.exit(f"PYFUSED_ISAS: expected all or names of {', '.join(KNOWN)}, got {names!r}")
+        return [name for name in KNOWN if name in chosen]
+    try:
+        found = re.search("^flags[^:]*:(.*)", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    except OSError:
+        return [*KNOWN]
+    flags = {*found[1].split()} if found else set()
+    newest = [name for name, needed in FLAGS_OF_CPU.items() if needed <= flags][-1:]
+    return [name for name in KNOWN if name in newest or name == min(KNOWN) or not found]
+
+
+ISAS = {name: KNOWN[name] for name in chosen()}
 
 # Sources without kernels are compiled once, for the oldest instruction set, and linked into all
 # modules.
@@ -119,6 +140,10 @@ class BuildKernels(build_ext):
             extension.sources, extension.extra_objects = [], [*objects, *extension.extra_objects]
             extension.depends = extension.extra_objects
         super().build_extensions()  # links
+        if self.inplace:  # modules that earlier builds have left are outdated
+            for file in Path("pyfused").glob("_cpu_*"):
+                if file.name.partition(".")[0].removeprefix("_cpu_") not in ISAS:
+                    file.unlink()
 
     def check_compiler(self) -> None:
         """Exits with a clear message if the compiler or Python's headers are missing."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import os
 import platform
-from importlib import util
 
 import torch
 
@@ -34,7 +33,6 @@ def triton() -> str:
 
 
 def report() -> dict[str, str]:
-    built = [isa for isa in cpu.ISAS if util.find_spec(f"pyfused._cpu_{isa.replace('-', '_')}")]
     on_cpus = f"torch's operators: {cpu.MISSING}" if cpu.MISSING else "C++ kernels"
     on_gpus = "Triton kernels; other devices: torch's operators"
     if reason := unsupported_triton():
@@ -46,7 +44,7 @@ def report() -> dict[str, str]:
         "torch": f"{torch.__version__}, {torch.get_num_threads()} threads",
         "triton": triton(),
         "compiler": cpu.native.compiler,
-        "ISAs built": ", ".join(built) or "none",
+        "ISAs built": ", ".join(cpu.BUILT) or "none",
         "ISAs supported": ", ".join(cpu.supported) or "none",
         "ISA chosen": "that of torch's operators" if cpu.MISSING else cpu.capability,
         "PYFUSED_CPU_CAPABILITY": os.environ.get("PYFUSED_CPU_CAPABILITY", "not set"),

@@ -183,11 +183,9 @@ def kernel_calls(monkeypatch: pytest.MonkeyPatch, fused: None) -> KernelCalls:
     return calls
 
 
-# `make sanitize-memory` may compile one instruction set only; an editable install has the others.
-FILES = {file.name.partition(".")[0] for x in pyfused.__path__ for file in Path(x).glob("_cpu_*")}
-BUILT = [isa for isa in cpu.supported if f"_cpu_{isa.replace('-', '_')}" in FILES]
+os.environ.setdefault("PYFUSED_ISAS", ",".join(x.replace("-", "_") for x in cpu.BUILT) or "all")
 # `make formulas OP=name` compiles a changed formula for one instruction set only.
-CHECKSUMS = {isa: cpu.load(isa).formulas_checksum for isa in BUILT}
+CHECKSUMS = {isa: cpu.load(isa).formulas_checksum for isa in cpu.supported}
 COMPILED = [isa for isa in CHECKSUMS if CHECKSUMS[isa] == CHECKSUMS[cpu.capability]]
 ISAS = COMPILED if backend is cpu else ["triton"]
 

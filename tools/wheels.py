@@ -65,7 +65,7 @@ PLATFORMS = {  # the keys are cibuildwheel's names
 
 
 def run(*command: str | Path, **environment: str) -> None:
-    subprocess.run(command, cwd=ROOT, env={**os.environ, **environment}, check=True)
+    subprocess.run(command, cwd=ROOT, env={**os.environ, "PYFUSED_ISAS": "all", **environment}, check=True)
 
 
 # ---- headers -------------------------------------------------------------------------------------

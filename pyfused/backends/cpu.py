@@ -71,26 +71,33 @@ def load(isa: str) -> ModuleType:
 
 def _choose() -> str:
     requested = os.environ.get("PYFUSED_CPU_CAPABILITY")
+    if not supported:
+        raise ImportError(
+            f"pyfused was built for {', '.join(BUILT)} only, which this CPU does not support; "
+            "run 'pip install .' in a checkout on this machine"
+        )
     if not requested:
         return supported[-1]
     if requested not in supported:
         raise ImportError(
-            f"PYFUSED_CPU_CAPABILITY: expected one of {', '.join(supported)}, which this CPU "
-            f"supports, got {requested!r}"
+            f"PYFUSED_CPU_CAPABILITY: expected one of {', '.join(supported)}, which are built and "
+            f"run on this CPU, got {requested!r}"
         )
     return requested
 
 
 _FOLDERS = [Path(folder) for folder in sys.modules[__name__.partition(".")[0]].__path__]
 MISSING: str | None = None  # why the kernels are unavailable
-if any(file for folder in _FOLDERS for file in folder.glob("_cpu_*")):
+_FILES = {file.name.partition(".")[0] for folder in _FOLDERS for file in folder.glob("_cpu_*")}
+BUILT = [isa for isa in ISAS if f"_cpu_{isa.replace('-', '_')}" in _FILES]
+if BUILT:
     # The module for the oldest instruction set checks which others this CPU supports.
-    supported = tuple(isa for isa in ISAS if load(ISAS[0]).runs_here(isa))
+    supported = [isa for isa in BUILT if load(BUILT[0]).runs_here(isa)]
     capability = _choose()
     native: Any = load(capability)
 else:
     MISSING = "pyfused was installed without its CPU kernels"
-    supported, capability = (), "none"
+    supported, capability = [], "none"
     native = SimpleNamespace(compiler="none", runtime_file="")
     if (_FOLDERS[0].parent / "csrc").is_dir():
         MISSING = (

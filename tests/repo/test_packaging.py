@@ -25,7 +25,7 @@ import pyfused
 from pyfused.backends import cpu
 
 ROOT = Path(__file__).parents[2]
-MODULES = [f"pyfused._cpu_{isa.replace('-', '_')}" for isa in cpu.ISAS]
+MODULES = [f"pyfused._cpu_{isa.replace('-', '_')}" for isa in cpu.BUILT]
 
 pytestmark = pytest.mark.slow
 
@@ -140,22 +140,22 @@ def test_the_installed_wheel_needs_only_torch(site: Path) -> None:
     assert result.stdout.endswith(" [0.0, 2.0]\n"), result.stderr
 
 
-@pytest.mark.skipif(len(cpu.ISAS) == 1, reason="this architecture has only one instruction set")
+@pytest.mark.skipif(len(cpu.BUILT) == 1, reason="this architecture has only one instruction set")
 def test_an_unsupported_isa_raises_and_is_not_loaded(site: Path) -> None:
     least, most = MODULES[0], MODULES[-1]
     older_cpu = f"""
 import sys, types
 sys.modules[{least!r}] = module = types.ModuleType({least!r})
-module.runs_here = lambda isa: isa == {cpu.ISAS[0]!r}
+module.runs_here = lambda isa: isa == {cpu.BUILT[0]!r}
 try:
     import pyfused
 finally:
     print({most!r} in sys.modules)
 """
-    result = run_installed("-c", older_cpu, site=site, PYFUSED_CPU_CAPABILITY=cpu.ISAS[-1])
+    result = run_installed("-c", older_cpu, site=site, PYFUSED_CPU_CAPABILITY=cpu.BUILT[-1])
     assert result.stdout == "False\n"
-    assert f"expected one of {cpu.ISAS[0]}, which" in result.stderr
-    assert f"got '{cpu.ISAS[-1]}'" in result.stderr
+    assert f"expected one of {cpu.BUILT[0]}, which" in result.stderr
+    assert f"got '{cpu.BUILT[-1]}'" in result.stderr
 
 
 # ---- without the compiled modules ----------------------------------------------------------------
@@ -255,7 +255,7 @@ def test_a_build_only_compiles_changed_sources_with_portable_flags(stub_tree: Pa
     assert "-ffp-contract=fast" in commands
     command = "setup.py", "build_ext", "--inplace"
     isa = MODULES[0].removeprefix("pyfused._cpu_")
-    one = run(*command, folder=stub_tree, CPPFLAGS="-DONE", PYFUSED_ONLY_ISA=isa).stdout
+    one = run(*command, folder=stub_tree, CPPFLAGS="-DONE", PYFUSED_ISAS=isa).stdout
     assert Counter(re.findall(r"-c csrc/(\w+)\.cpp", one)) == {"bindings": 1, "other": 1}
     for flag in ("-march=native", "-mtune=native", "-ffast-math", "-ffinite-math-only"):
         assert flag not in commands
