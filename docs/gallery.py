@@ -9,13 +9,14 @@ from __future__ import annotations
 import inspect
 import io
 import json
+import math
 import re
 import sys
 from collections.abc import Iterable, Sequence
 from contextlib import redirect_stdout
 from pathlib import Path
 from statistics import median, quantiles
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from entries import ENTRIES, GALLERY, Curve, Entry
@@ -649,32 +650,100 @@ GAINS = (
 )
 
 
+class Gain(NamedTuple):
+    """A row of README.md.
+
+    Attributes:
+        ms: Times of eager and of compiled torch, then of pyfused; NaN if not measured.
+        gib: Peaks of eager torch, of compiled torch, and of eager pyfused.
+    """
+
+    model: str
+    sizes: str
+    line: str
+    ms: Sequence[float]
+    gib: Sequence[float]
+
+
+HEAD_GPU = "(8192, 1024, 151936)"
+
+
+def _gains() -> list[Gain]:
+    """Returns the training steps of README.md, and a head alone on an H100."""
+    found = _newest_steps()
+    names = [next(name for name in found if name.startswith(start)) for start, *_ in GAINS]
+    rows = {row["way"]: row for row in report.read_csv(H100 / "steps.csv")}
+    on_gpu = "convert", "linear_cross_entropy, torch.compile", f"{CONVERTED[-1]}, eager only"
+    ways = "torch", "torch.compile", "pyfused"
+    ms, gib, _ = zip(*map(_gpu_heads()["cross-entropy"][HEAD_GPU].get, ways), strict=True)
+    tokens, features, classes = map(int, re.findall(r"\d+", HEAD_GPU))
+    head = f"a head alone, {classes:,} classes, H100", f"bfloat16, {tokens} x {features}"
+    return [
+        *(_gain(found[name], *gain[1:]) for name, gain in zip(names, GAINS, strict=True)),
+        _gain(rows, *on_gpu, on=", H100"),
+        Gain(*head, "`linear_cross_entropy`", (*ms, math.nan), gib),
+    ]
+
+
+def _gain(
+    rows: dict[str, dict[str, str]], eager: str, compiled: str, line: str, on: str = ""
+) -> Gain:
+    row, torch_ms = rows[eager], float(rows[eager]["torch, ms"])
+    ratios = (float(rows[way]["ratio, median"]) for way in ("torch.compile", eager, compiled))
+    ms = torch_ms, *(torch_ms / ratio for ratio in ratios)
+    peaks = row["torch, peak"], rows["torch.compile"]["peak"], row["peak"]
+    gib = [int(peak) / 2**30 for peak in peaks]
+    return Gain(row["model"] + on, "{dtype}, {batch}".format_map(row), line, ms, gib)
+
+
 def gains() -> str:
     """Returns the table of README.md: times and peaks of training steps."""
-    found, lines = _newest_steps(), []
-    for start, eager, compiled, shown in GAINS:
-        name, rows = next((n, rows) for n, rows in found.items() if n.startswith(start))
-        lines.append([name, shown, *_times_and_peaks(rows, eager, compiled)])
-    machines = _machines([line[0] for line in lines], found)
-    rows = {row["way"]: row for row in report.read_csv(H100 / "steps.csv")}
-    name = "{model} on an H100, {dtype}, {batch}".format_map(rows["convert"])
-    cells = _times_and_peaks(rows, "convert", "linear_cross_entropy, torch.compile")
-    lines.append([name, f"{CONVERTED[-1]}, eager only", *cells])
-    columns = ["model, dtype, batch", "line", "eager step: torch", "with pyfused"]
-    columns += ["compiled step: torch", "with pyfused", "eager peak: torch", "with pyfused"]
+    lines = []
+    for name, sizes, line, ms, gib in _gains():
+        times = (_ms(ms[way]) for way in (0, 2, 1, 3))
+        peaks = (f"{gib[way]:.2f}" for way in (0, 2))
+        lines.append([f"{name}, {sizes}", line, *times, *peaks])
+    pairs = ("eager step, ms", "compiled step, ms", "eager peak, GiB")
+    columns = [cell for pair in pairs for cell in (f"{pair}: torch", "with pyfused")]
+    columns = ["model, dtype, batch", "line", *columns]
     table = report.tabulated(columns, lines, names=2)
-    on_gpu = "H100: " + ", ".join(_short(rows["convert"]["machine"]).split(", ")[-2:])
-    batch = "Batch: samples, sequences x tokens, or images x width."
-    return f"{table}\n\n*Medians. {batch} {machines} {on_gpu}*"
+    found = _newest_steps()
+    names = [name for start, *_ in GAINS for name in found if name.startswith(start)]
+    *_, on_gpu, _ = _short(report.read_csv(H100 / "steps.csv")[0]["machine"]).split(", ")
+    batch = "Batch: samples, sequences x tokens, images x width, or tokens x features."
+    note = f"Medians; peaks without the libraries' memory. {batch}"
+    return f"{table}\n\n*{note} {_machines(names, found)} H100: {on_gpu}.*"
 
 
-def _times_and_peaks(rows: dict[str, dict[str, str]], eager: str, compiled: str) -> list[str]:
-    """Returns times of eager and of compiled steps, and peaks of eager ones, torch's first."""
-    row, columns = rows[eager], ("torch, peak", "peak")
-    torch_ms = float(row["torch, ms"])
-    ratios = (float(rows[way]["ratio, median"]) for way in (eager, "torch.compile", compiled))
-    times = (f"{torch_ms / ratio:,.0f} ms" for ratio in (1, *ratios))
-    return [*times, *(f"{int(row[column]) / 2**30:.2f} GiB" for column in columns)]
+def _ms(value: float) -> str:
+    return "n/a" if math.isnan(value) else f"{value:,.0f}" if value >= 100 else f"{value:.1f}"
+
+
+def training() -> Figure:
+    """Draws times and peaks of the same models, in proportion to eager torch's."""
+    gains = _gains()
+    figure = Figure(figsize=(WIDTH, 0.8 + 0.52 * len(gains)), layout="constrained")
+    panels = figure.subplots(1, 2, sharey=True)
+    ways = "torch", "torch.compile", "pyfused"
+    for index, way in enumerate(ways):
+        label = ("eager torch", "compiled torch", "with pyfused, eager")[index]
+        rows = [row + 0.27 * (index - 1) for row in range(len(gains))]
+        times = [_ms(gain.ms[index]) for gain in gains], [gain.ms for gain in gains]
+        peaks = [f"{gain.gib[index]:.2f}" for gain in gains], [gain.gib for gain in gains]
+        for axes, (texts, values) in zip(panels, (times, peaks), strict=True):
+            shares = [each[index] / each[0] for each in values]
+            bars = axes.barh(rows, shares, 0.25, color=STYLES[way][0], label=label)
+            axes.bar_label(bars, texts, padding=2, fontsize=8)
+    for axes, title in zip(panels, ("time of a step, ms", "peak memory, GiB"), strict=True):
+        axes.set_title(title, fontsize=10)
+        axes.set_xticks([])
+        axes.margins(x=0.2)
+    names = [gain.model.replace(", ", ",\n") for gain in gains]
+    panels[0].set_yticks(range(len(gains)), names)
+    panels[0].invert_yaxis()
+    handles = panels[0].get_legend_handles_labels()
+    figure.legend(*handles, loc="outside upper center", ncols=3, frameon=False, fontsize=9)
+    return figure
 
 
 def all_steps() -> str:
@@ -859,6 +928,7 @@ WRITTEN = {
     "gpu summary": gpu_summary,
 }
 DRAWN = {
+    "training": training,
     "ratios": ratios,
     "gain": gain,
     "formulas": formulas,
