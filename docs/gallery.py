@@ -857,7 +857,7 @@ GPU_HEADS = {
 def gpu_heads() -> str:
     """Returns the table of heads with cross-entropy on the H100."""
     lines = [
-        [sizes, *(f"{ways[way][0]:.3g} ms, {ways[way][1]:.2f} GiB" for way in GPU_HEADS)]
+        [sizes, *(f"{ways[way][0]:.3g}, {ways[way][1]:.2f}" for way in GPU_HEADS)]
         for sizes, ways in _gpu_heads()["cross-entropy"].items()
     ]
     table = report.tabulated(["tokens, features, classes", *GPU_HEADS.values()], lines, names=1)
