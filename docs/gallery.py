@@ -14,6 +14,7 @@ import re
 import sys
 from collections.abc import Iterable, Sequence
 from contextlib import redirect_stdout
+from functools import cache
 from pathlib import Path
 from statistics import median, quantiles
 from typing import Any, NamedTuple
@@ -149,7 +150,7 @@ def ratios() -> Figure:
         ("torch.compile, keep", "compiled, both with keep"),
     ):
         colour, marker = STYLES[peer]
-        known = [name for name in names if peer in rows[name].peers]
+        known = [name for name in names if peer in _compared(rows[name])]
         if not known:  # else it is in the legend
             continue
         medians = [rows[name].peers[peer].ratio[1] for name in known]
@@ -267,11 +268,12 @@ def trade() -> str:
         if name in ("torch.compile, auto_chunker", "pyfused, of logits"):
             continue  # close to other rows
         row, (ms, gib, _) = on_cpu.get(name), on_gpu.get(name, (None,) * 3)
-        cells = [row[3], row[6], row[-1]] if row else ["n/a"] * 3
+        times = [row[column].removesuffix(" ms") for column in (3, 6)] if row else []
+        cells = [*times, row[-1]] if row else ["n/a"] * 3
         cells = ["the default", "", ""] if name == QUARTER else cells
-        cells += [f"{ms:.3g} ms", f"{gib:.2f} GiB"] if ms else ["n/a"] * 2
+        cells += [f"{ms:.3g}", f"{gib:.2f}"] if ms else ["n/a"] * 2
         lines.append([f"`{name}`" if name.startswith("torch.compile") else name, *cells])
-    columns = ["", "CPU", "CPU, with `keep`", "peak / logits", "H100", "peak"]
+    columns = ["", "CPU, ms", "with `keep`", "peak / logits", "H100, ms", "peak, GiB"]
     return report.tabulated(columns, lines, names=1)
 
 
@@ -386,6 +388,13 @@ def _date(machine: str) -> str:
     return re.findall(r"\d{4}-\d\d-\d\d", machine)[0]
 
 
+def _compared(row: Row) -> list[str]:
+    """Returns the peers of a case, without those with `keep` if torch then computes its calls."""
+    machine = _newest()[row.op][1]
+    limit = _limits(OPERATORS[row.op], 2, torch.float32, intel="Intel" in machine).from_elements
+    return [peer for peer in row.peers if limit != LOGITS or not peer.endswith(KEEP)]
+
+
 def finish_ratios(axes: Axes) -> None:
     """Draws a logarithmic axis of ratios, with a line at 1."""
     axes.axvline(1, color=INK, linewidth=1)
@@ -454,6 +463,7 @@ def machines() -> str:
     return " ".join({_short(machine): None for _, machine in _newest().values()})
 
 
+@cache
 def _newest() -> dict[str, tuple[Row, str]]:
     """Returns the rows of `measured`, each with its machine."""
     largest: dict[str, tuple[Row, str]] = {}
@@ -489,7 +499,7 @@ def _ratio(row: Row | None) -> str:
     text = f"**{_certain(*row.peers['torch'].ratio):.1f} times** as fast as eager torch"
     others = ("torch, keep", "if both run with `keep`"), ("torch.compile", "as compiled torch")
     for peer, name in others:
-        if peer in row.peers:
+        if peer in _compared(row):
             text += f", {_certain(*row.peers[peer].ratio):.1f} times {name}"
     text += f", for {row.case.removeprefix(row.op).strip()}"
     smallest = limits(OPERATORS[row.op], 2)[0]
@@ -751,11 +761,11 @@ def all_steps() -> str:
     found = _newest_steps()
     ways = {way: name for way, name in ALL_WAYS.items() if any(way in r for r in found.values())}
     lines = [
-        [name, f"{_eager(rows):,.0f} ms", *(_cell(rows, way) for way in ways), *_peaks(rows)]
+        [name, f"{_eager(rows):,.0f}", *(_cell(rows, way) for way in ways), *_peaks(rows)]
         for name, rows in found.items()
     ]
-    peaks = (f"peak: {way}" for way in ("eager torch", "`keep`", "`convert`"))
-    columns = ["model, dtype, batch", "eager torch", *ways.values(), *peaks]
+    peaks = (f"peak, GiB: {way}" for way in ("eager torch", "`keep`", "`convert`"))
+    columns = ["model, dtype, batch", "eager torch, ms", *ways.values(), *peaks]
     caption = f"*Speed-up over eager torch, medians. {NOISE} {_machines([*found], found)}*"
     return f"{report.tabulated(columns, lines, names=1)}\n\n{caption}"
 
@@ -801,7 +811,7 @@ def _peaks(rows: dict[str, dict[str, str]]) -> list[str]:
     """Returns the peak memory with eager torch, with `keep`, and with `convert`."""
     kept = rows["torch, keep"]
     peaks = kept["torch, peak"], kept["peak"], rows.get("convert", {}).get("peak")
-    return [f"{int(peak) / 2**30:.2f} GiB" if peak else "n/a" for peak in peaks]
+    return [f"{int(peak) / 2**30:.2f}" if peak else "n/a" for peak in peaks]
 
 
 def _machines(names: Sequence[str], found: dict[str, dict[str, dict[str, str]]]) -> str:
@@ -908,7 +918,9 @@ def gpu_summary() -> str:
                     f"{title}: {times} times as fast as {name}, with {min(memory):.2f} to"
                     f" {max(memory):.2f} of the memory."
                 )
-    return "On an H100, forward and backward:\n\n" + "\n".join(f"- {each}" for each in sentences)
+    return "On an H100, forward and backward, without host time:\n\n" + "\n".join(
+        f"- {each}" for each in sentences
+    )
 
 
 # Parts of README.md and of docs/*.md, which `python docs/gallery.py` writes, as it writes charts.

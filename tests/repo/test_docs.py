@@ -27,15 +27,15 @@ DOCS = Path(__file__).parents[2] / "docs"
 README = DOCS.parent / "README.md"
 
 
-MOST_WORDS, LONGEST_PAGE, LINES_OF_README = 19_000, 1_600, 92
+MOST_WORDS, LONGEST_PAGE, LINES_OF_README = 15_500, 1_400, 92
 
 
 def test_the_pages_are_short() -> None:
     """A page that grows first loses what another page says, or what only its authors need."""
-    words = {page.name: len(page.read_text("utf-8").split()) for page in gallery.PAGES}
-    assert max(words.values()) <= LONGEST_PAGE, words
     others = (DOCS.parent / f"{name}.md" for name in ("CONTRIBUTING", "CHANGELOG"))
-    words |= {page.name: len(page.read_text("utf-8").split()) for page in others}
+    files = (*gallery.PAGES, *others)
+    words = {page.name: len(page.read_text("utf-8").split()) for page in files}
+    assert max(words.values()) <= LONGEST_PAGE, words
     assert sum(words.values()) <= MOST_WORDS, words
     assert len(README.read_text("utf-8").splitlines()) <= LINES_OF_README
 
