@@ -886,6 +886,19 @@ def gpu_steps() -> str:
     return f"{table}\n\n*{_short(first['machine'])}*"
 
 
+def recommender() -> str:
+    """Returns the table of a recommender's training steps."""
+    file = next(report.RESULTS.glob("*/recommender.md"))
+    by_loss: dict[str, list[str]] = {}
+    columns = [""]
+    for items, loss, ms, _, mib in _markdown_rows(file):
+        if (column := f"{items} items, ms") not in columns:
+            columns += [column, "peak, GiB"]
+        by_loss.setdefault(loss, []).extend((f"{int(ms):,}", f"{int(mib) / 2**10:.2f}"))
+    lines = [[loss, *cells] for loss, cells in by_loss.items()]
+    return f"{report.tabulated(columns, lines, names=1)}\n\n*{_short(_caption(file))}*"
+
+
 def _range(values: Sequence[float]) -> str:
     return " to ".join(f"{x:.1f}" if x < 10 else f"{x:.0f}" for x in (min(values), max(values)))
 
@@ -930,6 +943,7 @@ WRITTEN = {
     "operators": operators,
     "sizes": smallest,
     "headline": headline,
+    "recommender": recommender,
     "steps": all_steps,
     "machines": lambda: f"*{machines()}*",
     "gain machine": lambda: f"*{_short(_of_cpus('gain')[-1][0]['machine'])}*",
