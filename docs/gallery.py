@@ -899,6 +899,19 @@ def recommender() -> str:
     return f"{report.tabulated(columns, lines, names=1)}\n\n*{_short(_caption(file))}*"
 
 
+def keep_peaks() -> str:
+    """Returns how `keep` changes peaks, without and with glibc's variable."""
+    file = next(report.RESULTS.glob("*/keep.md"))
+    lines = [[model, *map("{:.1f}".format, ratios)] for model, *ratios in _keep_ratios(file)]
+    columns = ["peak with `keep`, times the peak without", "glibc 2.36", "with the variable"]
+    return f"{report.tabulated(columns, lines, names=1)}\n\n*{_short(_caption(file))}*"
+
+
+def _keep_ratios(file: Path) -> list[tuple[str, float, float]]:
+    rows = ((model, *map(float, peaks)) for model, *peaks in _markdown_rows(file))
+    return [(model, kept / plain, tuned / least) for model, plain, kept, least, tuned in rows]
+
+
 def _range(values: Sequence[float]) -> str:
     return " to ".join(f"{x:.1f}" if x < 10 else f"{x:.0f}" for x in (min(values), max(values)))
 
@@ -944,6 +957,7 @@ WRITTEN = {
     "sizes": smallest,
     "headline": headline,
     "recommender": recommender,
+    "keep": keep_peaks,
     "steps": all_steps,
     "machines": lambda: f"*{machines()}*",
     "gain machine": lambda: f"*{_short(_of_cpus('gain')[-1][0]['machine'])}*",
