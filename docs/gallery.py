@@ -9,13 +9,15 @@ from __future__ import annotations
 import inspect
 import io
 import json
+import math
 import re
 import sys
 from collections.abc import Iterable, Sequence
 from contextlib import redirect_stdout
+from functools import cache
 from pathlib import Path
 from statistics import median, quantiles
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from entries import ENTRIES, GALLERY, Curve, Entry
@@ -148,7 +150,7 @@ def ratios() -> Figure:
         ("torch.compile, keep", "compiled, both with keep"),
     ):
         colour, marker = STYLES[peer]
-        known = [name for name in names if peer in rows[name].peers]
+        known = [name for name in names if peer in _compared(rows[name])]
         if not known:  # else it is in the legend
             continue
         medians = [rows[name].peers[peer].ratio[1] for name in known]
@@ -266,11 +268,12 @@ def trade() -> str:
         if name in ("torch.compile, auto_chunker", "pyfused, of logits"):
             continue  # close to other rows
         row, (ms, gib, _) = on_cpu.get(name), on_gpu.get(name, (None,) * 3)
-        cells = [row[3], row[6], row[-1]] if row else ["n/a"] * 3
+        times = [row[column].removesuffix(" ms") for column in (3, 6)] if row else []
+        cells = [*times, row[-1]] if row else ["n/a"] * 3
         cells = ["the default", "", ""] if name == QUARTER else cells
-        cells += [f"{ms:.3g} ms", f"{gib:.2f} GiB"] if ms else ["n/a"] * 2
+        cells += [f"{ms:.3g}", f"{gib:.2f}"] if ms else ["n/a"] * 2
         lines.append([f"`{name}`" if name.startswith("torch.compile") else name, *cells])
-    columns = ["", "CPU", "CPU, with `keep`", "peak / logits", "H100", "peak"]
+    columns = ["", "CPU, ms", "with `keep`", "peak / logits", "H100, ms", "peak, GiB"]
     return report.tabulated(columns, lines, names=1)
 
 
@@ -385,6 +388,13 @@ def _date(machine: str) -> str:
     return re.findall(r"\d{4}-\d\d-\d\d", machine)[0]
 
 
+def _compared(row: Row) -> list[str]:
+    """Returns the peers of a case, without those with `keep` if torch then computes its calls."""
+    by_mkl = row.op == "tanh" and "Intel" in _newest()[row.op][1]
+    by_torch = by_mkl or _limits(OPERATORS[row.op]).from_elements == LOGITS
+    return [peer for peer in row.peers if not (by_torch and peer.endswith(KEEP))]
+
+
 def finish_ratios(axes: Axes) -> None:
     """Draws a logarithmic axis of ratios, with a line at 1."""
     axes.axvline(1, color=INK, linewidth=1)
@@ -453,6 +463,7 @@ def machines() -> str:
     return " ".join({_short(machine): None for _, machine in _newest().values()})
 
 
+@cache
 def _newest() -> dict[str, tuple[Row, str]]:
     """Returns the rows of `measured`, each with its machine."""
     largest: dict[str, tuple[Row, str]] = {}
@@ -488,7 +499,7 @@ def _ratio(row: Row | None) -> str:
     text = f"**{_certain(*row.peers['torch'].ratio):.1f} times** as fast as eager torch"
     others = ("torch, keep", "if both run with `keep`"), ("torch.compile", "as compiled torch")
     for peer, name in others:
-        if peer in row.peers:
+        if peer in _compared(row):
             text += f", {_certain(*row.peers[peer].ratio):.1f} times {name}"
     text += f", for {row.case.removeprefix(row.op).strip()}"
     smallest = limits(OPERATORS[row.op], 2)[0]
@@ -548,7 +559,6 @@ def all_sizes() -> str:
     legend = (
         "The smallest inputs that run a kernel on CPUs with one or two threads, in float32"
         ' elements. "Few classes" are contiguous, and at most 15, without AVX-512 at most 7.'
-        ' "Strided rows": the last dimension is not contiguous.'
     )
     return f"{legend}\n\n{sizes()}\n"
 
@@ -649,32 +659,100 @@ GAINS = (
 )
 
 
+class Gain(NamedTuple):
+    """A row of README.md.
+
+    Attributes:
+        ms: Times of eager and of compiled torch, then of pyfused; NaN if not measured.
+        gib: Peaks of eager torch, of compiled torch, and of eager pyfused.
+    """
+
+    model: str
+    sizes: str
+    line: str
+    ms: Sequence[float]
+    gib: Sequence[float]
+
+
+HEAD_GPU = "(8192, 1024, 151936)"
+
+
+def _gains() -> list[Gain]:
+    """Returns the training steps of README.md, and a head alone on an H100."""
+    found = _newest_steps()
+    names = [next(name for name in found if name.startswith(start)) for start, *_ in GAINS]
+    rows = {row["way"]: row for row in report.read_csv(H100 / "steps.csv")}
+    on_gpu = "convert", "linear_cross_entropy, torch.compile", f"{CONVERTED[-1]}, eager only"
+    ways = "torch", "torch.compile", "pyfused"
+    ms, gib, _ = zip(*map(_gpu_heads()["cross-entropy"][HEAD_GPU].get, ways), strict=True)
+    tokens, features, classes = map(int, re.findall(r"\d+", HEAD_GPU))
+    head = f"a head alone, {classes:,} classes, H100", f"bfloat16, {tokens} x {features}"
+    return [
+        *(_gain(found[name], *gain[1:]) for name, gain in zip(names, GAINS, strict=True)),
+        _gain(rows, *on_gpu, on=", H100"),
+        Gain(*head, "`linear_cross_entropy`", (*ms, math.nan), gib),
+    ]
+
+
+def _gain(
+    rows: dict[str, dict[str, str]], eager: str, compiled: str, line: str, on: str = ""
+) -> Gain:
+    row, torch_ms = rows[eager], float(rows[eager]["torch, ms"])
+    ratios = (float(rows[way]["ratio, median"]) for way in ("torch.compile", eager, compiled))
+    ms = torch_ms, *(torch_ms / ratio for ratio in ratios)
+    peaks = row["torch, peak"], rows["torch.compile"]["peak"], row["peak"]
+    gib = [int(peak) / 2**30 for peak in peaks]
+    return Gain(row["model"] + on, "{dtype}, {batch}".format_map(row), line, ms, gib)
+
+
 def gains() -> str:
     """Returns the table of README.md: times and peaks of training steps."""
-    found, lines = _newest_steps(), []
-    for start, eager, compiled, shown in GAINS:
-        name, rows = next((n, rows) for n, rows in found.items() if n.startswith(start))
-        lines.append([name, shown, *_times_and_peaks(rows, eager, compiled)])
-    machines = _machines([line[0] for line in lines], found)
-    rows = {row["way"]: row for row in report.read_csv(H100 / "steps.csv")}
-    name = "{model} on an H100, {dtype}, {batch}".format_map(rows["convert"])
-    cells = _times_and_peaks(rows, "convert", "linear_cross_entropy, torch.compile")
-    lines.append([name, f"{CONVERTED[-1]}, eager only", *cells])
-    columns = ["model, dtype, batch", "line", "eager step: torch", "with pyfused"]
-    columns += ["compiled step: torch", "with pyfused", "eager peak: torch", "with pyfused"]
+    lines = []
+    for name, sizes, line, ms, gib in _gains():
+        times = (_ms(ms[way]) for way in (0, 2, 1, 3))
+        peaks = (f"{gib[way]:.2f}" for way in (0, 2))
+        lines.append([f"{name}, {sizes}", line, *times, *peaks])
+    pairs = ("eager step, ms", "compiled step, ms", "eager peak, GiB")
+    columns = [cell for pair in pairs for cell in (f"{pair}: torch", "with pyfused")]
+    columns = ["model, dtype, batch", "line", *columns]
     table = report.tabulated(columns, lines, names=2)
-    on_gpu = "H100: " + ", ".join(_short(rows["convert"]["machine"]).split(", ")[-2:])
-    batch = "Batch: samples, sequences x tokens, or images x width."
-    return f"{table}\n\n*Medians. {batch} {machines} {on_gpu}*"
+    found = _newest_steps()
+    names = [name for start, *_ in GAINS for name in found if name.startswith(start)]
+    *_, on_gpu, _ = _short(report.read_csv(H100 / "steps.csv")[0]["machine"]).split(", ")
+    batch = "Batch: samples, sequences x tokens, images x width, or tokens x features."
+    note = f"Medians; peaks without the libraries' memory. {batch}"
+    return f"{table}\n\n*{note} {_machines(names, found)} H100: {on_gpu}.*"
 
 
-def _times_and_peaks(rows: dict[str, dict[str, str]], eager: str, compiled: str) -> list[str]:
-    """Returns times of eager and of compiled steps, and peaks of eager ones, torch's first."""
-    row, columns = rows[eager], ("torch, peak", "peak")
-    torch_ms = float(row["torch, ms"])
-    ratios = (float(rows[way]["ratio, median"]) for way in (eager, "torch.compile", compiled))
-    times = (f"{torch_ms / ratio:,.0f} ms" for ratio in (1, *ratios))
-    return [*times, *(f"{int(row[column]) / 2**30:.2f} GiB" for column in columns)]
+def _ms(value: float) -> str:
+    return "n/a" if math.isnan(value) else f"{value:,.0f}" if value >= 100 else f"{value:.1f}"
+
+
+def training() -> Figure:
+    """Draws times and peaks of the same models, in proportion to eager torch's."""
+    gains = _gains()
+    figure = Figure(figsize=(WIDTH, 0.8 + 0.52 * len(gains)), layout="constrained")
+    panels = figure.subplots(1, 2, sharey=True)
+    ways = "torch", "torch.compile", "pyfused"
+    for index, way in enumerate(ways):
+        label = ("eager torch", "compiled torch", "with pyfused, eager")[index]
+        rows = [row + 0.27 * (index - 1) for row in range(len(gains))]
+        times = [_ms(gain.ms[index]) for gain in gains], [gain.ms for gain in gains]
+        peaks = [f"{gain.gib[index]:.2f}" for gain in gains], [gain.gib for gain in gains]
+        for axes, (texts, values) in zip(panels, (times, peaks), strict=True):
+            shares = [each[index] / each[0] for each in values]
+            bars = axes.barh(rows, shares, 0.25, color=STYLES[way][0], label=label)
+            axes.bar_label(bars, texts, padding=2, fontsize=8)
+    for axes, title in zip(panels, ("time of a step, ms", "peak memory, GiB"), strict=True):
+        axes.set_title(title, fontsize=10)
+        axes.set_xticks([])
+        axes.margins(x=0.2)
+    names = [gain.model.replace(", ", ",\n") for gain in gains]
+    panels[0].set_yticks(range(len(gains)), names)
+    panels[0].invert_yaxis()
+    handles = panels[0].get_legend_handles_labels()
+    figure.legend(*handles, loc="outside upper center", ncols=3, frameon=False, fontsize=9)
+    return figure
 
 
 def all_steps() -> str:
@@ -682,11 +760,11 @@ def all_steps() -> str:
     found = _newest_steps()
     ways = {way: name for way, name in ALL_WAYS.items() if any(way in r for r in found.values())}
     lines = [
-        [name, f"{_eager(rows):,.0f} ms", *(_cell(rows, way) for way in ways), *_peaks(rows)]
+        [name, f"{_eager(rows):,.0f}", *(_cell(rows, way) for way in ways), *_peaks(rows)]
         for name, rows in found.items()
     ]
-    peaks = (f"peak: {way}" for way in ("eager torch", "`keep`", "`convert`"))
-    columns = ["model, dtype, batch", "eager torch", *ways.values(), *peaks]
+    peaks = (f"peak, GiB: {way}" for way in ("eager torch", "`keep`", "`convert`"))
+    columns = ["model, dtype, batch", "eager torch, ms", *ways.values(), *peaks]
     caption = f"*Speed-up over eager torch, medians. {NOISE} {_machines([*found], found)}*"
     return f"{report.tabulated(columns, lines, names=1)}\n\n{caption}"
 
@@ -732,7 +810,7 @@ def _peaks(rows: dict[str, dict[str, str]]) -> list[str]:
     """Returns the peak memory with eager torch, with `keep`, and with `convert`."""
     kept = rows["torch, keep"]
     peaks = kept["torch, peak"], kept["peak"], rows.get("convert", {}).get("peak")
-    return [f"{int(peak) / 2**30:.2f} GiB" if peak else "n/a" for peak in peaks]
+    return [f"{int(peak) / 2**30:.2f}" if peak else "n/a" for peak in peaks]
 
 
 def _machines(names: Sequence[str], found: dict[str, dict[str, dict[str, str]]]) -> str:
@@ -788,7 +866,7 @@ GPU_HEADS = {
 def gpu_heads() -> str:
     """Returns the table of heads with cross-entropy on the H100."""
     lines = [
-        [sizes, *(f"{ways[way][0]:.3g} ms, {ways[way][1]:.2f} GiB" for way in GPU_HEADS)]
+        [sizes, *(f"{ways[way][0]:.3g}, {ways[way][1]:.2f}" for way in GPU_HEADS)]
         for sizes, ways in _gpu_heads()["cross-entropy"].items()
     ]
     table = report.tabulated(["tokens, features, classes", *GPU_HEADS.values()], lines, names=1)
@@ -805,6 +883,32 @@ def gpu_steps() -> str:
     title = f"{first['model']}, {first['batch']} {first['unit']}, {first['dtype']} autocast, AdamW"
     table = report.tabulated([f"a training step of {title}", "ms", "GiB"], lines, names=1)
     return f"{table}\n\n*{_short(first['machine'])}*"
+
+
+def recommender() -> str:
+    """Returns the table of a recommender's training steps."""
+    file = next(report.RESULTS.glob("*/recommender.md"))
+    by_loss: dict[str, list[str]] = {}
+    columns = [""]
+    for items, loss, ms, _, mib in _markdown_rows(file):
+        if (column := f"{items} items, ms") not in columns:
+            columns += [column, "peak, GiB"]
+        by_loss.setdefault(loss, []).extend((f"{int(ms):,}", f"{int(mib) / 2**10:.2f}"))
+    lines = [[loss, *cells] for loss, cells in by_loss.items()]
+    return f"{report.tabulated(columns, lines, names=1)}\n\n*{_short(_caption(file))}*"
+
+
+def keep_peaks() -> str:
+    """Returns how `keep` changes peaks, without and with glibc's variable."""
+    file = next(report.RESULTS.glob("*/keep.md"))
+    lines = [[model, *map("{:.1f}".format, ratios)] for model, *ratios in _keep_ratios(file)]
+    columns = ["peak with `keep`, times the peak without", "glibc 2.36", "with the variable"]
+    return f"{report.tabulated(columns, lines, names=1)}\n\n*{_short(_caption(file))}*"
+
+
+def _keep_ratios(file: Path) -> list[tuple[str, float, float]]:
+    rows = ((model, *map(float, peaks)) for model, *peaks in _markdown_rows(file))
+    return [(model, kept / plain, tuned / least) for model, plain, kept, least, tuned in rows]
 
 
 def _range(values: Sequence[float]) -> str:
@@ -839,7 +943,9 @@ def gpu_summary() -> str:
                     f"{title}: {times} times as fast as {name}, with {min(memory):.2f} to"
                     f" {max(memory):.2f} of the memory."
                 )
-    return "On an H100, forward and backward:\n\n" + "\n".join(f"- {each}" for each in sentences)
+    return "On an H100, forward and backward, without host time:\n\n" + "\n".join(
+        f"- {each}" for each in sentences
+    )
 
 
 # Parts of README.md and of docs/*.md, which `python docs/gallery.py` writes, as it writes charts.
@@ -849,6 +955,8 @@ WRITTEN = {
     "operators": operators,
     "sizes": smallest,
     "headline": headline,
+    "recommender": recommender,
+    "keep": keep_peaks,
     "steps": all_steps,
     "machines": lambda: f"*{machines()}*",
     "gain machine": lambda: f"*{_short(_of_cpus('gain')[-1][0]['machine'])}*",
@@ -859,6 +967,7 @@ WRITTEN = {
     "gpu summary": gpu_summary,
 }
 DRAWN = {
+    "training": training,
     "ratios": ratios,
     "gain": gain,
     "formulas": formulas,

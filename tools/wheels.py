@@ -65,7 +65,8 @@ PLATFORMS = {  # the keys are cibuildwheel's names
 
 
 def run(*command: str | Path, **environment: str) -> None:
-    subprocess.run(command, cwd=ROOT, env={**os.environ, "PYFUSED_ISAS": "all", **environment}, check=True)
+    variables = {**os.environ, "PYFUSED_ISAS": "all", **environment}
+    subprocess.run(command, cwd=ROOT, env=variables, check=True)
 
 
 # ---- headers -------------------------------------------------------------------------------------

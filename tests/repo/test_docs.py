@@ -19,29 +19,52 @@ import gain as gains
 import gallery
 import pages
 from entries import EXAMPLES
+from steps import RATIO
 
 from pyfused.ops.operators import OPERATORS
 
 pytestmark = pytest.mark.cpu
 DOCS = Path(__file__).parents[2] / "docs"
 README = DOCS.parent / "README.md"
+KEEP = gallery.report.RESULTS / "amd-epyc-2-cores-x86-64-v3" / "keep.md"
+EPYC = gallery.report.RESULTS / "amd-epyc-2-cores-x86-64-v4"
 
-
-MOST_WORDS, LONGEST_PAGE, LINES_OF_README = 19_000, 1_600, 92
+MOST_WORDS, LONGEST_PAGE, LINES_OF_README = 15_500, 1_400, 92
 
 
 def test_the_pages_are_short() -> None:
     """A page that grows first loses what another page says, or what only its authors need."""
-    words = {page.name: len(page.read_text("utf-8").split()) for page in gallery.PAGES}
-    assert max(words.values()) <= LONGEST_PAGE, words
     others = (DOCS.parent / f"{name}.md" for name in ("CONTRIBUTING", "CHANGELOG"))
-    words |= {page.name: len(page.read_text("utf-8").split()) for page in others}
+    files = (*gallery.PAGES, *others)
+    words = {page.name: len(page.read_text("utf-8").split()) for page in files}
+    assert max(words.values()) <= LONGEST_PAGE, words
     assert sum(words.values()) <= MOST_WORDS, words
     assert len(README.read_text("utf-8").splitlines()) <= LINES_OF_README
 
 
 def test_written_parts_are_current() -> None:
     assert not gallery.outdated(), "run python docs/gallery.py"
+
+
+def test_numbers_in_sentences_are_measured() -> None:
+    steps = gallery._newest_steps()
+    ratios = {name: [float(rows["torch, keep"][x]) for x in RATIO] for name, rows in steps.items()}
+    keep = gallery._range([gallery._certain(*ratio) for ratio in ratios.values()])
+    recommender = next(rows for name, rows in steps.items() if name.startswith("recommender"))
+    fast, before, peak = (
+        float(recommender["convert"][name]) for name in ("ratio, median", "torch, peak", "peak")
+    )
+    assert peak / before == pytest.approx(1 / 3, rel=0.1)
+    _, _, eager, compiled = zip(*gallery._markdown_rows(EPYC / "formulas.md"), strict=True)
+    peaks = max(tuned for *_, tuned in gallery._keep_ratios(KEEP))
+    for page, words in (
+        (README, f"{keep} times as fast, with up to {peaks:.1f} times the [peak]"),
+        (DOCS / "memory.md", f"{keep} times as fast"),
+        (README, f"{fast:.1f} times as fast in a third of the memory"),
+        (DOCS / "formulas.md", f"{gallery._range(list(map(float, eager)))} times as fast"),
+        (DOCS / "formulas.md", f"{gallery._range(list(map(float, compiled)))} times as compiled"),
+    ):
+        assert words in " ".join(page.read_text("utf-8").split())
 
 
 def test_pages_show_every_table_that_is_written() -> None:
