@@ -102,6 +102,10 @@ class BuildKernels(build_ext):
         if self.editable_mode or self.inplace:  # pip removes the default folder with object files
             self.build_temp = f"build/editable-{sysconfig.get_python_version()}"
         super().run()
+        if self.inplace:  # modules of other instruction sets are outdated
+            for file in Path("pyfused").glob("_cpu_*"):
+                if file.name.partition(".")[0].removeprefix("_cpu_") not in ISAS:
+                    file.unlink()
 
     def build_extensions(self) -> None:
         self.check_compiler()
@@ -140,10 +144,6 @@ class BuildKernels(build_ext):
             extension.sources, extension.extra_objects = [], [*objects, *extension.extra_objects]
             extension.depends = extension.extra_objects
         super().build_extensions()  # links
-        if self.inplace:  # modules that earlier builds have left are outdated
-            for file in Path("pyfused").glob("_cpu_*"):
-                if file.name.partition(".")[0].removeprefix("_cpu_") not in ISAS:
-                    file.unlink()
 
     def check_compiler(self) -> None:
         """Exits with a clear message if the compiler or Python's headers are missing."""

@@ -75,11 +75,12 @@ int64_t run_cross_entropy(int dtype, const ClassSizes& sizes, const ViewTuple& l
                           int64_t ignore_index, int reduction, const CrossEntropyNumbers& numbers,
                           bool normalized, int64_t token_weight, std::optional<double> denominator,
                           int64_t grad_output, int64_t loss, const ViewTuple& grad_logits,
-                          const ViewTuple& grad_probabilities, int64_t prediction, int threads) {
+                          const ViewTuple& grad_probabilities, int64_t prediction, int64_t results,
+                          int threads) {
   const auto& [label_smoothing, gamma, z_loss, scale] = numbers;
   const CrossEntropyOptions options{
-      ignore_index, Reduction(reduction), label_smoothing, gamma,       z_loss,
-      scale,        normalized,           token_weight,    denominator, prediction};
+      ignore_index, Reduction(reduction), label_smoothing, gamma,      z_loss, scale,
+      normalized,   token_weight,         denominator,     prediction, results};
   return with_dtype(dtype, [&](auto element) {
     using T = decltype(element);
     using A = Accumulate<T>;

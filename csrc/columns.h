@@ -327,6 +327,13 @@ template <class T, int64_t kColumns, int64_t kTileClasses> class Columns {
     }
   }
 
+  // Reads the lines again, with a value for the classes that the last one lacks.
+  void reload_with(A value) {
+    if (!kFolds || fold == 1) return;
+    missing = value;
+    loaded = false;
+  }
+
  private:
   bool loaded = false;  // lines that fit one tile are read once
   A missing = 0;  // stands for the classes that the last line lacks

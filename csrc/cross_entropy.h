@@ -38,6 +38,11 @@ struct CrossEntropyOptions {
   // classes. The class is -1 where no logit is above -inf, one is NaN or inf, or the position is
   // ignored.
   int64_t prediction = 0;
+  // Address of three doubles for each position, 0 if they are not computed: the log-probability,
+  // the entropy and the log-sum-exp of all positions, as in row_terms.h, for class indices and a
+  // scale of 1. Needs a prediction, which then has any layout. Where the class is -1, these three
+  // are not computed.
+  int64_t results = 0;
 };
 
 template <class T> struct CrossEntropy : Positions, CrossEntropyOptions {
@@ -53,6 +58,7 @@ template <class T> struct CrossEntropy : Positions, CrossEntropyOptions {
   int threads;
 
   double* predictions = reinterpret_cast<double*>(prediction);
+  double* row_results = reinterpret_cast<double*>(results);
   const A* token_weights = reinterpret_cast<const A*>(token_weight);  // factors of the losses
   bool dense() const { return target == nullptr || label_smoothing > 0; }
   // Whether the loss and the gradients of a position are 0, whatever its logits are.

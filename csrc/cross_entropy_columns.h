@@ -3,6 +3,8 @@
 #pragma once
 
 #include <algorithm>
+#include <cmath>
+#include <limits>
 
 #include "columns.h"
 #include "loss_rows.h"
@@ -33,6 +35,7 @@ class CrossEntropyColumns : Columns<T, kColumns, kTileClasses> {
     rows.find_log_sums(sum, kColumns);
     find_target_logits();
     if (ce.dense()) find_distance();
+    if (ce.row_results) find_results();
     rows.find_terms(ce, positions, max, sum);
     repeat(rows.a);
     repeat(rows.s);
@@ -126,6 +129,40 @@ class CrossEntropyColumns : Columns<T, kColumns, kTileClasses> {
     add_lanes(rows.distance);
     add_lanes(weight_sum);
     if (!ce.target) std::copy_n(weight_sum, kColumns, rows.weight_sum);
+  }
+
+  // Finds the entropy and the first class with the largest logit of each position.
+  PYFUSED_NOINLINE void find_results() {
+    double weighted[kColumns] = {}, index[kColumns];
+    std::fill_n(index, kColumns, double(ce.classes));
+    Base::reload_with(-std::numeric_limits<A>::infinity());
+    for_tiles([&](int64_t c, int64_t k) {
+      alignas(kVectorBytes) A part[kColumns] = {}, line[kColumns], power[kColumns];
+      std::fill_n(line, kColumns, A(k));
+      for (int64_t i = k; i-- > 0;) {  // backwards, so that the first class remains
+        exponentials(x[i], max, power, kColumns);
+        for (int64_t b = 0; b < kColumns; ++b) {
+          part[b] += power[b] == 0 ? A(0) : power[b] * (x[i][b] - max[b]);  // 0 * inf is NaN
+          line[b] = x[i][b] == max[b] ? A(i) : line[b];
+        }
+      }
+      for (int64_t b = 0; b < kColumns; ++b) {
+        weighted[b] += double(part[b]);
+        const double of_line = double(c) + double(line[b]);
+        const double found = kFolds && fold > 1 ? of_line * fold + b / positions : of_line;
+        if (line[b] < A(k)) index[b] = std::min(index[b], found);
+      }
+    });
+    Base::reload_with(0);
+    add_lanes(weighted);
+    Base::combine(index, [](double x, double y) { return std::min(x, y); });
+    for (int64_t b = 0; b < positions; ++b) {
+      const bool valid =
+          !ce.ignored(first + b) && std::isfinite(double(max[b])) && std::isfinite(double(sum[b]));
+      const RowResults row(double(max[b]), double(sum[b]), weighted[b],
+                           double(rows.target_logit[b]));
+      ce.write_results(first + b, row, double(max[b]), valid ? index[b] : -1);
+    }
   }
 
   void clear_ignored(Tile& tile, int64_t k) const {

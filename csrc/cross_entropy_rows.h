@@ -20,7 +20,7 @@ template <class T, bool kInPlace> class RowBlock {
  public:
   RowBlock(const CrossEntropyBatch<T>& ce, int64_t first)
       : ce(ce), first(first), n(std::min(rows_of_block(ce.classes), ce.positions() - first)),
-        keeps(ce.grad_logits.data && ce.classes <= kKept<T>) {}
+        keeps(ce.grad_logits.data && ce.classes <= kKept<T> && !ce.row_results) {}
 
   // Writes the gradients and, with Reduction::none, the losses; returns the sum of the losses.
   double run() {
@@ -44,7 +44,9 @@ template <class T, bool kInPlace> class RowBlock {
       if (rows.label[i] >= 0) rows.target_logit[i] = widen(*row.chunk(rows.label[i], 1));
       maximum = kLowest;
       chunk_of_maximum = -1;
-      keeps ? read<true>(row, i, grad, row_max) : read<false>(row, i, grad, row_max);
+      if (ce.row_results) read<false, true>(row, i, grad, row_max);
+      else if (keeps) read<true, false>(row, i, grad, row_max);
+      else read<false, false>(row, i, grad, row_max);
       if (ce.predictions && std::isfinite(row.state.sum)) predict(logits, position);
       if (i + 1 < n) next_max = first_max(i + 1);
       finish(row, i, grad);
@@ -135,7 +137,7 @@ template <class T, bool kInPlace> class RowBlock {
   }
 
   // Finds the state of a row, and its distance relative to the pivot.
-  template <bool Keeps> void read(OneRow& row, int64_t i, T* grad, A row_max) {
+  template <bool Keeps, bool Weighted> void read(OneRow& row, int64_t i, T* grad, A row_max) {
     Sum distance, weight_sum;
     A previous = 0;
     const auto add_chunk = [&](const auto* x, int64_t at, int64_t n) {
@@ -151,7 +153,7 @@ template <class T, bool kInPlace> class RowBlock {
       add_distance(distance, x, high, 0, i, at, n);
       if (!ce.target) add_weights(weight_sum, i, at, n);
     };
-    row.template read<Keeps, false>(grad, add_chunk, row_max);
+    row.template read<Keeps, Weighted>(grad, add_chunk, row_max);
     rows.distance[i] = distance.value();
     if (!ce.target) rows.weight_sum[i] = weight_sum.value();
   }
@@ -165,6 +167,7 @@ template <class T, bool kInPlace> class RowBlock {
       rows.log_sum[i] = std::log(sum[i]);
       lse = double(high) + rows.log_sum[i];
     }
+    if (ce.row_results) write_results(row.state, i);
     if (ce.dense()) rows.distance[i] += rows.weight_sum[i] * rows.log_sum[i];
     if (ce.dense() && std::isnan(rows.distance[i])) {
       // An infinite weight times a pivot - x of 0 is NaN, but times lse - x it is not.
@@ -186,6 +189,13 @@ template <class T, bool kInPlace> class RowBlock {
     row.write_gradient(terms, keeps, grad, ce.streams,
                        [&](int64_t at, int64_t n) { return weights(i, at, n); });
     if (rows.label[i] >= 0) grad[rows.label[i]] = narrow<T>(rows.at_target[i]);
+  }
+
+  PYFUSED_NOINLINE void write_results(const Normalizer<T>& state, int64_t i) const {
+    const double* const at = ce.predictions + first + i;
+    const RowResults row(double(state.pivot), state.sum, state.weighted,
+                         double(rows.target_logit[i]));
+    ce.write_results(first + i, row, at[0], at[ce.positions()]);
   }
 
   // smooth_weight prob_weight weight_c (lse - x_c)

@@ -261,6 +261,7 @@ def cross_entropy(
     outputs: Outputs,
     grad_output: Tensor | None = None,
     prediction: Tensor | None = None,
+    results: Tensor | None = None,
     normalized: bool = False,
 ) -> LossResult:
     input, target, weight, token_weight, denominator = tensors
@@ -313,6 +314,7 @@ def cross_entropy(
         grad_view,
         grad_target_view,
         0 if prediction is None else prediction.data_ptr(),
+        0 if results is None else results.data_ptr(),
         torch.get_num_threads(),
     )
     if out_of_range >= 0:

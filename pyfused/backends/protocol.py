@@ -63,6 +63,7 @@ class Backend(Protocol):
         outputs: Outputs,
         grad_output: Tensor | None = None,
         prediction: Tensor | None = None,
+        results: Tensor | None = None,
     ) -> LossResult:
         """Computes the loss, and the gradients of input and target.
 
@@ -79,6 +80,9 @@ class Backend(Protocol):
             prediction: A float64 tensor (2, N) for the largest logit of each row, before the
                 scale, and its class, if ``predicts`` is true for the logits. The class is -1 for
                 a row that is ignored, and if the log-sum-exp is not finite.
+            results: A float64 tensor (3, N) for the log-probability, the entropy and the
+                log-sum-exp of each row whose class in ``prediction`` is not -1, for class indices
+                and a scale of 1. The logits have any layout then. Asynchronous backends take None.
 
         Returns:
             The loss, in the accumulation dtype or ``outputs.loss_dtype``, and the gradients.

@@ -203,6 +203,7 @@ def cross_entropy(
     outputs: Outputs,
     grad_output: Tensor | None = None,
     prediction: Tensor | None = None,  # noqa: ARG001
+    results: Tensor | None = None,  # noqa: ARG001
 ) -> LossResult:
     input, target, weight, token_weight, denominator = tensors
     has_indices, each = target.dtype is torch.int64, options.reduction == "none"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -25,6 +26,7 @@ from pyfused.types import (
     MAXIMUM,
     METRICS_FIELDS,
     PREDICTION,
+    RESULTS,
     SMOOTH,
     SMOOTHING_FIELDS,
     STATE_FIELDS,
@@ -186,6 +188,29 @@ class CrossEntropyLoss(RowLoss):
         return torch.stack([maximum, index])
 
 
+def empty_state(tensors: Tensors, options: CrossEntropyOptions) -> Tensor | None:
+    """Returns a tensor for RESULTS and the prediction of each row, which the loss's kernel fills.
+
+    Returns None if it cannot: it computes none of rows of weight 0, and none of scaled logits.
+    """
+    input, target, _, token_weight, _ = tensors
+    is_scaled = options.scale / options.temperature != 1
+    if is_scaled or token_weight is not None or target.is_floating_point():
+        return None
+    if backend_of(input).ASYNCHRONOUS:
+        return None
+    state: Tensor = input.new_empty((len(RESULTS) + 2, target.numel()), dtype=torch.float64)
+    return state
+
+
+def lacks_rows(state: Tensor, target: Tensor, options: CrossEntropyOptions) -> bool:
+    """Returns whether a row that is not ignored has no results, because a logit is not finite."""
+    lacking = state[-1] < 0
+    return bool(lacking.any()) and bool(
+        (lacking & (target.flatten() != options.ignore_index)).any()
+    )
+
+
 def metrics_state(
     logits: Tensor, target: Tensor, options: CrossEntropyOptions, fields: int
 ) -> Tensor:
@@ -251,12 +276,15 @@ class CrossEntropy(RowOperator):
         dtype = definitions.dtype_of_loss(options, *tensors[:3])
         if shard is not None or options.softcap is not None:
             return self.state_forward(tensors, options, needs, shard, dtype=dtype)
-        kernel = backend_of(tensors[0]).cross_entropy
+        kernel, state = backend_of(tensors[0]).cross_entropy, None
+        if options.with_metrics and (state := empty_state(tensors, options)) is not None:
+            kernel = partial(kernel, results=state[:-2], prediction=state[-2:])
         loss, saved, gradients = loss_forward(kernel, tensors, options, needs, dtype)
-        if options.with_metrics:
+        if not options.with_metrics:
+            return loss, saved, gradients
+        if state is None or lacks_rows(state, tensors[1], options):
             state = metrics_state(tensors[0], tensors[1], options, METRICS_FIELDS)
-            return (loss, state), saved, gradients
-        return loss, saved, gradients
+        return (loss, state), saved, gradients
 
     def backward(
         self, saved: Tensors, options: Options, needs: Needs, grad_output: Tensor, shard: Any = None

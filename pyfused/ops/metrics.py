@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from pyfused.layout import accumulate_dtype, logit_at, loss_shape
-from pyfused.types import ENTROPY, INDEX, LOG_P, LSE
+from pyfused.types import INDEX, RESULTS
 
 
 class Metrics(NamedTuple):
@@ -38,8 +37,8 @@ class Metrics(NamedTuple):
 def from_state(state: Tensor, target: Tensor, ignore_index: int, dtype: torch.dtype) -> Metrics:
     """Returns the metrics, computed from the state of rows, for a target of any shape."""
     state = state.detach().reshape(len(state), -1)
-    rows = state[LOG_P], state[LSE], state[INDEX].long(), state[ENTROPY]
-    return _from_rows(rows, target, ignore_index, dtype)
+    index = state[INDEX if len(state) > INDEX else -1]
+    return _from_rows(state[: len(RESULTS)].to(dtype), index.long(), target, ignore_index)
 
 
 def log_sum_exp(input: Tensor, dim: int) -> Tensor:
@@ -59,15 +58,12 @@ def from_logits(input: Tensor, target: Tensor, ignore_index: int) -> Metrics:
     else:
         target = target.long().reshape(lse.shape)
         log_p = logit_at(input, target)[1] - lse
-    rows = [x.flatten() for x in (log_p, lse, input.argmax(dim), entropy)]
-    return _from_rows(rows, target, ignore_index, dtype)
+    results = torch.stack([x.flatten() for x in (log_p, entropy, lse)])
+    return _from_rows(results, input.argmax(dim).flatten(), target, ignore_index)
 
 
-def _from_rows(
-    rows: Sequence[Tensor], target: Tensor, ignore_index: int, dtype: torch.dtype
-) -> Metrics:
-    """Returns the metrics, given log-probability, log-sum-exp, prediction and entropy of rows."""
-    log_p, lse, prediction, entropy = rows
+def _from_rows(results: Tensor, prediction: Tensor, target: Tensor, ignore_index: int) -> Metrics:
+    """Returns the metrics, given the log-probability, entropy and log-sum-exp of each row."""
     if target.is_floating_point():
         label = target.argmax(min(target.dim() - 1, 1)).flatten()
         valid = torch.ones_like(label, dtype=torch.bool)
@@ -75,7 +71,7 @@ def _from_rows(
     else:
         label, shape = target.flatten(), target.shape
         valid = label != ignore_index
-    log_p, lse, entropy = (x.where(valid, 0).to(dtype) for x in (log_p, lse, entropy))
+    log_p, entropy, lse = results.where(valid, 0)
     correct = (prediction == label) & valid
     fields = log_p, lse, prediction.where(valid, ignore_index), correct, entropy
     return Metrics(*[x.reshape(shape) for x in fields])

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from pyfused import functional as fused
 from pyfused.backends import cpu
+from pyfused.ops.metrics import from_logits
 
 close = torch.testing.assert_close
 MANY = 40_000 if backend is cpu else 2_000  # more classes than a tile, in several programs
@@ -53,6 +54,29 @@ def test_special_logits(name: str, classes: int, isa: str, kernel_calls: KernelC
         close(metrics.log_sum_exp, lse, equal_nan=True)
     found = metrics.log_probability, metrics.entropy
     close(found, (log_p[[0, 1], target].float(), entropy), equal_nan=True)
+
+
+LAYOUTS: dict[str, Callable[[], torch.Tensor]] = {
+    "few classes": lambda: torch.randn(203, 10),
+    "columns": lambda: torch.randn(10, 203).t(),
+    "images": lambda: torch.randn(3, 50, 7, 9),
+    "few positions": lambda: torch.randn(1, 701, 2),
+    "one position": lambda: torch.randn(2000, 1).t()[:, :1001],
+    "sliced rows": lambda: torch.randn(9, 800)[:, ::2],
+}
+
+
+@pytest.mark.interpreted
+@grid(name=LAYOUTS, dtype=FLOATS, isa=ISAS)
+def test_layouts(name: str, dtype: torch.dtype, isa: str) -> None:
+    """One kernel computes the loss and the metrics; of ties, the first class counts."""
+    input = LAYOUTS[name]().mul(4).round().div(4).to(dtype)  # with ties
+    target = torch.randint(-1, input.shape[1], input.select(1, 0).shape)
+    loss, found = fused.cross_entropy_with_metrics(input, target, ignore_index=-1)
+    close(loss, fused.cross_entropy(input, target, ignore_index=-1))
+    expected = from_logits(input.double(), target, -1)
+    for x, y in zip(found, expected, strict=True):
+        close(x, y.to(x.dtype), rtol=3e-6, atol=3e-6)
 
 
 @pytest.mark.parametrize("small", [False, pytest.param(True, marks=pytest.mark.thresholds)])
