@@ -13,7 +13,8 @@ from pyfused import memory
 from pyfused.backends import backend_of
 from pyfused.dispatch import report
 from pyfused.dispatch.operator import Operand
-from pyfused.dispatch.reasons import log_once, unsupported
+from pyfused.dispatch.reasons import log_once
+from pyfused.dispatch.run import unsupported
 from pyfused.layout import is_dense
 from pyfused.torch_internals import (
     active_mode,

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Sequence
 from functools import lru_cache
 from numbers import Integral, Real
 from types import NoneType
@@ -16,20 +17,28 @@ import torch
 from torch import Tensor
 from torch.compiler import is_dynamo_compiling
 
-from pyfused.backends import DTYPES, takes_triton
+from pyfused import backends
+from pyfused.backends import DTYPES, cpu, takes_triton, unsupported_device
 from pyfused.dispatch import reasons, report, sizes
 from pyfused.dispatch.operator import Operator, Options, Tensors, requires_grad
-from pyfused.dispatch.reasons import FUSED, SMALL, unsupported
+from pyfused.dispatch.reasons import FUSED, SMALL
 from pyfused.dispatch.sizes import is_small
 from pyfused.torch_internals import (
     PLAIN,
     active_mode,
     functorch_is_active,
+    has_names,
+    is_batched,
     is_exporting,
+    is_functorch_wrapped,
+    is_lazy_clone,
+    is_zero_tensor,
     never_traced,
 )
 from pyfused.types import OPTIONS, VocabShard
 
+_INDICES = (torch.int64, torch.uint8)
+_CONVERTED = (*_INDICES, torch.bool, torch.int8, torch.int16, torch.int32)
 _NUMBERS = frozenset((float, NoneType))
 _CHOICES = frozenset((str, bool, int, float, torch.dtype, NoneType))
 
@@ -122,6 +131,58 @@ def decide(
         if isinstance(options, str):
             return options, ()
     return op.invalid_options(*options) or op.method_of(tensors, options), options
+
+
+def unsupported(
+    operands: Sequence[Any], tensors: Sequence[Any], input: Any = None, is_traced: bool = False
+) -> str | None:
+    """Returns why the kernels for the input's device do not take a tensor, None if they take all.
+
+    Args:
+        operands: The operands, or other declared arguments, that have these values.
+        input: The first tensor of the call; None to look only at how tensors are stored.
+        is_traced: Whether Dynamo traces the call: how tensors are stored is unknown, and comparing
+            a size would restrict the program.
+    """
+    is_forced = backends.FORCED is not None or cpu.MISSING is not None
+    for operand, x in zip(operands, tensors, strict=True):
+        if x is None and operand.optional:
+            continue
+        name = operand.name
+        if type(x) not in PLAIN:
+            if operand.number and type(x) is float:
+                continue
+            return f"{name} is a {type(x).__name__}"
+        if not is_traced:
+            if x.layout is not torch.strided:
+                return f"{name} has layout {x.layout}"
+            if x.is_neg() or is_zero_tensor(x):
+                return f"{name} is lazily negated or zero"
+            if x.is_nested:
+                return f"{name} is nested"
+            if has_names is not None and has_names(x):
+                return f"{name} has named dimensions"
+            if is_functorch_wrapped(x):
+                return f"{name} is used outside of its torch.func transform"
+            if is_batched(x):
+                return f"{name} is batched"
+            if is_lazy_clone(x):  # reading its address would copy it
+                return f"{name} is a lazy clone"
+        if input is None:
+            continue
+        are_on_gpus = is_forced or not x.is_cpu or not input.is_cpu
+        if are_on_gpus and (reason := unsupported_device(name, x, input)):
+            return reason
+        dtype = x.dtype
+        if dtype not in DTYPES:
+            others = _CONVERTED if operand.converts else _INDICES if operand.indices else ()
+            if dtype not in others:
+                return f"{name} has dtype {dtype}"
+        if x.requires_grad and not operand.differentiated and requires_grad(x):
+            return f"{name} requires grad"
+        if x is not input and not is_traced and x.numel() == 0:
+            return SMALL  # it broadcasts
+    return None
 
 
 # ---- options -------------------------------------------------------------------------------------

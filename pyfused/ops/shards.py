@@ -16,7 +16,8 @@ from torch import Tensor
 
 from pyfused import checks
 from pyfused.dispatch.operator import Operand, Options, Tensors
-from pyfused.dispatch.reasons import SMALL, unsupported
+from pyfused.dispatch.reasons import SMALL
+from pyfused.dispatch.run import unsupported
 from pyfused.ops import definitions
 from pyfused.ops.collectives import Copy, LocalShard, Sum, gathered, reduced
 from pyfused.types import (
