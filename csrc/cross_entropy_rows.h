@@ -44,7 +44,8 @@ template <class T, bool kInPlace> class RowBlock {
       if (rows.label[i] >= 0) rows.target_logit[i] = widen(*row.chunk(rows.label[i], 1));
       maximum = kLowest;
       chunk_of_maximum = -1;
-      if (ce.row_results) read<false, true>(row, i, grad, row_max);
+      // Results are those of a scale of 1.
+      if (kInPlace && ce.row_results) read<false, kInPlace>(row, i, grad, row_max);
       else if (keeps) read<true, false>(row, i, grad, row_max);
       else read<false, false>(row, i, grad, row_max);
       if (ce.predictions && std::isfinite(row.state.sum)) predict(logits, position);
