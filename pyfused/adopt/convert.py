@@ -59,7 +59,7 @@ class Conversion(NamedTuple):
     table: str
 
     def is_empty(self) -> bool:
-        """Returns whether nothing would be replaced, nothing is already fused, nor may be a head."""
+        """Returns whether nothing would be replaced, is already fused, or may be a head."""
         known = any(x.reason in _ALREADY or x.reason.startswith(_MAY_BE_HEAD) for x in self.left)
         return not self.swapped and not known
 
