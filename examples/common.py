@@ -65,10 +65,10 @@ def track(items: Iterable[T], title: str, total: int | None = None) -> Iterator[
 def _print_lines(task: Task, done: threading.Event) -> None:
     seconds = 1
     while not done.wait(seconds):
-        seconds, left = SECONDS, task.time_remaining
-        rest = "" if left is None else f", about {left:.0f} s left"
-        steps = f"{task.completed:,.0f} of {task.total:,.0f}"
-        print(f"{task.description}: {steps}, {task.elapsed:.0f} s{rest}", flush=True)
+        seconds, completed, total, elapsed = SECONDS, task.completed, task.total, task.elapsed
+        left = f", about {elapsed * (total / completed - 1):.0f} s left" if completed else ""
+        steps = f"{completed:,.0f} of {total:,.0f}"
+        print(f"{task.description}: {steps}, {elapsed:.0f} s{left}", flush=True)
 
 
 def largest_difference(losses: Sequence[float], others: Sequence[float]) -> float:

@@ -77,8 +77,9 @@ def timed(losses: Iterator[float]) -> Iterator[tuple[float, float]]:
 
 def take_turns(title: str, runs: dict[str, Iterator[T]], steps: int) -> dict[str, list[T]]:
     """Runs the steps of all runs alternately; other load then affects all of them alike."""
-    taken: dict[str, list[T]] = {name: [] for name in runs}
-    for name, run in track([*runs.items()] * steps, title):
+    # The first steps take longer: they start the processes.
+    taken = {name: [next(run)] for name, run in track(runs.items(), f"{title}, first steps")}
+    for name, run in track([*runs.items()] * (steps - 1), title):
         taken[name].append(next(run))
     assert all(next(run, None) is None for run in runs.values())  # which ends the processes
     return taken

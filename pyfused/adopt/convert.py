@@ -51,7 +51,8 @@ class Conversion(NamedTuple):
     Attributes:
         swapped: The names of the modules that it replaces.
         left: The modules that it does not replace, with reasons.
-        table: A text with both, each module's class and its replacement, printed by ``print``.
+        table: A text with both, each module's class and its replacement, and the features and
+            classes of heads; ``print`` prints it.
     """
 
     swapped: tuple[str, ...]
