@@ -14,13 +14,12 @@ sys.path += [str(Path(__file__).parents[1] / folder) for folder in ("benchmarks"
 import demo
 import gpt
 import report
-from rich.progress import Progress
 from steps import KEEP
 
 
 def main() -> None:
     found = report.measured(report.machine_info())
-    runs = demo.train_gpt(gpt.STEPS, Progress(disable=True))
+    runs = demo.train_gpt(gpt.STEPS)
     for job, _ in runs:
         assert job.equal, job.difference
     about = {"classes": int(job.rows[0].values["torch"]), "machine": report.machine(found)}

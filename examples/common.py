@@ -1,19 +1,74 @@
-"""Functions that the examples share: comparing runs, measuring memory, drawing bars."""
+"""Functions that the examples share: progress, comparing runs, measuring memory, drawing bars."""
 
 from __future__ import annotations
 
 import statistics
 import sys
-from collections.abc import Mapping, Sequence
+import threading
+from argparse import ArgumentParser
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from palette import STYLES
 from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    Task,
+    TextColumn,
+    TimeRemainingColumn,
+)
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+
+SECONDS = 10  # between two lines of progress
+
+T = TypeVar("T")
+
+
+def announce(parser: ArgumentParser) -> None:
+    """Prints what an example does, and about how long it takes."""
+    print(parser.description, parser.epilog, flush=True)
+
+
+def track(items: Iterable[T], title: str, total: int | None = None) -> Iterator[T]:
+    """Yields the items, and shows how many are done and about how long the others will take.
+
+    If the output is not a terminal, lines replace the bar: after a second, then regularly.
+
+    Args:
+        total: The number of items; None for their length.
+    """
+    if total is None:
+        assert isinstance(items, Sized)
+        total = len(items)
+    columns = TextColumn("{task.description:<26}"), BarColumn(), MofNCompleteColumn()
+    output, done = console(), threading.Event()
+    left = TimeRemainingColumn(elapsed_when_finished=True)
+    with Progress(*columns, left, console=output, auto_refresh=output.is_terminal) as progress:
+        bar = progress.add_task(title, total=total)
+        lines = threading.Thread(target=_print_lines, args=(progress.tasks[0], done), daemon=True)
+        if not output.is_terminal:
+            lines.start()
+        try:
+            for item in items:
+                yield item
+                progress.advance(bar)
+        finally:
+            done.set()
+
+
+def _print_lines(task: Task, done: threading.Event) -> None:
+    seconds = 1
+    while not done.wait(seconds):
+        seconds, completed, total, elapsed = SECONDS, task.completed, task.total, task.elapsed
+        left = f", about {elapsed * (total / completed - 1):.0f} s left" if completed else ""
+        steps = f"{completed:,.0f} of {total:,.0f}"
+        print(f"{task.description}: {steps}, {elapsed:.0f} s{left}", flush=True)
 
 
 def largest_difference(losses: Sequence[float], others: Sequence[float]) -> float:

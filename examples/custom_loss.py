@@ -16,7 +16,7 @@ import os
 os.environ.setdefault("PYFUSED_BACKEND", "cpu")
 
 import torch
-from common import require_equal
+from common import announce, require_equal, track
 from regression import STEPS, TOLERANCE, load_diabetes, train, variance_explained
 from torch import Tensor
 
@@ -39,9 +39,11 @@ def build(activation: torch.nn.Module, hidden: int = 8) -> torch.nn.Module:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], epilog="Seconds.")
     parser.add_argument("--steps", type=int, default=STEPS, help="default: %(default)s")
     steps = parser.parse_args().steps
+    announce(parser)
+    torch.set_num_threads(1)  # a second thread slows down steps this short
 
     print(swish.explain(), end="\n\n")
     patients, test_patients, targets, test_targets = load_diabetes()
@@ -52,7 +54,8 @@ def main() -> None:
         ("custom", swish.module(), squared_error.module(reduction="mean")),
     ):
         model = build(activation)
-        losses = list(train(model, criterion, patients, targets, steps))
+        training = train(model, criterion, patients, targets, steps)
+        losses = list(track(training, f"Diabetes, {name}", steps))
         explained = variance_explained(model, test_patients, test_targets)
         print(f"{name:<10}  last loss {losses[-1]:.6f}  test R squared {explained:.4f}")
         curves.append(losses)

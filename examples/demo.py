@@ -24,11 +24,10 @@ import digits
 import gpt
 import regression
 import torch
-from common import draw_bars, largest_difference
+from common import announce, draw_bars, largest_difference, track
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from palette import STYLES
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 import pyfused.nn
@@ -76,46 +75,24 @@ def timed(losses: Iterator[float]) -> Iterator[tuple[float, float]]:
         started = time.perf_counter()
 
 
-def take_turns(
-    title: str, runs: dict[str, Iterator[T]], steps: int, progress: Progress
-) -> dict[str, list[T]]:
+def take_turns(title: str, runs: dict[str, Iterator[T]], steps: int) -> dict[str, list[T]]:
     """Runs the steps of all runs alternately; other load then affects all of them alike."""
-    bar = progress.add_task(title, total=steps * len(runs))
-    taken: dict[str, list[T]] = {name: [] for name in runs}
-    started = time.perf_counter()
-    for number in range(1, steps + 1):
-        for name, run in runs.items():
-            progress.update(bar, description=f"{title}, {name}")
-            taken[name].append(next(run))
-            progress.advance(bar)
-        if progress.disable and (number in (1, steps) or number % math.ceil(steps / 4) == 0):
-            # Print lines instead of a progress bar if the output is not a terminal.
-            seconds = time.perf_counter() - started
-            if number == 1:  # which includes the start of the processes
-                first, left = seconds, "started"
-            else:
-                rest = (seconds - first) / (number - 1) * (steps - number)
-                left = f"about {rest:.0f} s left" if number < steps else "done"
-            print(f"{title}: {number:,} of {steps:,} steps, {seconds:.0f} s, {left}", flush=True)
-    progress.update(bar, description=title)
+    # The first steps take longer: they start the processes.
+    taken = {name: [next(run)] for name, run in track(runs.items(), f"{title}, first steps")}
+    for name, run in track([*runs.items()] * (steps - 1), title):
+        taken[name].append(next(run))
     assert all(next(run, None) is None for run in runs.values())  # which ends the processes
     return taken
 
 
-def small_job(
-    title: str,
-    runs: dict[str, Iterator[float]],
-    steps: int,
-    tolerance: float,
-    progress: Progress,
-) -> Job:
-    taken = take_turns(title, {name: timed(run) for name, run in runs.items()}, steps, progress)
+def small_job(title: str, runs: dict[str, Iterator[float]], steps: int, tolerance: float) -> Job:
+    taken = take_turns(title, {name: timed(run) for name, run in runs.items()}, steps)
     losses = {name: [loss for loss, _ in run] for name, run in taken.items()}
     step_ms = {name: statistics.median(ms for _, ms in run) for name, run in taken.items()}
     return Job(title, losses, tolerance, [Row("whole step", step_ms, "{:.3f} ms", ratio=True)])
 
 
-def train_digits(epochs: int, progress: Progress) -> Job:
+def train_digits(epochs: int) -> Job:
     images, test_images, labels, test_labels = digits.load()
     models = {name: digits.build(nn) for name, nn in MODULES.items()}
     runs = {
@@ -123,7 +100,7 @@ def train_digits(epochs: int, progress: Progress) -> Job:
         for name, nn in MODULES.items()
     }
     steps = epochs * math.ceil(len(images) / digits.BATCH)
-    job = small_job("Digits", runs, steps, digits.TOLERANCE, progress)
+    job = small_job("Digits", runs, steps, digits.TOLERANCE)
     accuracy = {
         name: digits.accuracy(model, test_images, test_labels) for name, model in models.items()
     }
@@ -131,14 +108,14 @@ def train_digits(epochs: int, progress: Progress) -> Job:
     return job
 
 
-def train_diabetes(steps: int, progress: Progress) -> Job:
+def train_diabetes(steps: int) -> Job:
     patients, test_patients, targets, test_targets = regression.load_diabetes()
     models = {name: regression.build(nn, inputs=10) for name, nn in MODULES.items()}
     runs = {
         name: regression.train(models[name], nn.MSELoss(), patients, targets, steps)
         for name, nn in MODULES.items()
     }
-    job = small_job("Diabetes", runs, steps, regression.TOLERANCE, progress)
+    job = small_job("Diabetes", runs, steps, regression.TOLERANCE)
     explained = {
         name: regression.variance_explained(model, test_patients, test_targets)
         for name, model in models.items()
@@ -147,14 +124,14 @@ def train_diabetes(steps: int, progress: Progress) -> Job:
     return job
 
 
-def train_sum(steps: int, progress: Progress) -> Job:
+def train_sum(steps: int) -> Job:
     models = {name: regression.build(nn, inputs=2) for name, nn in MODULES.items()}
     inputs, targets = regression.SUM_INPUTS, regression.SUM_TARGETS
     runs = {
         name: regression.train(models[name], nn.MSELoss(), inputs, targets, steps)
         for name, nn in MODULES.items()
     }
-    job = small_job("Sum of two", runs, steps, regression.TOLERANCE, progress)
+    job = small_job("Sum of two", runs, steps, regression.TOLERANCE)
     for (first, second), (target,) in zip(inputs.tolist(), targets.tolist(), strict=True):
         row = torch.tensor([first, second])
         predictions = {name: model(row).item() for name, model in models.items()}
@@ -162,21 +139,17 @@ def train_sum(steps: int, progress: Progress) -> Job:
     return job
 
 
-def train_gpt(steps: int, progress: Progress) -> list[tuple[Job, dict[str, list[gpt.Step]]]]:
+def train_gpt(steps: int) -> list[tuple[Job, dict[str, list[gpt.Step]]]]:
     """Returns the results by default, and with `pyfused.memory.keep()`."""
     with tempfile.TemporaryDirectory() as folder:
         tokens = Path(folder, "tokens.pt")
-        bar = progress.add_task("GPT, tokenizer", total=None)
-        if progress.disable:
-            print("GPT: training the tokenizer", flush=True)
         vocabulary = gpt.load(tokens)["vocabulary"]
-        progress.update(bar, total=1, completed=1)
         runs = {
             f"{name}, keep" if keep else name: gpt.train_in_a_process(name, tokens, steps, keep)
             for keep in (False, True)
             for name in COLOURS
         }
-        taken = take_turns("GPT", runs, steps, progress)
+        taken = take_turns("GPT", runs, steps)
     default = {name: taken[name] for name in COLOURS}
     kept = {name: taken[f"{name}, keep"] for name in COLOURS}
     return [
@@ -327,24 +300,18 @@ def main() -> None:
     )
     arguments = parser.parse_args()
 
-    console = common.console()
-    columns = TextColumn("{task.description:<26}"), BarColumn(), MofNCompleteColumn()
-    with Progress(
-        *columns,
-        TimeRemainingColumn(elapsed_when_finished=True),
-        console=console,
-        disable=not console.is_terminal,
-    ) as p:
-        threads = torch.get_num_threads()
-        torch.set_num_threads(1)  # a second thread slows down steps this short
-        small_jobs = [
-            train_digits(5 if arguments.quick else digits.EPOCHS, p),
-            train_diabetes(regression.STEPS, p),
-            train_sum(regression.STEPS, p),
-        ]
-        torch.set_num_threads(threads)
-        gpt_runs = train_gpt(20 if arguments.quick else gpt.STEPS, p)
+    announce(parser)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # a second thread slows down steps this short
+    small_jobs = [
+        train_digits(5 if arguments.quick else digits.EPOCHS),
+        train_diabetes(regression.STEPS),
+        train_sum(regression.STEPS),
+    ]
+    torch.set_num_threads(threads)
+    gpt_runs = train_gpt(20 if arguments.quick else gpt.STEPS)
 
+    console = common.console()
     jobs = [*small_jobs, *(job for job, _ in gpt_runs)]
     console.print(tabulate(jobs))
     arguments.output.parent.mkdir(parents=True, exist_ok=True)

@@ -14,7 +14,6 @@ import argparse
 import copy
 import statistics
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -22,7 +21,7 @@ from typing import Any
 
 import gpt
 import torch
-from common import require_equal
+from common import announce, require_equal, track
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -70,7 +69,7 @@ def optimizer_of(model: nn.Module, rate: float) -> torch.optim.Optimizer:
 def train_teacher(text: dict[str, Any], steps: int) -> gpt.GPT:
     teacher, generator = build(text["vocabulary"], 0, gpt.WIDTH), torch.Generator().manual_seed(0)
     optimizer = optimizer_of(teacher, 1e-3)
-    for _ in range(steps):
+    for _ in track(range(steps), "Distillation, teacher"):
         inputs, target = gpt.sample(text["training"], generator)
         optimizer.zero_grad()
         features = teacher(inputs).flatten(0, 1)
@@ -122,7 +121,7 @@ def run(text: dict[str, Any], teacher_steps: int, steps: int) -> dict[str, list[
         name: distil(students[name], teacher, text, loss, steps) for name, loss in LOSSES.items()
     }
     taken: dict[str, list[tuple[float, float]]] = {name: [] for name in LOSSES}
-    for turn in zip(*runs.values(), strict=True):
+    for turn in track(zip(*runs.values(), strict=True), "Distillation, students", steps):
         for name, step in zip(runs, turn, strict=True):
             taken[name].append(step)
     for name, steps_taken in taken.items():
@@ -143,9 +142,9 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=STEPS, help="default: %(default)s")
     parser.add_argument("--tokens", type=Path, help="cache the tokenised text in this file")
     arguments = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
-        text = gpt.load(arguments.tokens or Path(folder, "tokens.pt"))
-        losses = run(text, arguments.teacher_steps, arguments.steps)
+    announce(parser)
+    text = gpt.load(arguments.tokens) if arguments.tokens else gpt.tokenise()
+    losses = run(text, arguments.teacher_steps, arguments.steps)
     require_equal(*losses.values(), TOLERANCE)
     print("The student learns the same with linear_kl_div, which stores a block of logits.")
     print("Compare the milliseconds above: they are those of both heads and the loss.")

@@ -15,26 +15,30 @@ import argparse
 import dataclasses
 import importlib
 import json
+import re
 import statistics
 import subprocess
 import sys
 import sysconfig
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import torch
-from common import peak_memory, require_equal
-from tokenizers import ByteLevelBPETokenizer
+from common import announce, peak_memory, require_equal, track
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
 from pyfused import memory
 
-VOCABULARY = 32_000
+VOCABULARY = 32_000  # the most frequent tokens, and one for all others
+TOKEN = re.compile(
+    r" ?[^\W_]+|\n\s*|."
+)  # a word or number, a line break with spaces, or a character
 BATCH, CONTEXT = 8, 128
 LAYERS, HEADS, WIDTH = 4, 4, 128
 STEPS, EVALUATE_EVERY = 40, 20
@@ -92,28 +96,27 @@ def loss_of(model: GPT, features: Tensor, target: Tensor, functional: Any, linea
 
 
 def tokenise() -> dict[str, Any]:
-    """Trains the tokenizer and tokenises the text; every tenth file is held out."""
+    """Splits the text into words and other characters; every tenth file is held out."""
     library = Path(sysconfig.get_path("stdlib"))
     left_out = {"test", "tests", "idlelib", "encodings", "pydoc_data"}
     left_out |= {"site-packages", "dist-packages"}
-    files = sorted(library.rglob("*.py"))
-    texts = [
-        file.read_text("utf-8", "replace")
-        for file in files
+    files = [
+        file
+        for file in sorted(library.rglob("*.py"))
         if left_out.isdisjoint(file.relative_to(library).parts)
     ]
-    tokenizer = ByteLevelBPETokenizer()
-    tokenizer.train_from_iterator(texts, VOCABULARY, show_progress=False)
+    texts = [
+        TOKEN.findall(file.read_text("utf-8", "replace")) for file in track(files, "GPT, text")
+    ]
+    counts = Counter(token for text in texts for token in text)
+    index = {token: i for i, (token, _) in enumerate(counts.most_common(VOCABULARY - 1))}
     tokens = [
-        torch.tensor(encoding.ids, dtype=torch.long) for encoding in tokenizer.encode_batch(texts)
+        torch.tensor([index.get(token, len(index)) for token in text], dtype=torch.long)
+        for text in texts
     ]
     held_out = torch.cat(tokens[::10])
     del tokens[::10]
-    return {
-        "training": torch.cat(tokens),
-        "held_out": held_out,
-        "vocabulary": tokenizer.get_vocab_size(),
-    }
+    return {"training": torch.cat(tokens), "held_out": held_out, "vocabulary": len(index) + 1}
 
 
 def load(path: Path) -> dict[str, Any]:
@@ -228,7 +231,7 @@ def run(names: Sequence[str], path: Path, steps: int, keep: bool) -> None:
     text = load(path)
     print(f"{len(text['training']):,} tokens out of a vocabulary of {text['vocabulary']:,}")
     turns = zip(*(train_in_a_process(name, path, steps, keep) for name in names), strict=True)
-    for number, turn in enumerate(turns, start=1):
+    for number, turn in enumerate(track(turns, "GPT", steps), start=1):
         for name, step in zip(names, turn, strict=True):
             runs[name].append(step)
             if step.held_out_loss is not None:
@@ -264,6 +267,7 @@ def main() -> None:
     if arguments.worker:
         work(arguments.implementation, arguments.tokens, arguments.steps, arguments.keep)
         return
+    announce(parser)
     names = [arguments.implementation] if arguments.implementation else list(IMPLEMENTATIONS)
     with tempfile.TemporaryDirectory() as folder:
         tokens = arguments.tokens or Path(folder, "tokens.pt")

@@ -24,7 +24,7 @@ os.environ.setdefault("PYFUSED_BACKEND", "cpu")  # no fallback for small tensors
 
 import common
 import torch
-from common import largest_difference
+from common import announce, largest_difference, track
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from palette import SERIES
@@ -178,11 +178,12 @@ def main() -> None:
         help="the output file of the plot (default: %(default)s)",
     )
     arguments = parser.parse_args()
+    announce(parser)
     torch.set_num_threads(1)  # a single weight needs no threads
 
     paths, different = {}, []
     table = Table(f"loss after {STEPS} steps", "at first", *RATES)
-    for descent in (*PREDICTIONS, *LOGITS):
+    for descent in track((*PREDICTIONS, *LOGITS), "Gradient descent"):
         paths[descent.title] = [
             descend(pyfused.functional, descent, rate) for rate in descent.rates
         ]

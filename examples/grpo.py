@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable
 
 import torch
-from common import require_equal
+from common import announce, require_equal, track
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -120,7 +120,7 @@ def run(steps: int) -> tuple[dict[str, list[float]], list[float]]:
     learners = {name: Learner(policy, log_probs) for name, log_probs in IMPLEMENTATIONS.items()}
     losses: dict[str, list[float]] = {name: [] for name in learners}
     rewards = []
-    for _ in range(steps):
+    for _ in track(range(steps), "GRPO"):
         prompts = torch.randint(VOCABULARY, (PROMPTS,), generator=generator)
         sampler = learners["torch"].policy
         tokens = sampler.sample(prompts.repeat_interleave(GROUP), generator)
@@ -137,7 +137,9 @@ def run(steps: int) -> tuple[dict[str, list[float]], list[float]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], epilog="Seconds.")
     parser.add_argument("--steps", type=int, default=STEPS, help="default: %(default)s")
-    losses, rewards = run(parser.parse_args().steps)
+    steps = parser.parse_args().steps
+    announce(parser)
+    losses, rewards = run(steps)
     tenth = max(1, len(rewards) // 10)
     first, last = (sum(some) / tenth for some in (rewards[:tenth], rewards[-tenth:]))
     print(f"reward {first:.3f} at the start, {last:.3f} at the end")

@@ -22,7 +22,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from common import draw_bars, peak_memory, resident_memory
+from common import announce, draw_bars, peak_memory, resident_memory, track
 from matplotlib.figure import Figure
 from torch import Tensor
 from torch.nn import functional as F
@@ -112,16 +112,16 @@ def measure(loss: str, rounds: int) -> dict[str, list[Measurement]]:
         for implementation in range(len(NAMES))
     ]
     measurements: list[list[Measurement]] = [[] for _ in workers]
-    for _ in range(rounds + 1):
-        # Workers take turns, so other load affects all of them alike.
-        for worker, results in zip(workers, measurements, strict=True):
-            assert worker.stdin is not None
-            assert worker.stdout is not None
-            worker.stdin.write("step\n")
-            answer = worker.stdout.readline()
-            if not answer:
-                sys.exit(f"{loss}: a worker stopped: see its error above")
-            results.append(Measurement(**json.loads(answer)))
+    # Workers take turns, so other load affects all of them alike.
+    turns = [*zip(workers, measurements, strict=True)] * (rounds + 1)
+    for worker, results in track(turns, f"Heads, {loss}"):
+        assert worker.stdin is not None
+        assert worker.stdout is not None
+        worker.stdin.write("step\n")
+        answer = worker.stdout.readline()
+        if not answer:
+            sys.exit(f"{loss}: a worker stopped: see its error above")
+        results.append(Measurement(**json.loads(answer)))
     for worker in workers:
         worker.communicate()
     return {name: results[1:] for name, results in zip(NAMES, measurements, strict=True)}
@@ -176,6 +176,7 @@ def main() -> None:
         work(loss, int(implementation))
         return
 
+    announce(parser)
     results = {}
     for loss in LOSSES:
         results[loss] = measure(loss, arguments.rounds)

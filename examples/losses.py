@@ -24,7 +24,7 @@ os.environ.setdefault("PYFUSED_BACKEND", "cpu")
 
 import common
 import torch
-from common import largest_difference
+from common import announce, largest_difference, track
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
@@ -118,7 +118,7 @@ def train(
 
 def run(experiment: Experiment, steps: int) -> list[Result]:
     results = []
-    for choice in experiment.choices:
+    for choice in track(experiment.choices, experiment.title):
         losses, outputs = train(pyfused.functional, experiment, choice, steps)
         of_torch = None
         if choice.in_torch:
@@ -425,6 +425,7 @@ def main() -> None:
         help="the output file of the plot (default: %(default)s)",
     )
     arguments = parser.parse_args()
+    announce(parser)
     torch.set_num_threads(1)  # a second thread slows down steps this short
 
     console, trained = common.console(), []

@@ -22,11 +22,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import peak_memory
+from common import announce, peak_memory, track
 from matplotlib.figure import Figure
 from palette import STYLES
-from rich.console import Console
-from rich.progress import track
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -168,10 +166,7 @@ def train(items: int, seconds: float, turns: int) -> dict[str, list[dict[str, An
         for way in LOSSES
     }
     results: dict[str, list[dict[str, Any]]] = {way: [] for way in LOSSES}
-    console = Console()
-    pairs = [pair for _ in range(turns) for pair in workers.items()]
-    shown = track(pairs, "Recommender", console=console, disable=not console.is_terminal)
-    for number, (way, worker) in enumerate(shown, 1):
+    for way, worker in track([*workers.items()] * turns, "Recommender"):
         assert worker.stdin is not None
         assert worker.stdout is not None
         worker.stdin.write(f"{seconds / turns}\n")
@@ -179,8 +174,6 @@ def train(items: int, seconds: float, turns: int) -> dict[str, list[dict[str, An
         if not answer:
             sys.exit(f"{way}: the worker stopped: see its error above")
         results[way].append(json.loads(answer))
-        if not console.is_terminal and number % len(workers) == 0:
-            print(f"Recommender: {number // len(workers)} of {turns} turns", flush=True)
     for worker in workers.values():
         worker.communicate()
     return results
@@ -202,7 +195,9 @@ def draw(items: int, results: dict[str, list[dict[str, Any]]]) -> Figure:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0], epilog="About 40 seconds on two free cores."
+    )
     parser.add_argument("--items", type=int, default=ITEMS, help="default: %(default)s")
     parser.add_argument("--seconds", type=float, default=SECONDS, help="of training, for each way")
     parser.add_argument("--turns", type=int, default=TURNS, help="default: %(default)s")
@@ -214,6 +209,7 @@ def main() -> None:
     if arguments.worker:
         work(arguments.worker, arguments.items)
         return
+    announce(parser)
     results = train(arguments.items, arguments.seconds, arguments.turns)
     print(f"A recommender of {arguments.items:,} items, batches of {BATCH}:")
     for way, turns in results.items():

@@ -30,7 +30,7 @@ from pyfused.ops.activation import Activation
 from pyfused.ops.operators import OPERATORS
 from pyfused.ops.pointwise_loss import PointwiseLoss
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).resolve().parents[1]
 
 # ---- C++ -----------------------------------------------------------------------------------------
 
@@ -323,6 +323,11 @@ def is_changed(path: Path, text: str) -> bool:
 
 
 if __name__ == "__main__":
+    if (package := Path(elementwise.__file__).resolve().parents[2]) != ROOT:
+        sys.exit(
+            f"tools/formulas.py: expected pyfused of {ROOT}, got that of {package}: run "
+            f"'make formulas' in {ROOT}, or set PYTHONPATH={ROOT}"
+        )
     folders = sys.argv[1:]  # of the files to write; by default, all
     for path, text in printed().items():
         if path.parent.name in (folders or [path.parent.name]) and is_changed(path, text):

@@ -33,7 +33,8 @@ _NOTHING = (
 )
 _ALREADY = heads.ALREADY, "is already a module of pyfused.nn"
 _MAY_BE_HEAD = "pass head="  # the beginning of a reason
-_MANY_OUTPUTS = 4096  # a layer with at least this many may be a head
+_INPUT_SIZES = "in_features", "input_size", "in_channels", "num_features"  # of torch.nn's modules
+_MANY_OUTPUTS = 1024  # a layer with at least this many may be a head
 
 
 class Unconverted(NamedTuple):
@@ -50,7 +51,8 @@ class Conversion(NamedTuple):
     Attributes:
         swapped: The names of the modules that it replaces.
         left: The modules that it does not replace, with reasons.
-        table: A text with both, each module's class and its replacement, printed by ``print``.
+        table: A text with both, each module's class and its replacement, and the features and
+            classes of heads; ``print`` prints it.
     """
 
     swapped: tuple[str, ...]
@@ -58,8 +60,9 @@ class Conversion(NamedTuple):
     table: str
 
     def is_empty(self) -> bool:
-        """Returns whether nothing would be replaced, and nothing is already fused."""
-        return not self.swapped and not any(each.reason in _ALREADY for each in self.left)
+        """Returns whether nothing would be replaced, is already fused, or may be a head."""
+        known = any(x.reason in _ALREADY or x.reason.startswith(_MAY_BE_HEAD) for x in self.left)
+        return not self.swapped and not known
 
     def __str__(self) -> str:
         return "\n".join([_NOTHING] * self.is_empty() + [self.table] * bool(self.table))
@@ -188,8 +191,8 @@ def plan_conversion(model: Module, *, head: str | None = None) -> Conversion:
     for name, module in modules:
         head_name, kind = head if name == "." else None, type(module).__name__
         if head_name is not None or heads.has_head(module) or heads.is_converted(module):
-            replacement = "linear_cross_entropy"
             reason = heads.reason_to_leave_model(module, head_name)
+            replacement = "" if reason else heads.description(module, head_name)
         elif name in possible:
             left.append(Unconverted(name, kind, f"{_MAY_BE_HEAD}{name!r} to fuse it with its loss"))
             rows.append((name, f"{kind}({possible[name]})", left[-1].reason))
@@ -212,8 +215,8 @@ def _possible_heads(modules: dict[str, Module]) -> dict[str, str]:
     """Returns the sizes of the linear layers that may compute logits, by name.
 
     A possible head has many outputs, no other layer with that many inputs, and is the last linear
-    layer or has one output for each row of an embedding. Layers in models whose head is known are
-    skipped.
+    layer, the only one of its size, or one with an output for each row of an embedding. Layers in
+    models whose head is known are skipped.
     """
     known = [
         submodule
@@ -222,8 +225,10 @@ def _possible_heads(modules: dict[str, Module]) -> dict[str, str]:
         for submodule in module.modules()
     ]
     linear = {name: m for name, m in modules.items() if isinstance(m, torch.nn.Linear)}
-    inputs = {layer.in_features for layer in linear.values()}
-    rows = {m.num_embeddings for m in modules.values() if isinstance(m, torch.nn.Embedding)}
+    inputs = {getattr(m, name, None) for m in modules.values() for name in _INPUT_SIZES}
+    sizes = Counter((layer.in_features, layer.out_features) for layer in linear.values())
+    embeddings = torch.nn.Embedding, torch.nn.EmbeddingBag
+    rows = {m.num_embeddings for m in modules.values() if isinstance(m, embeddings)}
     return {
         name: f"{layer.in_features} -> {layer.out_features}"
         for name, layer in linear.items()
@@ -231,7 +236,11 @@ def _possible_heads(modules: dict[str, Module]) -> dict[str, str]:
         and name != "."
         and layer.out_features >= max(_MANY_OUTPUTS, layer.in_features)
         and layer.out_features not in inputs
-        and (layer.out_features in rows or name == list(linear)[-1])
+        and (
+            layer.out_features in rows
+            or sizes[layer.in_features, layer.out_features] == 1
+            or name == list(linear)[-1]
+        )
         and all(layer is not submodule for submodule in known)
     }
 

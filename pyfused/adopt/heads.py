@@ -201,6 +201,12 @@ def _may_be_head(module: Any) -> bool:
     return is_linear or hasattr(module, "modules_to_save") or is_adapter
 
 
+def description(model: Any, name: str | None) -> str:
+    """Describes what replaces the head of a model and its loss."""
+    head = _heads_of(model, name or vars(model).get(MARK))[0]
+    return f"linear_cross_entropy({head.in_features} -> {head.out_features})"
+
+
 def is_converted(model: Any) -> bool:
     """Returns whether `fuse` has changed a model."""
     return subclass.is_fused(model, _of_model) and MARK in vars(model)

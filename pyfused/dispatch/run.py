@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.compiler import is_dynamo_compiling
 
-from pyfused import backends
+from pyfused import backends, checks
 from pyfused.backends import DTYPES, cpu, takes_triton, unsupported_device
 from pyfused.dispatch import reasons, report, sizes
 from pyfused.dispatch.operator import Operator, Options, Tensors, requires_grad
@@ -67,7 +67,7 @@ def run(
     if reason is None:
         return fused(tensors, converted)  # type: ignore[no-any-return]
     if reason is not SMALL:
-        report_fallback(op, tensors, reason)
+        report_fallback(op, tensors, options, reason)
     return op.by_torch(tensors, options)  # type: ignore[no-any-return]
 
 
@@ -268,10 +268,11 @@ def head_elements(input: Tensor, weight: Tensor) -> Any:
     return math.prod((*input.shape[:-1], *weight.shape[:-1]))
 
 
-def report_fallback(op: Operator, tensors: Tensors, reason: str) -> None:
+def report_fallback(op: Operator, tensors: Tensors, options: Options, reason: str) -> None:
     """Logs once that a call falls back to torch's operator, and warns if its logits are large.
 
-    Logits of 32 MiB or more are large: kernels would need a quarter of that, or 16 MiB.
+    Logits of 32 MiB or more are large: kernels would need a quarter of that, or 16 MiB. A call with
+    invalid arguments computes none.
     """
     reasons.log_once(op.name, reason)
     if not op.is_linear:
@@ -283,7 +284,9 @@ def report_fallback(op: Operator, tensors: Tensors, reason: str) -> None:
     if type(elements) is not int:  # comparing a symbolic size would restrict a traced program
         return
     megabytes = elements * input.element_size() >> 20
-    if megabytes >= 32 and reasons.first_time(op.name, f"logits: {reason}"):
+    if megabytes < 32 or checks.reason(op.check_call, tensors, options) is not None:
+        return
+    if reasons.first_time(op.name, f"logits: {reason}"):
         message = f"pyfused: {op.name}: torch's operators need {megabytes} MiB for the logits: "
         if reason.endswith(" requires grad"):
             reason += ". Detach it if it needs no gradient"

@@ -154,26 +154,34 @@ def test_options_without_a_language_model() -> None:
 
 
 def test_linear_layers_that_may_be_heads() -> None:
-    """A possible head is the last layer, or has one output for each embedded token."""
+    """A possible head is the last layer, the only one of its size, or as long as an embedding."""
     layers = {
-        "tokens": nn.Embedding(9000, 8),
-        "tied": nn.Linear(8, 9000),
+        "tokens": nn.EmbeddingBag(2000, 8),
+        "tied": nn.Linear(8, 2000),
         "wide": nn.Linear(8, 5000),
         "narrow": nn.Linear(5000, 8),
-        "projection": nn.Linear(8, 6000),
+        "recurrent": nn.Sequential(nn.Linear(8, 3000), nn.LSTM(3000, 8)),
+        "projections": nn.Sequential(nn.Linear(8, 6000), nn.Linear(8, 6000)),
+        "scores": nn.Linear(9, 6000),
         "body": nn.Sequential(nn.ReLU(), nn.Linear(8, 32000)),
     }
     plan = pyfused.plan_conversion(nn.ModuleDict(layers))
     assert str(plan).splitlines() == [
-        "tied    Linear(8 -> 9000)   pass head='tied' to fuse it with its loss",
+        "tied    Linear(8 -> 2000)   pass head='tied' to fuse it with its loss",
+        "scores  Linear(9 -> 6000)   pass head='scores' to fuse it with its loss",
         "body.0  ReLU                replaced by pyfused.nn.ReLU",
         "body.1  Linear(8 -> 32000)  pass head='body.1' to fuse it with its loss",
     ]
-    assert plan.left[1] == ("body.1", "Linear", "pass head='body.1' to fuse it with its loss")
+    assert plan.left[2] == ("body.1", "Linear", "pass head='body.1' to fuse it with its loss")
     with pytest.warns(RuntimeWarning, match="tied may compute logits: pass head='tied'"):
         pyfused.convert(nn.ModuleDict(layers))
     layers["body"][1] = nn.Linear(8, 1000)
     assert "body.1" not in str(pyfused.plan_conversion(nn.ModuleDict(layers)))
+    model = nn.Sequential(nn.Embedding(9000, 8), nn.Linear(8, 9000))
+    row = "1  Linear(8 -> 9000)  pass head='1' to fuse it with its loss"
+    assert str(pyfused.plan_conversion(model)) == row  # without "Nothing to convert"
+    plan = pyfused.plan_conversion(model, head="1")
+    assert str(plan) == ".  Sequential  replaced by linear_cross_entropy(8 -> 9000)"
 
 
 @pytest.mark.parametrize("through", ["deepcopy", "pickle", "weights_only"])

@@ -187,3 +187,17 @@ def test_explain_states_the_number_of_logits_per_block(monkeypatch: pytest.Monke
     assert strategy(torch.bfloat16, memory_budget=1 << 17) == "blocks of classes"
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert strategy(torch.float32, rows=1030) == "all logits at once"
+
+
+# ---- the memory of a fallback --------------------------------------------------------------------
+
+
+@pytest.mark.cpu
+def test_only_valid_calls_warn_about_the_memory_of_their_logits() -> None:
+    input, head, target = torch.ones(1024, 1), torch.ones(8192, 1), torch.zeros(1024).long()
+    learnt = torch.tensor(3.0, requires_grad=True)
+    for options in ({"reduction": "avg"}, {"label_smoothing": 1.5}, {"memory_budget": -1}):
+        with pytest.raises((RuntimeError, ValueError), match=next(iter(options))):  # no warning
+            fused.linear_cross_entropy(input, head, target, softcap=learnt, **options)
+    with pytest.warns(RuntimeWarning, match="need 32 MiB for the logits: softcap is a tensor"):
+        fused.linear_cross_entropy(input, head, target, softcap=learnt)

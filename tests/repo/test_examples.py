@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import importlib
 import json
+import re
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -21,7 +23,6 @@ import pyfused.nn
 
 pytestmark = pytest.mark.thresholds
 pytest.importorskip("sklearn")
-pytest.importorskip("tokenizers")
 
 
 @pytest.fixture(autouse=True)
@@ -39,6 +40,18 @@ def kernels_forced() -> Iterator[None]:
 
 def example(name: str) -> ModuleType:
     return importlib.import_module(name)
+
+
+def test_progress_without_a_terminal(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Lines are also printed during a long step."""
+    monkeypatch.setattr(example("common"), "SECONDS", 0.1)
+    for i in example("common").track(range(4), "Steps"):
+        time.sleep(1.5 if i == 0 else 0.3)
+    printed = capsys.readouterr().out
+    assert printed.startswith("Steps: 0 of 4, 1 s\nSteps: 0 of 4, ")
+    assert re.search(r"Steps: 3 of 4, \d s, about \d s left\n", printed)
 
 
 def test_gpt_trains_with_equal_losses(tmp_path: Path) -> None:
@@ -87,7 +100,7 @@ def test_distillation_has_equal_losses(
     gpt = example("gpt")
     small, large = (distillation.build(32_000, 0, n) for n in (distillation.WIDTH, gpt.WIDTH))
     assert 3 < distillation.size_of(large) / distillation.size_of(small) < 6
-    first, last = (float(line.split()[-1]) for line in printed.splitlines()[:2])
+    first, last = map(float, re.findall(r"(?m)^(?:teacher|student): .* loss (\S+)$", printed))
     assert first < last  # the teacher has improved
 
 
