@@ -3,7 +3,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 ENVIRONMENT := .venv/.environment
-BUILD := .venv/.build
+BUILD := .venv/.build$(PYFUSED_ISAS:%=-%)
 TOOLS := .venv/.tools
 TRITON_STAMP := .venv/.triton
 EXTRAS := .venv/.extras
@@ -22,7 +22,7 @@ help: ## list the targets
 
 setup: $(TOOLS) ## create the development environment in .venv (PYTHON=python3.12 selects another Python)
 
-build: $(BUILD) ## compile the kernels (CXX=g++-13 selects another compiler)
+build: $(BUILD) ## compile the kernels (CXX=g++-13 selects a compiler, PYFUSED_ISAS=all compiles for every instruction set)
 
 demo: $(BUILD) ## train with torch's losses and with pyfused's, compare and plot: six minutes on two cores
 	$(BIN)/python examples/demo.py
@@ -123,7 +123,8 @@ bench-compare: $(BUILD) $(TOOLS) ## find kernels that are slower than at another
 	@test "$(BASE)" || { echo "bench-compare needs a revision: make bench-compare BASE=main~3"; exit 1; }
 	$(BIN)/python benchmarks/run.py compare $(BASE) $(COMPARE_ARGS)
 
-sizes: $(BUILD) ## write csrc/sizes.txt: the bytes of machine code of each kernel
+sizes: $(TOOLS) ## write csrc/sizes.txt: the bytes of machine code of each kernel
+	PYFUSED_ISAS=all $(BIN)/python setup.py --quiet build_ext --inplace
 	$(BIN)/python tools/sizes.py
 
 bench-sweep: $(BUILD) $(TOOLS) ## time calls of random shapes, and list those that are slower than in torch (20 minutes)
@@ -238,7 +239,6 @@ COMPILE = $(CXX) -std=c++17 -fsyntax-only -x c++ - 2>/dev/null
 HEADERS = $$($(PYTHON) -c 'import sysconfig; print(sysconfig.get_path("include"))')
 
 $(BUILD): $(ENVIRONMENT) setup.py pyproject.toml tools/editable/pyfused/__init__.py $(wildcard csrc/*.h csrc/*.inc csrc/*.cpp)
-	@echo 'Compiling the kernels: minutes the first time, then only changed files'
 	@$(BIN)/python setup.py --quiet build_ext --inplace
 	@$(PIP) install --no-deps --no-build-isolation --editable .
 	@echo '$(CURDIR)/tools/editable' > "$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/pyfused.pth"

@@ -48,7 +48,7 @@ def reason_to_skip(name: str, value: str) -> str | None:
         return None
     if name == "PYFUSED_CPU_CAPABILITY":
         if value not in cpu.supported:
-            return f"this processor runs {', '.join(cpu.supported)}"
+            return f"this build and processor run {', '.join(cpu.supported)}"
         return "this is the default" if value == cpu.supported[-1] else None
     if name == "MKL_CBWR":
         return None if torch.backends.mkl.is_available() else "this torch has no MKL"
