@@ -152,7 +152,7 @@ SANITIZED = cd $(SANITIZE)/lib && $(if $(PYFUSED_ONLY_ISA),PYFUSED_CPU_CAPABILIT
 	LD_PRELOAD="$(call library,asan) $(call library,stdc++)" \
 	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 $(abspath $(BIN))/python
 library = $$($(CXX) -print-file-name=lib$(1).so)
-CHECKED = recycle cross_entropy cross_entropy_options metrics margin linear_cross_entropy log_probs distillation class_losses embedding_loss softmax pointwise_loss activation formula threads errors large vec
+CHECKED = recycle cross_entropy margin linear_cross_entropy log_probs distillation embedding_loss softmax pointwise_loss activation formula threads errors large vec
 AFTER_FREE = import torch; from pyfused.backends import cpu; x = torch.ones(9 << 20); \
 	address = cpu.empty(x.shape, x.dtype, x).data_ptr(); \
 	cpu.native.relu(0, 9 << 20, address, x.data_ptr(), (0.0, 0.0, 0.0), 1, ())

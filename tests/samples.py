@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from compare import Extended, extended
+from compare import DEVICE, Extended, extended
 from torch import Tensor
 from torch_reference import parameters, torch_function
 
@@ -33,6 +33,7 @@ from pyfused.ops.pointwise_loss import Gated, PointwiseLoss, weight_or_elements
 from pyfused.types import Choice
 
 INF, NAN = float("inf"), float("nan")
+LARGE = 1 << 40 if DEVICE == "cpu" else 1 << 20  # of an index; torch reads 32 bits on GPUs
 FINITE_PRODUCTS = (1.0, NAN, INF, -INF, -0.0, 30.0)  # products of any two are finite or special
 
 
@@ -179,7 +180,7 @@ OPTIONS: dict[str, list[Any]] = {
         ("full log_input log_target reduce size_average squared swap", [False, True]),
         ("return_entropy return_lse return_metrics", [False, True]),
         ("gamma", [1.0, 1.5, 2.0, 3.5]),  # below 1, torch's gradient is NaN for p = 1
-        ("ignore_index", [0, 255, 1, -1]),
+        ("ignore_index", [0, 255, -LARGE, 1, -1, LARGE]),
         ("inplace with_metrics", [True]),  # with_metrics is a function of its own
         ("label_smoothing", [0.1, 0.9, 0.1, 0.9, 1.0, 1.5]),
         ("memory_budget", [1000, 1, 10000]),

@@ -119,11 +119,13 @@ def test_dtypes_of_class_weights(
     op: Operator, soft: bool, autocast: bool, size: tuple[int, int]
 ) -> None:
     """Compares the results with torch's, for all dtypes of the arguments."""
-    for dtype, of_target, of_weight in product(FLOATS, FLOATS if soft else [torch.int64], FLOATS):
-        call = Example(op, "", {}, ("weight",), soft).call(dtype, size)
+    targets, weights = FLOATS if soft else [torch.int64], (*FLOATS, None)
+    for dtype, of_target, of_weight in product(FLOATS, targets, weights):
+        call = Example(op, "", {}, ("weight",) if of_weight else (), soft).call(dtype, size)
         for name, kind in (("target", of_target), ("weight", of_weight)):
-            x = call.given[name]
-            call.given[name] = x.detach().to(kind).requires_grad_(x.requires_grad)
+            if kind is not None:
+                x = call.given[name]
+                call.given[name] = x.detach().to(kind).requires_grad_(x.requires_grad)
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
             check_call(call)
 

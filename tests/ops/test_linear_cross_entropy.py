@@ -1,4 +1,4 @@
-"""linear_cross_entropy compared with cross_entropy of materialised logits."""
+"""linear_cross_entropy compared with cross_entropy of all logits, and its loop over blocks."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from catalogue import TORCH
 from compare import products
 from conftest import KernelCalls, backend
 from grid import grid
@@ -17,27 +16,8 @@ from torch import Tensor
 import pyfused
 from pyfused import functional as fused
 from pyfused.backends import cpu
-
-materialised = TORCH.linear_cross_entropy
-
-
-class HeadCase:
-    """Arguments of a call: rows of 6 features; a third of the targets are ignored."""
-
-    def __init__(
-        self,
-        rows: int = 12,
-        classes: int = 70,
-        dtype: torch.dtype = torch.float32,
-        probabilities: bool = False,
-    ) -> None:
-        self.input, self.head = (
-            torch.randn(shape).to(dtype).requires_grad_() for shape in ((rows, 6), (classes, 6))
-        )
-        self.target = torch.randint(0, classes, (rows,))
-        self.target[1::3] = -100
-        if probabilities:
-            self.target = torch.randn(rows, classes).softmax(1).to(dtype)
+from pyfused.ops.chunk_sizes import BlockSize
+from pyfused.ops.head_loop import HeadLoop, Layer, rows_that_count
 
 
 @pytest.mark.parametrize("count", [60, 0])
@@ -53,16 +33,15 @@ def test_no_unnecessary_matrix_products(
 
     If all rows are ignored, one is computed.
     """
-    given = HeadCase(rows=90)
-    tensors = {"input": given.input.detach(), "head": given.head.detach(), "bias": torch.randn(70)}
-    rows = 90 if backend.ASYNCHRONOUS else count or 1
-    if not count:
-        given.target.fill_(-100)
+    shapes = {"input": (90, 6), "head": (70, 6), "bias": (70,)}
+    tensors = {name: torch.randn(shape) for name, shape in shapes.items()}
+    target, rows = torch.randint(70, (90,)), 90 if backend.ASYNCHRONOUS else count or 1
+    target[: 90 - count] = -100
     if wanted:
         tensors[wanted].requires_grad_()
     input, head, bias = tensors.values()
     with products() as found:
-        result = function(input, head, given.target, linear_bias=bias, memory_budget=1 << 20)
+        result = function(input, head, target, linear_bias=bias, memory_budget=1 << 20)
         if wanted:
             getattr(result, "log_probability", result).sum().backward()
     gradient = {"input": [(rows, 70, 6)], "head": [(70, rows, 6)]}
@@ -143,3 +122,69 @@ def test_explain_states_the_number_of_logits_per_block(monkeypatch: pytest.Monke
     assert strategy(torch.bfloat16, memory_budget=1 << 17) == "blocks of classes"
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert strategy(torch.float32, rows=1030) == "all logits at once"
+
+
+# ---- the loop over blocks of logits --------------------------------------------------------------
+
+N, CLASSES, FEATURES = 7, 11, 3
+
+
+@pytest.mark.cpu
+@grid(
+    size=[BlockSize(N), BlockSize(3), BlockSize(3, 4), BlockSize(100, 100)],
+    dtype=[torch.float32, torch.bfloat16],
+    needs=[(True, True, True), (True, False, False), (False, True, False)],
+)
+def test_blocks_cover_all_logits_once(
+    size: BlockSize, dtype: torch.dtype, needs: tuple[bool, ...]
+) -> None:
+    """Small integers are exact in every dtype, so the order of sums has no effect."""
+    shapes = (N, FEATURES), (CLASSES, FEATURES), (CLASSES,)
+    layer = Layer(*[torch.randint(-3, 4, shape).to(dtype) for shape in shapes])
+    grads = torch.randint(-3, 4, (N, CLASSES)).to(dtype)
+    found, seen = torch.zeros(N, CLASSES, dtype=dtype), torch.zeros(N, CLASSES)
+
+    def step(logits: Tensor, rows: slice, classes: slice) -> Tensor:
+        found[rows, classes] = logits
+        seen[rows, classes] += 1
+        return logits.copy_(grads[rows, classes])
+
+    gradients = HeadLoop(cpu, dtype, lambda _: size, needs).run(layer, step)
+    x, weight, bias = layer
+    assert found.equal(x @ weight.t() + bias)
+    assert seen.eq(1).all()
+    expected = grads @ weight, grads.t() @ x, grads.sum(0)
+    for gradient, best, need in zip(gradients, expected, needs, strict=True):
+        assert gradient is None if not need else torch.equal(gradient, best)
+
+
+@pytest.mark.cpu
+def test_memory_holds_the_logits_of_the_first_block() -> None:
+    """A backward pass reuses the last logits of a forward pass, whose rows come in reverse."""
+    layer = Layer(torch.randn(N, FEATURES), torch.randn(CLASSES, FEATURES), None)
+    loop, firsts, kept = HeadLoop(cpu, torch.float32, lambda _: BlockSize(3), (False,) * 3), [], []
+
+    def step(logits: Tensor, rows: slice, _: slice) -> None:
+        firsts.append((rows.start, float(logits[0, 0])))
+        kept[:] = [logits.flatten()]
+
+    assert loop.run(layer, step, backwards=True) == (None, None, None)
+    assert [start for start, _ in firsts] == [6, 3, 0]
+    kept[0][0] = 5.0
+    loop.run(layer, step, logits=kept[0])
+    assert firsts[3:] == [(0, 5.0), firsts[1], firsts[0]]
+
+
+@pytest.mark.cpu
+@pytest.mark.parametrize("valid", [[True] * 4, [False, True, True, False], [False] * 4])
+def test_rows_are_selected_and_scattered(valid: list[bool]) -> None:
+    mask, values = torch.tensor(valid), torch.arange(8.0).view(4, 2) + 1
+    rows = rows_that_count(mask, cpu)
+    taken = rows.take(values)
+    assert taken.shape[0] == (sum(valid) or 1)  # one row if none counts
+    assert rows.counts is None or not rows.counts.any()
+    computed = mask if any(valid) else torch.arange(4) == 0
+    expected = values.where(computed[:, None], 0)
+    assert rows.spread(taken).equal(expected)
+    assert rows.spread(rows.take(values.t(), 1), 1).equal(expected.t())
+    assert rows.take(None) is None is rows.spread(None)

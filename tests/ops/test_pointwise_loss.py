@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from catalogue import Call
 from check_calls import check_call
-from compare import FLOATS, assert_matches_torch, evaluate, extended, operators_of_torch
+from compare import FLOATS, HALF, assert_matches_torch, evaluate, extended, operators_of_torch
 from conftest import KernelCalls
 from grid import grid
 from layouts import LAYOUTS, Layout
@@ -21,6 +22,7 @@ from torch import Tensor
 from torch_reference import torch_function
 
 from pyfused import functional
+from pyfused import functional as fused
 from pyfused.formula_compiler import trace
 from pyfused.formula_compiler.program import Program
 from pyfused.functional import gaussian_nll_loss
@@ -302,3 +304,28 @@ def test_a_loss_of_mixed_dtypes_warns_once() -> None:
     with pytest.warns(UserWarning, match="'mean' divides the total loss") as caught:
         functional.kl_div(*operands)
     assert len(caught) == 1
+
+
+# ---- losses made of another loss -----------------------------------------------------------------
+
+
+@grid(dtype=FLOATS, weight=[None, (3, 5)], reduction=["none", "mean", "sum"])
+def test_losses_made_of_another_loss(
+    dtype: torch.dtype, weight: tuple[int, ...] | None, reduction: str, kernel_calls: KernelCalls
+) -> None:
+    x, y = torch.randn(3, 5).to(dtype).requires_grad_(), torch.rand(3, 5).to(dtype)
+    given: dict[str, Any] = {"reduction": reduction}
+    given["weight"] = None if weight is None else torch.rand(weight).to(dtype)
+
+    def rmse_loss(x: Tensor, y: Tensor, **given: Any) -> Tensor:
+        return (F.mse_loss(x, y, **given) + 0.5).sqrt()
+
+    eps = torch.tensor([0.5]).double()
+    assert_matches_torch(partial(fused.rmse_loss, eps=eps), rmse_loss, x, y, **given)
+    assert "mse_loss" in kernel_calls
+
+
+@pytest.mark.parametrize("dtype", HALF)
+def test_losses_made_of_another_loss_do_not_overflow(dtype: torch.dtype) -> None:
+    x, zero = torch.full((2, 60_000), 300.0).to(dtype), torch.zeros(2, 60_000).to(dtype)
+    assert fused.rmse_loss(x, zero) == 300
