@@ -93,8 +93,7 @@ NO_DROPOUT = dict.fromkeys(
 )
 
 
-def llama(**more: Any) -> Any:
-    return language_models.tiny("LlamaForCausalLM", **more)
+llama = partial(language_models.tiny, "LlamaForCausalLM")
 
 
 def batch() -> dict[str, Tensor]:
@@ -103,12 +102,6 @@ def batch() -> dict[str, Tensor]:
     labels = tokens.clone()
     labels[:, ::4] = -100
     return {"input_ids": tokens, "labels": labels}
-
-
-def whisper() -> tuple[Any, dict[str, Any]]:
-    sizes = {"num_mel_bins": 8, "max_source_positions": 20, "max_target_positions": 64}
-    model = language_models.tiny("WhisperForConditionalGeneration", **sizes)
-    return model, {"input_features": torch.rand(8, 8, 40), "labels": batch()["labels"]}
 
 
 def bert_pretraining() -> tuple[Any, dict[str, Any]]:
@@ -138,8 +131,6 @@ LANGUAGE_MODELS: dict[str, Callable[[], tuple[Any, dict[str, Any]]]] = {
     "Llama": partial(causal, "LlamaForCausalLM", torch.tensor(9)),
     "Mixtral": partial(causal, "MixtralForCausalLM", 7, output_router_logits=True),
     "Gemma2": partial(causal, "Gemma2ForCausalLM", 7, **GEMMA),
-    "GPT2": partial(causal, "GPT2LMHeadModel", **NO_DROPOUT),
-    "Whisper": whisper,
     "BERT": bert_pretraining,
     "two BERTs": bert_to_bert,
 }
@@ -179,9 +170,7 @@ def test_language_models(name: str, kernel_calls: KernelCalls) -> None:
 
 def test_language_models_that_return_logits() -> None:
     model = llama()
-    assert "." in pyfused.plan_conversion(model).swapped
     pyfused.convert(model)
-    assert pyfused.plan_conversion(model).left[0].reason == "is already converted"
     assert not are_computed(model(input_ids=batch()["input_ids"]).logits)  # without a loss
     assert model(batch()["input_ids"], logits_to_keep=2).logits.shape[1] == 2
     output = model(batch()["input_ids"], None, None, None, None, batch()["labels"])
@@ -197,33 +186,29 @@ def test_language_models_that_return_logits() -> None:
     assert are_computed(model(**batch()).logits)
 
 
-def offloaded(how: str, folder: Path, model: Any) -> Any:
+def offloaded(whole: bool, folder: Path, model: Any) -> Any:
     accelerate = pytest.importorskip("accelerate")
-    if how == "dispatch_model":
-        places = {"model": "cpu", "lm_head": "disk"}
-        accelerate.dispatch_model(model, places, offload_dir=folder, main_device="cpu")
-    elif how == "disk_offload":
-        accelerate.disk_offload(model, folder, execution_device=torch.device("cpu"))
-    else:
-        accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
-    return model
+    if whole:
+        return accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
+    places = {"model": "cpu", "lm_head": "disk"}
+    return accelerate.dispatch_model(model, places, offload_dir=folder, main_device="cpu")
 
 
 @pytest.mark.parametrize("when", ["before", "after"])
-@pytest.mark.parametrize("how", ["cpu_offload", "disk_offload", "dispatch_model"])
-def test_offloaded_language_models(how: str, when: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("whole", [True, False])
+def test_offloaded_language_models(whole: bool, when: str, tmp_path: Path) -> None:
     """accelerate replaces the head's forward, and moves its weight to meta."""
-    expected = offloaded(how, tmp_path / "expected", llama())
+    expected = offloaded(whole, tmp_path / "expected", llama())
     model = llama()
     if when == "before":
-        offloaded(how, tmp_path / "model", model)
+        offloaded(whole, tmp_path / "model", model)
         left = pyfused.plan_conversion(model).left
         assert left[0].reason.startswith("the forward of its head was replaced")
         pyfused.convert(model)
     else:
         reasons._reported.clear()
         assert not are_computed(pyfused.convert(model)(**batch()).logits)
-        offloaded(how, tmp_path / "model", model)
+        offloaded(whole, tmp_path / "model", model)
         with pytest.warns(RuntimeWarning, match="forward of its head was replaced"):
             model(**batch())
     output = model(**batch())
@@ -240,7 +225,7 @@ def test_outputs_of_language_models() -> None:
     torch.testing.assert_close(pickle.loads(pickle.dumps(output)).logits, expected.logits)
 
 
-COMPILED = "GPT2LMHeadModel", "LlamaForCausalLM", "BertForMaskedLM", "T5ForConditionalGeneration"
+COMPILED = "LlamaForCausalLM", "T5ForConditionalGeneration"
 
 
 @pytest.mark.parametrize("name", COMPILED)
@@ -410,12 +395,8 @@ def with_adapters(model: Any, **options: Any) -> Any:
 @pytest.mark.parametrize("when", ["the PEFT model", "the model inside", "before get_peft_model"])
 def test_a_trained_copy_of_the_head(when: str) -> None:
     pytest.importorskip("peft")
-    options, plain = (
-        {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},
-        "before" in when,
-    )
-    expected = step(with_adapters(llama(), **options))
-    inner = llama()
+    options: Any = {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}
+    expected, inner, plain = step(with_adapters(llama(), **options)), llama(), "before" in when
     model = with_adapters(pyfused.convert(inner) if plain else inner, **options)
     if not plain:
         pyfused.convert(model if when == "the PEFT model" else model.base_model.model)

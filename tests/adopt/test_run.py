@@ -12,6 +12,7 @@ import sys
 import time
 import zipapp
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,7 +20,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import fused_always
-from processes import python
+from processes import process, python
 from torch import Tensor
 
 import pyfused
@@ -34,7 +35,6 @@ NO_KERNEL = (
 )
 KEPT = r"pyfused: freed memory was .*\n"
 Done = subprocess.CompletedProcess[str]
-SECONDS = 300  # long enough to end only a hang
 
 pytestmark = pytest.mark.thresholds
 
@@ -45,12 +45,7 @@ def counts(stderr: str) -> dict[str, int]:
     return {name: int(number.replace(",", "")) for name, number in lines}
 
 
-def plain(*arguments: str, folder: Path, **environment: str) -> Done:
-    options: Any = {"text": True, "capture_output": True, "timeout": SECONDS, "cwd": folder}
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
-    return subprocess.run([sys.executable, *arguments], env=environment, **options)
-
-
+plain = partial(process, OMP_NUM_THREADS="1")
 COMMAND = """
 import atexit, os, runpy, sys, threading
 os.chdir({folder!r})
@@ -114,7 +109,7 @@ PROGRAMS = "{}/show.py a --b -h -- --steps", "link.py -m", "show.pyc", "app a", 
 @pytest.mark.parametrize("command", [*PROGRAMS, "-m pack.show a -m"])
 def test_programs_run_as_with_python(command: str, folder: Path) -> None:
     given = command.format(folder).split()
-    expected = plain(*given, folder=folder)
+    expected = plain(*given, cwd=folder)
     got = counted(*given, folder=folder)
     assert expected.returncode == got.returncode == 0, got.stderr
     assert len(expected.stdout.splitlines()) == 6
@@ -152,7 +147,7 @@ def test_the_report_is_printed_last(tmp_path: Path) -> None:
 
 
 def test_a_missing_file_and_an_abbreviated_option(tmp_path: Path) -> None:
-    done, expected = counted("a.py", folder=tmp_path), plain("a.py", folder=tmp_path)
+    done, expected = counted("a.py", folder=tmp_path), plain("a.py", cwd=tmp_path)
     assert (done.returncode, done.stderr) == (expected.returncode, expected.stderr)
     done = counted("--no-kee", script(tmp_path, "print('ran')"), folder=tmp_path)
     assert (done.returncode, done.stdout) == (2, "")
@@ -208,7 +203,7 @@ if __name__ == "__main__":
 @pytest.mark.slow
 def test_child_processes(tmp_path: Path) -> None:
     path = script(tmp_path, CHILDREN)
-    done = plain("-W", "ignore", "-m", "pyfused", "run", path, folder=tmp_path)
+    done = plain("-W", "ignore", "-m", "pyfused", "run", path, cwd=tmp_path)
     assert done.stdout == "True\nFalse\nTrue\n", done.stderr
     assert done.stderr.count("kernels took ") == 1
     assert counts(done.stderr) == {"softsign": 1}
@@ -288,7 +283,7 @@ print(report)
 
 
 def test_a_report_without_kernels_says_what_it_has_seen(tmp_path: Path) -> None:
-    done = plain("-W", "ignore", script(tmp_path, WITHOUT_KERNELS), folder=tmp_path)
+    done = plain("-W", "ignore", script(tmp_path, WITHOUT_KERNELS), cwd=tmp_path)
     compiled, bound = done.stdout.splitlines()[2:]
     assert compiled == "so are calls in compiled programs: silu", done.stderr
     assert bound == "so are calls by names that were bound without the patch: __main__.loss"
@@ -361,7 +356,7 @@ def test_freed_memory_is_kept_unless_told_otherwise(
 def test_what_configures_malloc_is_named(tmp_path: Path) -> None:
     variables = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "34359738368"}
     path = script(tmp_path, KEEPS)
-    done = plain("-m", "pyfused", "run", path, folder=tmp_path, **variables)
+    done = plain("-m", "pyfused", "run", path, cwd=tmp_path, **variables)
     assert done.stdout == "False\n", done.stderr
     if memory.why_not_kept() is None:
         state = "was kept without keep(): the environment configures"
@@ -393,7 +388,7 @@ def test_run_sets_tunables_unless_there_are_others(
 ) -> None:
     arguments = "-W", "ignore", *command.split(), script(tmp_path, TUNED), "-m", "a b"
     variables = {} if tunables is None else {"GLIBC_TUNABLES": tunables}
-    done = plain(*arguments, folder=tmp_path, **variables)
+    done = plain(*arguments, cwd=tmp_path, **variables)
     output = f"{started} {tunables} None ['-m', 'a b']\n"
     assert (done.stdout, done.returncode) == (output, 3), done.stderr
 

@@ -27,7 +27,7 @@ NAN, GRAD = float("nan"), torch.ones(5, requires_grad=True)
 K, KY = torch.randn(2, 3, 4), torch.zeros(2, 4, dtype=torch.int64)
 W, B, LAYER = torch.randn(7, 5), torch.ones(7), torch.nn.Linear(5, 7)
 META = torch.device("meta")
-TOP, LOGP = torch.arange(3).expand(4, 3), torch.full((4, 3), -2.0)
+TOP, LOGP, ROW = torch.arange(3).expand(4, 3), torch.full((4, 3), -2.0), Y[:, None]
 
 
 Wrong = dict[str, str]
@@ -136,6 +136,15 @@ OWN: Wrong = {
     'linear_topk_kl_div(X, W, TOP, LOGP, remainder="ignore", beta=0.5)': "ValueError|beta: |ignore",
     "linear_topk_kl_div(X, W, TOP.float(), LOGP)": "RuntimeError|teacher_indices: |torch.int64",
     "linear_topk_kl_div(X, W, TOP, LOGP[:, :2])": "RuntimeError|teacher_indices: |(4, 2)",
+    "linear_topk_kl_div(X, W, TOP + 5 * (ROW == 1), LOGP)": "IndexError|[0, 7), got 7 in row 1",
+    "linear_topk_kl_div(X, W, TOP - (ROW == 1).long(), LOGP)": "IndexError|[0, 7), got -1 in row 1",
+    "linear_topk_kl_div(X, W, TOP * (ROW != 1), LOGP)": "ValueError|got 0 twice in row 1",
+    "linear_topk_kl_div(X, W, TOP, LOGP.exp())": "ValueError|at most 1, |largest logarithm is 0.1",
+    "linear_topk_kl_div(X, W, TOP, -LOGP)": "ValueError|in row 0, whose largest logarithm is 2",
+    "linear_topk_kl_div(X, W, TOP, LOGP.clamp(min=-1))": "ValueError|largest logarithm is -1",
+    "kl_div_with_logits(K, K)": "ValueError|dim: |(2, 3, 4)|dim=-1 for 4|dim=1 for 3 classes",
+    "kl_div_with_logits(K, K, dim=3)": "IndexError|dim: expected -3 to 2",
+    "log_probs(K, KY)": "ValueError|dim: |(2, 3, 4)|dim=-1|dim=1 for 3 classes",
     # others
     "additive_margin(P, Y, margin=-0.1)": "ValueError|margin: expected a number of at least 0.0",
     'additive_margin(P, Y, kind="sphere")': "ValueError|kind: expected 'cosface' or 'arcface', got",
@@ -241,11 +250,7 @@ def test_class_indices_out_of_range(code: str, words: str) -> None:
 
 @every_size
 @parametrize(OWN)
-def test_errors_of_functions_and_options_that_torch_lacks(
-    code: str,
-    words: str,
-    size: str,
-) -> None:
+def test_errors_of_functions_that_torch_lacks(code: str, words: str, size: str) -> None:
     kind, *words = words.split("|")
     with pytest.raises(getattr(builtins, kind)) as raised:
         called(code)

@@ -241,9 +241,3 @@ def test_symbolic_trace_of_modules(converted: bool) -> None:
     assert not seen
     close(traced(x), model(x))
     assert len(seen) == 2
-
-
-@every_operator
-def test_functionalization(example: Example) -> None:
-    ours, of_torch, x = steps(example)
-    close(torch.func.functionalize(ours)(x), of_torch(x))

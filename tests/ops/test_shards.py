@@ -188,10 +188,6 @@ RESULTS, LOGIT_METRICS = {"return_entropy": True, "return_lse": True}, {"return_
 OPTIONS: dict[str, Any] = {"scale": 0.5, "z_loss": 0.1, "reduction": "none"}
 IN_BLOCKS = OPTIONS | {"softcap": 4.0, "memory_budget": 4000}
 OF_LOGITS = {"softcap": 4.0, "temperature": 0.5, **RESULTS, **LOGIT_METRICS}
-METRICS = {"return_entropy": True, "return_lse": True}, {"return_metrics": True}
-OPTIONS: dict[str, Any] = {"scale": 0.5, "z_loss": 0.1, "reduction": "none"}
-IN_BLOCKS = OPTIONS | {"softcap": 4.0, "memory_budget": 4000}
-OF_LOGITS = {"softcap": 4.0, "temperature": 0.5, **RESULTS, **LOGIT_METRICS}
 DERIVED = {
     "mean": Case("cross_entropy", {"label_smoothing": 0.1, "z_loss": 0.1, "scale": 0.5}, True),
     "none": Case("cross_entropy", {"reduction": "none", **WEIGHTED}, True),
@@ -291,13 +287,10 @@ def modes_and_compilers(process: Process, case: str) -> None:
 
 
 TOTAL = 5 * SIZE
+SUPPORTED = "RuntimeError: weight: expected a tensor that the kernels support with a shard"
 BAD: dict[str, tuple[Any, dict[str, Any], str]] = {
     "weight": (TOTAL, {"weight": torch.ones(3)}, "RuntimeError: weight: expected shape"),
-    "constant": (
-        TOTAL,
-        {"weight": torch.ones(TOTAL, requires_grad=True)},
-        "RuntimeError: weight: expected a tensor that the kernels support with a shard",
-    ),
+    "constant": (TOTAL, {"weight": torch.ones(TOTAL, requires_grad=True)}, SUPPORTED),
     "gamma": (None, {"gamma": 2.0}, "ValueError: gamma: expected 0.0 with a shard, got 2.0"),
     "negative": (-1, {}, "ValueError: classes: expected"),
     "no_shard": (None, {"shard": 0}, "TypeError: shard: expected a VocabShard, got int"),
@@ -313,10 +306,8 @@ def bad_input(process: Process, case: Any) -> None:
     classes, options, expected = case
     shard, target = VocabShard(5 * process.rank, classes), torch.tensor([0, 1])
     process.sent()
-    error = error_of(
-        lambda: cross_entropy(torch.zeros(2, 5), **{"target": target, "shard": shard} | options)
-    )
-    assert error.startswith(expected)
+    given: Any = {"target": target, "shard": shard} | options
+    assert error_of(lambda: cross_entropy(torch.zeros(2, 5), **given)).startswith(expected)
     assert process.sent() == ([], [])
 
 
