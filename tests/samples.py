@@ -83,11 +83,7 @@ def hinge_loss(
 
 
 def sigmoid_focal_loss(
-    inputs: Extended,
-    targets: Extended,
-    alpha: float = 0.25,
-    gamma: float = 2,
-    ignore_index: float | None = None,
+    inputs: Extended, targets: Extended, alpha: float = 0.25, gamma: float = 2, **given: float
 ) -> tuple[Extended, ...]:
     of_0, of_1 = np.logaddexp(0, inputs), np.logaddexp(0, -inputs)  # entropies for these targets
     p, q = np.exp(-of_1), np.exp(-of_0)
@@ -95,7 +91,7 @@ def sigmoid_focal_loss(
     entropy = of_0 * (1 - targets) + of_1 * targets
     factor = np.longdouble(alpha) * targets + (1 - np.longdouble(alpha)) * (1 - targets)
     factor = factor if alpha >= 0 else np.ones_like(factor)
-    factor = np.where(targets == ignore_index, 0, factor) if ignore_index is not None else factor
+    factor = np.where(targets == given.get("ignore_index", NAN), 0, factor)
     slope = missing**gamma * (p - targets)
     slope = slope + gamma * entropy * missing ** (gamma - 1) * p * q * (1 - 2 * targets)
     return factor * entropy * missing**gamma, factor * slope
@@ -267,10 +263,7 @@ for _op in OPERATORS.values():
 
 
 def draw(
-    operand: Operand,
-    shape: tuple[int, ...],
-    dtype: torch.dtype = torch.float32,
-    scale: float = 1.0,
+    operand: Operand, shape: tuple[int, ...], dtype: Any = torch.float32, scale: float = 1.0
 ) -> Tensor:
     """Draws values within the operand's declared bounds."""
     low, high = operand.low, operand.high
@@ -338,11 +331,7 @@ def logits_and_targets(
 
 
 def operands(
-    op: Operator,
-    shape: Sequence[int],
-    given: dict[str, Any],
-    soft: bool = False,
-    features: int = 4,
+    op: Operator, shape: Sequence[int], given: dict[str, Any], soft: bool = False, features: int = 4
 ) -> dict[str, Any]:
     """Draws a float32 tensor for each operand.
 
@@ -394,11 +383,8 @@ class Loss:
 
     @property
     def id(self) -> str:
-        return "-".join([self.op.name, *self.further, *map(str, self.parameters.values())])
-
-    @property
-    def further(self) -> tuple[str, ...]:
-        return tuple(o.name for o in self.operands if o.optional)
+        further = [operand.name for operand in self.operands if operand.optional]
+        return "-".join([self.op.name, *further, *map(str, self.parameters.values())])
 
     @property
     def bounded(self) -> tuple[Operand, ...]:
@@ -426,20 +412,15 @@ class Loss:
 
     def draw(
         self,
-        shapes: tuple[int, ...] | list[tuple[int, ...]],
-        dtype: torch.dtype = torch.float32,
-        requiring: tuple[str, ...] | None = None,
-        scale: float = 1.0,
+        shape: tuple[int, ...],
+        dtype: Any = torch.float32,
+        leaves: Any = None,
+        scale: float = 1,
     ) -> dict[str, Tensor]:
-        """Draws operands by name, of one shape or a shape each; differentiated ones are leaves."""
-        each = shapes if isinstance(shapes, list) else [shapes] * len(self.operands)
-        requiring = self.differentiated if requiring is None else requiring
-        return {
-            operand.name: draw(operand, shape, dtype, scale).requires_grad_(
-                operand.name in requiring
-            )
-            for operand, shape in zip(self.bounded, each, strict=False)
-        }
+        """Draws operands by name; differentiated ones are leaves."""
+        leaves = self.differentiated if leaves is None else leaves
+        drawn = {operand.name: draw(operand, shape, dtype, scale) for operand in self.bounded}
+        return {name: x.requires_grad_(name in leaves) for name, x in drawn.items()}
 
     def exact(self, given: dict[str, Tensor], reduction: str, grad_output: Tensor) -> Exact:
         """Computes the exact loss and gradients of tensors of one shape."""

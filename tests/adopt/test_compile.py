@@ -350,6 +350,10 @@ def without_gradients(model: Any, compiled: Any) -> Step:
     return step
 
 
+def over_batch(model: Any, compiled: Any) -> Step:
+    return compiled(lambda x: torch.func.vmap(lambda x: model(x))(x).sum())
+
+
 def checkpointed(model: Any, compiled: Any) -> Step:
     return compiled(lambda x: checkpoint(model, x, x, use_reentrant=False))
 
@@ -366,12 +370,7 @@ PROGRAMS: dict[str, tuple[Callable[[Any, Any], Step], dict[str, Any], bool, int]
     "fullgraph": (loss_inside, {"fullgraph": True}, False, 0),
     "no_grad": (without_gradients, {}, False, 0),
     "checkpoint": (checkpointed, {}, False, 0),
-    "vmap": (
-        lambda model, c: c(lambda x: torch.func.vmap(lambda x: model(x))(x).sum()),
-        {},
-        False,
-        0,
-    ),
+    "vmap": (over_batch, {}, False, 0),
 }
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import KernelCalls
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.overrides import BaseTorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
@@ -139,15 +139,7 @@ def test_each_fallback_is_logged_but_no_small_call(
         assert re.search(words, line)
 
 
-UNKNOWN = (
-    "rellu",
-    "layer_norm",
-    torch.nn.functional.layer_norm,
-    torch.nn.Linear(2, 2),
-    len,
-    torch.celu_,
-    3,
-)
+UNKNOWN = "rellu", "layer_norm", nn.functional.layer_norm, nn.Linear(2, 2), len, torch.celu_, 3
 
 
 @pytest.mark.parametrize("op", UNKNOWN, ids=lambda x: getattr(x, "__name__", str(x)))

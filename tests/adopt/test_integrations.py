@@ -405,7 +405,7 @@ def test_a_trained_copy_of_the_head(when: str) -> None:
         assert_same_steps(step(model), expected)
 
 
-@pytest.mark.parametrize("when", ["before", "after", "named"])
+@pytest.mark.parametrize("when", ["before", "after"])
 def test_torch_computes_the_logits_of_a_head_with_an_adapter(when: str) -> None:
     pytest.importorskip("peft")
     options = {"target_modules": ["q_proj", "lm_head"]}
@@ -418,10 +418,10 @@ def test_torch_computes_the_logits_of_a_head_with_an_adapter(when: str) -> None:
             step(model)
     else:
         model = with_adapters(llama(), **options)
-        inner, head = model.base_model.model, {} if when == "after" else {"head": "lm_head"}
-        assert pyfused.plan_conversion(inner, **head).left[0].reason == reason
+        inner = model.base_model.model
+        assert pyfused.plan_conversion(inner).left[0].reason == reason
         with pytest.warns(RuntimeWarning, match=reason):
-            pyfused.convert(inner, **head)
+            pyfused.convert(inner)
     with warnings.catch_warnings():
         warnings.simplefilter("error", RuntimeWarning)
         found = step(model)

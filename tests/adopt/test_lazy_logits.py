@@ -558,7 +558,7 @@ def test_every_method(part: int) -> None:
     model, count = pyfused.convert(Model(), head="head"), Counter[bool]()
     for name in sorted({*METHODS} - {*EXCLUDED.split()})[part::4]:
         functions = [getattr(owner, name, None) for owner in (torch, F)]
-        for args, kwargs in [((), {}), *draw.sample(ARGUMENTS, 8)]:
+        for args, kwargs in [((), {}), *draw.sample(ARGUMENTS, 5)]:
             calls = [lambda x, n=name, a=args, k=kwargs: getattr(x, n)(*a, **k)]
             for function in filter(callable, functions):
                 calls.append(lambda x, f=function, a=args, k=kwargs: f(x, *a, **k))
@@ -575,7 +575,7 @@ def test_every_method(part: int) -> None:
                         assert [*map(type, pair[0])] == [*map(type, pair[1])], described
                     else:
                         assert_close(*pair, **options, msg=described)
-    assert min(count.values()) > 300, count
+    assert min(count.values()) > 200, count
 
 
 # ---- when logits can be read ---------------------------------------------------------------------

@@ -8,7 +8,6 @@ from __future__ import annotations
 import copy
 import io
 import pickle
-from collections.abc import Callable
 from typing import Any
 
 import catalogue
@@ -209,11 +208,7 @@ def test_memory_beyond_a_view_is_neither_read_nor_written(example: Example) -> N
     example=OF_FAMILIES.values(), shape=[(203, 700), (7003, 10), (9, 4100)], dtype=FLOATS, isa=ISAS
 )
 def test_large_calls_are_bitwise_identical_for_every_number_of_threads(
-    example: Example,
-    shape: tuple[int, int],
-    dtype: torch.dtype,
-    isa: str,
-    threads: Callable[[int], None],
+    example: Example, shape: tuple[int, int], dtype: torch.dtype, isa: str, threads: Any
 ) -> None:
     """Values are torch's. Matrix products, which libraries compute, may differ in the last bits."""
     call, found = example.call(dtype, shape), []

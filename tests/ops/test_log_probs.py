@@ -17,7 +17,6 @@ from pyfused import functional as fused
 from pyfused.backends import cpu
 
 every_operator = pytest.mark.parametrize("op", ["log_probs", "linear_log_probs"])
-FEATURES = 6
 
 
 def draw(op: str, rows: int = 12, classes: int = 70) -> dict[str, Tensor]:
@@ -26,11 +25,7 @@ def draw(op: str, rows: int = 12, classes: int = 70) -> dict[str, Tensor]:
     target[1::3] = -100
     if op == "log_probs":
         return {"logits": (3 * torch.randn(rows, classes)).requires_grad_(), "target": target}
-    shapes = {
-        "input": (rows, FEATURES),
-        "linear_weight": (classes, FEATURES),
-        "linear_bias": (classes,),
-    }
+    shapes = {"input": (rows, 6), "linear_weight": (classes, 6), "linear_bias": (classes,)}
     drawn = {name: torch.randn(shape, requires_grad=True) for name, shape in shapes.items()}
     return drawn | {"target": target}
 
@@ -80,13 +75,7 @@ def bits(results: Any) -> Tensor:
     seed=st.integers(0, 99),
 )
 def test_a_row_does_not_depend_on_other_rows(
-    classes: int,
-    rows: int,
-    dtype: torch.dtype,
-    shaping: dict[str, Any],
-    threads: int,
-    shift: int,
-    seed: int,
+    classes: int, rows: int, dtype: Any, shaping: Any, threads: int, shift: int, seed: int
 ) -> None:
     torch.manual_seed(seed)
     logits = (torch.randn(rows, classes) * torch.rand(rows, 1) * 30).to(dtype)

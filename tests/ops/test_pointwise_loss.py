@@ -76,7 +76,7 @@ DIFFERENTIATED = pytest.mark.skipif(
 def test_type_promotion(
     loss: Loss, dtype: torch.dtype, other: torch.dtype, swapped: bool, reduction: str
 ) -> None:
-    values = loss.draw((60, 5), torch.float64, requiring=())
+    values = loss.draw((60, 5), torch.float64, leaves=())
     first_two = [operand.name for operand in loss.operands[:2]]
     dtypes = dict(zip(first_two[:: -1 if swapped else 1], (dtype, other), strict=True))
     given = {name: x.abs().to(dtypes.get(name, torch.float32)) for name, x in values.items()}
