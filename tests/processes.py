@@ -38,11 +38,11 @@ def python(code: str, **environment: str) -> CompletedProcess[str]:
     return CompletedProcess(code, child.exitcode, out, err)
 
 
-def process(*arguments: str, cwd: str = ".", **environment: str) -> CompletedProcess[str]:
+def process(*arguments: str, cwd: Any = None, **environment: str) -> CompletedProcess[str]:
     """Runs Python in a process that imports everything anew, with these variables."""
     return subprocess.run(
         [sys.executable, *arguments], env={**os.environ, **environment}, cwd=cwd,
-        capture_output=True, text=True, check=False, timeout=SECONDS,
+        capture_output=True, text=True, check=False, timeout=3 * SECONDS,
     )  # fmt: skip
 
 

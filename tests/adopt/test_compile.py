@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import subprocess
-import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -17,6 +15,7 @@ from catalogue import TORCH as F
 from compare import Outcome, evaluate
 from conftest import KernelCalls
 from layouts import every_second, transposed
+from processes import process
 from torch import Tensor, nn
 from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -641,7 +640,5 @@ else:
 @pytest.mark.skipif(torch.__version__ < "2.12", reason="torch 2.11 is not tested")
 def test_a_saved_program_loads_in_another_process(tmp_path: Path) -> None:
     for action in ("save", "load"):
-        subprocess.run(
-            [sys.executable, "-W", "ignore", "-c", SAVED, action, str(tmp_path / "program")],
-            check=True,
-        )
+        done = process("-W", "ignore", "-c", SAVED, action, str(tmp_path / "program"))
+        assert done.returncode == 0, done.stderr

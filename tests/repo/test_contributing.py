@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import os
 import re
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 from textwrap import dedent
 
 import pytest
+from processes import process
 
 ROOT = Path(__file__).parents[2]
 pytestmark = [
@@ -41,13 +40,7 @@ def test_the_steps_add_operators_and_an_option(tmp_path: Path) -> None:
     (tmp_path / "pyfused" / "kernels").symlink_to(tmp_path / "kernels")  # as installed
 
     def run(*arguments: str) -> None:
-        done = subprocess.run(
-            [sys.executable, *arguments],
-            cwd=tmp_path,
-            env={**os.environ, "PYTHONPATH": str(tmp_path)},
-            capture_output=True,
-            text=True,
-        )
+        done = process(*arguments, cwd=tmp_path, PYTHONPATH=str(tmp_path))
         assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-5000:]
 
     for diff in re.findall(r"^ *```diff\n(.*?)^ *```", PAGE, re.MULTILINE | re.DOTALL):

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import os
-import subprocess
 import sys
 import typing
 from pathlib import Path
@@ -12,7 +10,7 @@ from types import ModuleType
 
 import pytest
 import torch
-from processes import python
+from processes import process, python
 
 import pyfused
 
@@ -93,14 +91,8 @@ def test_programs_have_types(tmp_path: Path) -> None:
         (tmp_path / name).write_text(text)
     root = PROGRAM.parents[2]
     command = ["-m", "mypy", "--strict", "--config-file=", "--follow-imports=silent"]
-    done = subprocess.run(
-        [sys.executable, *command, f"--cache-dir={root / '.mypy_cache'}", *programs],
-        cwd=tmp_path,
-        env={**os.environ, "MYPYPATH": str(root)},
-        text=True,
-        capture_output=True,
-        check=False,
-    )
+    cache = f"--cache-dir={root / '.mypy_cache'}"
+    done = process(*command, cache, *programs, cwd=tmp_path, MYPYPATH=str(root))
     found = [line.partition(":")[0] for line in done.stdout.splitlines() if ": error: " in line]
     assert found == ["wrong.py"] * 3, done.stdout
     assert 'type is "torch._tensor.Tensor"' in done.stdout, done.stdout
