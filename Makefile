@@ -101,7 +101,7 @@ gpu-check: ## test and time the kernels on this machine's GPU, with the packages
 	@$(PYTHON) benchmarks/run.py gpu-check $(or $(OUT),$(error gpu-check needs OUT=folder))
 
 test-integrations: $(BUILD) $(EXTRAS) ## run the tests with transformers, TRL, Lightning, skorch and Liger
-	$(BIN)/pytest -m integrations $(PYTEST_ARGS)  # with python -m, transformers would import the folder kernels/
+	$(BIN)/pytest -n 2 --dist worksteal -m integrations tests/adopt/test_integrations.py tests/adopt/test_trl.py $(PYTEST_ARGS)  # with python -m, transformers would import the folder kernels/
 
 bench: $(BUILD) $(TOOLS) ## compare torch and pyfused, and write benchmarks/results/ (1 to 2 hours; THREADS=16)
 	$(BIN)/python benchmarks/run.py report $(THREADS:%=--threads %)

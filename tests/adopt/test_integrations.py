@@ -225,7 +225,7 @@ def test_outputs_of_language_models() -> None:
     torch.testing.assert_close(pickle.loads(pickle.dumps(output)).logits, expected.logits)
 
 
-COMPILED = "LlamaForCausalLM", "T5ForConditionalGeneration"
+COMPILED = "LlamaForCausalLM", "BertForMaskedLM"
 
 
 @pytest.mark.parametrize("name", COMPILED)
@@ -309,7 +309,8 @@ def test_evaluation_and_metrics_with_trainer() -> None:
     assert [0 <= accuracy <= 1 for accuracy in found] == [True] * 3
 
 
-def test_every_causal_language_model_of_the_list() -> None:
+@pytest.mark.parametrize("part", range(4))
+def test_every_causal_language_model_of_the_list(part: int) -> None:
     """The list of converted models is correct, and gradients are equal."""
     results = Path(__file__).parents[2] / "benchmarks" / "results"
     page = (results / "transformers-5.23" / "classes.md").read_text()
@@ -319,8 +320,8 @@ def test_every_causal_language_model_of_the_list() -> None:
     }
     assert set(listed) == set(language_models.names())
     assert sum(reason == "converted" for reason in listed.values()) >= 240
-    found = {name: language_models.conversion(name) for name in listed}
-    assert found == listed
+    for name in sorted(listed)[part::4]:
+        assert language_models.conversion(name) == listed[name], name
 
 
 def test_gradient_accumulation_with_a_fused_head() -> None:
