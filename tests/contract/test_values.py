@@ -67,7 +67,7 @@ def test_values_and_gradients(
 HEADS = [e for e in TRIED.values() if e.op.is_linear and "loss_dtype" not in e.options]
 
 
-@grid(example=HEADS, dtype=FLOATS, shape=[(12, 70)] if interpreter.ON else [(40, 70), (50, 1100)])
+@grid(example=HEADS, dtype=FLOATS, shape=[(4, 70)] if interpreter.ON else [(40, 70), (50, 1100)])
 def test_heads_are_as_accurate_as_with_all_logits(
     example: Example, dtype: torch.dtype, shape: tuple[int, int]
 ) -> None:
@@ -172,7 +172,8 @@ def test_layouts(
 @pytest.mark.parametrize("shape", [(6, 5), (2, 5, 4, 3)], ids=str)
 def test_strides_of_results(example: Example, shape: tuple[int, ...]) -> None:
     """Users may call view() on a result where torch's is contiguous."""
-    for layout in SAME_VALUES.values():
+    names = ["transposed", "classes_innermost"] if interpreter.ON else SAME_VALUES
+    for layout in map(SAME_VALUES.__getitem__, names):
         moved = rearranged(example.call(shape=shape), layout)
         try:
             expected = moved.reference()

@@ -90,9 +90,10 @@ def test_blocks_of_classes_equal_whole_rows(
         options = options | {"weight": torch.rand(192)}
     logits, head = row[None].clone().requires_grad_(), row[:, None].clone().requires_grad_()
     expected = fused.cross_entropy_with_metrics(logits, target, **options, scale=0.5)
+    budget = 1 if backend is cpu else 64 * 4  # bytes: blocks of 64 classes
     kernel_calls.clear()
     got = fused.linear_cross_entropy_with_metrics(
-        torch.ones(1, 1), head, target, **options, scale=0.5, memory_budget=1
+        torch.ones(1, 1), head, target, **options, scale=0.5, memory_budget=budget
     )
     assert kernel_calls["row_state"] > 1
     torch.testing.assert_close((got[0], *got[1]), (expected[0], *expected[1]), equal_nan=True)
