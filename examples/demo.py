@@ -343,7 +343,7 @@ def main() -> None:
             train_sum(regression.STEPS, p),
         ]
         torch.set_num_threads(threads)
-        gpt_runs = train_gpt(20 if arguments.quick else gpt.STEPS, p)
+        gpt_runs = train_gpt(8 if arguments.quick else gpt.STEPS, p)
 
     jobs = [*small_jobs, *(job for job, _ in gpt_runs)]
     console.print(tabulate(jobs))

@@ -101,6 +101,14 @@ def assert_same(got: Tensor, native: Tensor, wide: Tensor) -> None:
     torch.testing.assert_close(got, wide.to(got.dtype), equal_nan=True, **tolerance)
 
 
+def outcome(call: Callable[[], Any]) -> Any:
+    """Returns what a call returns, or the error that it raises."""
+    try:
+        return call()
+    except Exception as error:
+        return error
+
+
 class Recording(TorchDispatchMode):
     """Collects the names of the operators that run. Under a mode, no kernel runs."""
 

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from catalogue import EXAMPLES, TORCH, Example
+from compare import outcome
 from samples import DEPRECATED, options
 from torch import Tensor
 
@@ -134,14 +135,6 @@ every_size = pytest.mark.parametrize(
 
 def called(code: str, functional: Any = fused) -> Any:
     return eval(f"f.{code}", globals() | {"f": functional})
-
-
-def outcome(call: Callable[[], Any]) -> Any:
-    """Returns the error of a call, or its results."""
-    try:
-        return call()
-    except Exception as raised:
-        return raised
 
 
 def _text(error: Exception) -> str:
