@@ -106,10 +106,7 @@ def softcap(input: Extended, cap: float = 30.0) -> tuple[Extended, ...]:
 SAMPLES = {
     "smooth_l1_loss": Sample(tried=({}, {"beta": 3.5}, {"beta": 0.0})),
     "kl_div": Sample(
-        tried=({}, {"log_target": True}),
-        cancels=True,
-        large=3.0,
-        special=FINITE_PRODUCTS,
+        tried=({}, {"log_target": True}), cancels=True, large=3.0, special=FINITE_PRODUCTS
     ),
     "poisson_nll_loss": Sample(
         tried=(

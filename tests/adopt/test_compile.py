@@ -423,9 +423,7 @@ def test_a_converted_sequential_is_a_whole_graph(fused_losses: list[Any]) -> Non
     assert not fused_losses
 
 
-def test_training_and_evaluation_of_a_converted_model_are_compiled_once(
-    fused_losses: list[Any],
-) -> None:
+def test_training_and_evaluation_are_compiled_once(fused_losses: list[Any]) -> None:
     model: Any = pyfused.convert(Tagger(), head="head", metrics=True)
     compiled, x = torch.compile(model, backend="aot_eager"), torch.randint(C, (4, LENGTH))
     frames = set[int]()

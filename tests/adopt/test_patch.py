@@ -109,9 +109,7 @@ ERRORS = RuntimeError, TypeError, torch.OutOfMemoryError, MemoryError, KeyError,
 
 
 @pytest.mark.parametrize("error", ERRORS)
-def test_other_errors_pass_through(
-    error: type[BaseException], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_errors_pass_through(error: type[BaseException], monkeypatch: pytest.MonkeyPatch) -> None:
     fails = Mock(side_effect=error("of a hook, of the user or of torch"))
     monkeypatch.setattr(type(OPERATORS["relu"]), "fused", fails)
     with pyfused.patch(), pytest.raises(error, match="of a hook"):
@@ -305,9 +303,7 @@ def test_patched_functions_look_like_the_originals() -> None:
 @pytest.mark.filterwarnings("ignore:enable_nested_tensor")
 @pytest.mark.parametrize("saved_while_patched", [False, True])
 @pytest.mark.parametrize("made_while_patched", [False, True])
-def test_modules_with_functions_are_saved(
-    made_while_patched: bool, saved_while_patched: bool
-) -> None:
+def test_modules_are_pickled(made_while_patched: bool, saved_while_patched: bool) -> None:
     """Pickles refer to torch only, also those of layers with a default activation."""
 
     def during(patched: bool) -> Any:

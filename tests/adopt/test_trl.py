@@ -158,9 +158,7 @@ def test_unsupported_calls_use_the_original(
 
 
 @pytest.mark.thresholds
-def test_a_small_call_uses_the_original_without_a_warning(
-    utils: ModuleType, kernel_calls: KernelCalls
-) -> None:
+def test_a_small_call_uses_the_original(utils: ModuleType, kernel_calls: KernelCalls) -> None:
     tensors, original = draw(torch.float32), getattr(utils, NAME)
     tensors[0], tensors[3] = tensors[0][:3], tensors[3][:3]
     pyfused.patch_trl()
@@ -205,10 +203,7 @@ def of_forward(forward: Any) -> Any:
     return type("Other", (torch.autograd.Function,), {"forward": staticmethod(forward)})
 
 
-OTHERS = {
-    "none": None,
-    "other arguments": of_forward(lambda ctx, hidden, weight, targets: None),
-}
+OTHERS = {"none": None, "other arguments": of_forward(lambda ctx, hidden, weight, targets: None)}
 
 
 @pytest.mark.parametrize("other", OTHERS.values(), ids=OTHERS)

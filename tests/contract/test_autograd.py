@@ -631,9 +631,7 @@ ABOVE: dict[str, Callable[[Function, Tensor], Any]] = {
 @every_operator
 @pytest.mark.parametrize("transform", ABOVE.values(), ids=ABOVE)
 @pytest.mark.filterwarnings("ignore:There is a performance drop because we have not yet")
-def test_gradients_that_are_traced(
-    example: Example, transform: Callable[[Function, Tensor], Any]
-) -> None:
+def test_traced_gradients(example: Example, transform: Callable[[Function, Tensor], Any]) -> None:
     call = example.call()
 
     def compute(function: Function) -> Any:

@@ -25,9 +25,7 @@ from pyfused.ops.operators import CROSS_ENTROPY, OPERATORS
 
 SIZES = [10, 300] if interpreter.ON else [10, 3000]  # the maximum number of elements
 SEEDS = st.integers(0, 2**32)
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:Using a target size:UserWarning"),
-]
+pytestmark = [pytest.mark.filterwarnings("ignore:Using a target size:UserWarning")]
 
 
 @pytest.mark.parametrize("op", OPERATORS.values(), ids=OPERATORS)

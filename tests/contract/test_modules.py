@@ -168,9 +168,7 @@ def test_weights_move_with_the_module(name: str) -> None:
         ("LinearCrossEntropyLoss", HEAD, "gamma"),
     ],
 )
-def test_modules_refuse_options_that_their_function_lacks(
-    name: str, arguments: dict[str, Any], unknown: str
-) -> None:
+def test_modules_refuse_unknown_options(name: str, arguments: dict[str, Any], unknown: str) -> None:
     message = rf"{name}\(\) got an unexpected keyword argument '{unknown}'"
     with pytest.raises(TypeError, match=message):
         getattr(fused, name)(**arguments, **{unknown: 1})

@@ -49,9 +49,7 @@ class Marked(Tensor):
 
 
 @every_operator
-def test_parameters_use_kernels_and_subclasses_are_preserved(
-    example: Example, kernel_calls: KernelCalls
-) -> None:
+def test_parameters_and_subclasses(example: Example, kernel_calls: KernelCalls) -> None:
     ours, of_torch, x = steps(example)
     for kind in (Marked, torch.nn.Parameter):
         kernel_calls.clear()
@@ -203,9 +201,7 @@ def test_a_mode_sees_the_call(
 
 
 @every_operator
-def test_a_default_device_keeps_kernels_enabled(
-    example: Example, kernel_calls: KernelCalls
-) -> None:
+def test_a_default_device_keeps_kernels(example: Example, kernel_calls: KernelCalls) -> None:
     ours, of_torch, x = steps(example)
     x = x.detach().requires_grad_()
     expected = of_torch(x)

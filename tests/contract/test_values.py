@@ -68,9 +68,7 @@ HEADS = [e for e in TRIED.values() if e.op.is_linear and "loss_dtype" not in e.o
 
 
 @grid(example=HEADS, dtype=FLOATS, shape=[(4, 70)] if interpreter.ON else [(40, 70), (50, 1100)])
-def test_heads_are_as_accurate_as_with_all_logits(
-    example: Example, dtype: torch.dtype, shape: tuple[int, int]
-) -> None:
+def test_accuracy_of_heads(example: Example, dtype: torch.dtype, shape: tuple[int, int]) -> None:
     call, errors = example.call(dtype, shape), Errors()
     exact = run(converted(call, torch.float64), catalogue.reference)
     results = zip(run(call, ours), run(call, catalogue.reference), exact, strict=True)

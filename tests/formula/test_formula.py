@@ -913,9 +913,7 @@ REACHED: tuple[Callable[[Tensor], Tensor], ...] = (
 
 @pytest.mark.thresholds
 @pytest.mark.parametrize("k", range(len(REACHED)))
-def test_names_are_looked_up_when_a_formula_is_defined(
-    k: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_names_are_looked_up_at_definition(k: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Binding them to others later, or reverting a patch, changes no call, of any size."""
     x = torch.linspace(-3, 3, 1 << 15)
     expected = REACHED[k](x)

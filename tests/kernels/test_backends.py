@@ -85,9 +85,7 @@ def test_errors_of_environment_variables_name_them(name: str) -> None:
 
 
 @pytest.mark.cpu
-def test_backend_torch_runs_no_kernel(
-    monkeypatch: pytest.MonkeyPatch, kernel_calls: KernelCalls
-) -> None:
+def test_torch_as_the_backend(monkeypatch: pytest.MonkeyPatch, kernel_calls: KernelCalls) -> None:
     monkeypatch.setattr(backends, "FORCED", "torch")
     x, target = torch.randn(6, 5), torch.arange(5).repeat(2)[:6]
     assert explain("relu", x).reason == "PYFUSED_BACKEND is torch"

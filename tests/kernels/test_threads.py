@@ -106,7 +106,7 @@ def test_the_gil_is_released(name: str, backward: bool, monkeypatch: pytest.Monk
     assert progress == [True, "seen"]
 
 
-def test_the_number_of_threads_is_read_in_each_call(
+def test_threads_are_counted_in_each_call(
     threads: Threads, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """No cache stores the number of threads."""

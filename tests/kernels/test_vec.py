@@ -331,9 +331,7 @@ def test_nan_stays_nan(half: str, piece: int | None, vec: Vec) -> None:
 
 
 @pytest.mark.large
-def test_no_loop_of_a_loss_calls_a_function(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_no_loop_calls_a_function(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A loop with a call is not vectorised, and takes 4 to 15 times as long."""
     monkeypatch.setattr("setuptools.setup", lambda **_: None)
     made = runpy.run_path(str(ROOT / "setup.py"))

@@ -104,9 +104,7 @@ def test_a_row_does_not_depend_on_other_rows(
     budget=st.sampled_from([None, 1, 20_000, 300_000, 40_000_000]),
     seed=st.integers(0, 99),
 )
-def test_chunks_are_bitwise_identical(
-    classes: int, rows: int, budget: int | None, seed: int
-) -> None:
+def test_chunks_are_bitwise_equal(classes: int, rows: int, budget: int | None, seed: int) -> None:
     """Matrix products with one feature of 1 are exact."""
     torch.manual_seed(seed)
     head = (torch.randn(classes, 1) * 8).requires_grad_()

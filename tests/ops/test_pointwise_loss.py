@@ -44,9 +44,7 @@ close = torch.testing.assert_close
 @pytest.mark.filterwarnings("ignore:Using a target size:UserWarning")
 @pytest.mark.parametrize("name", ["mse_loss", "hinge_embedding_loss", "poisson_nll_loss"])
 @pytest.mark.parametrize("sizes", [((32,), (1 << 15, 1)), ((10,), (100_000, 10)), ((32,), (32,))])
-def test_the_size_of_a_call_is_its_broadcast_size(
-    name: str, sizes: tuple[Any, ...], kernel_calls: KernelCalls
-) -> None:
+def test_broadcast_sizes(name: str, sizes: tuple[Any, ...], kernel_calls: KernelCalls) -> None:
     for shapes in itertools.permutations(sizes):
         kernel_calls.clear()
         given = [torch.rand(shape) for shape in shapes]
@@ -95,9 +93,7 @@ def test_type_promotion(
 
 @pytest.mark.interpreted
 @grid(loss=LOSSES, dtype=FLOATS, size=[6, 6 * 7, 6 * 50], reduction=REDUCTIONS)
-def test_special_values_match_torch(
-    loss: Loss, dtype: torch.dtype, size: int, reduction: str
-) -> None:
+def test_special_values(loss: Loss, dtype: torch.dtype, size: int, reduction: str) -> None:
     special = torch.tensor(SAMPLES[loss.op.name].special).to(dtype)
     given = loss.draw((size,), dtype)
     values = (special.repeat(size // 6), special.repeat_interleave(size // 6))
@@ -141,9 +137,7 @@ def test_no_intermediate_result_overflows(loss: Loss, dtype: torch.dtype) -> Non
 
 
 @grid(loss=[loss for loss in FIRST if loss.op.clamps])
-def test_losses_whose_clamp_has_a_different_derivative_in_torch(
-    loss: Loss, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_losses_that_clamp(loss: Loss, monkeypatch: pytest.MonkeyPatch) -> None:
     """The C++ kernels have torch 2.13's derivative at a bound; programs have the installed one."""
     monkeypatch.setattr(trace, "clamp_is_inclusive", lambda: False)
     monkeypatch.setattr(loss.op, "cached_kernel", loss.op.kernel)

@@ -188,9 +188,7 @@ def test_the_report_has_the_form_of_a_cpu_report(rehearsed: Path, tmp_path: Path
 
 
 @pytest.mark.parametrize("name", ["smoke", "kernels", "sizes", "host", "heads"])
-def test_benchmarks_of_typical_use(
-    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_typical_use(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu_use, "SIZES", (256, 4096))
     monkeypatch.setattr(torch, "compile", lambda function, **_: function)
     file = tmp_path / f"{name}.md"
