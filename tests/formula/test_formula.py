@@ -288,10 +288,9 @@ def test_broadcasting_strides_and_mixed_dtypes(kernel_calls: KernelCalls) -> Non
     target = torch.randn(5, 4).t().requires_grad_()  # (4, 5), float32, not contiguous
     got = check_formula(wing, input, target, rtol=1e-6)
     assert (got.value.dtype, got.value.shape) == (torch.float64, (6, 4, 5))
-    assert kernel_calls[wing.op.name]
     four = defined("a, b, c, d", "return F.gelu(a) * b + F.gelu(c, approximate='tanh') * d - b * d")
     check_formula(four, input, target.double(), input.detach()[0], torch.rand(5).double())
-    assert kernel_calls[four.op.name]
+    assert kernel_calls[wing.op.name] == kernel_calls[four.op.name] == 2
 
 
 SHAPES = [((6,), shape) for shape in ((6,), (6, 6), (), (4,))]
@@ -377,9 +376,11 @@ def test_the_size_limit_applies_to_the_broadcast_shape(kernel_calls: KernelCalls
 
 def test_numbers_need_no_new_trace() -> None:
     """A parameter may be named like one of torch's deprecated arguments."""
-    value = "x = reduce * torch.log1p(reduce) * (a - b).abs() ** power + reduce"
-    parameters = "a, b, *, reduce=10.0, power=1.5, flag=False"
-    mine = defined(parameters, value, "return x * (2.0 - reduce) if flag else x")
+    mine = defined(
+        "a, b, *, reduce=10.0, power=1.5, flag=False",
+        "x = reduce * torch.log1p(reduce) * (a - b).abs() ** power + reduce",
+        "return x * (2.0 - reduce) if flag else x",
+    )
     operands = [x.double() for x in operands_of("wing")]
     numbers = [{"reduce": x, "power": y} for x, y in product((0.5, 1, 2.0, 7), (1.25, 1.5, 2.5))]
     others = {"power": 2.0}, {"power": 2}, {"flag": True}, {"power": 2.0, "reduce": 3.0}
@@ -508,9 +509,6 @@ def test_a_user_gradient_is_used_on_all_paths(kernel_calls: KernelCalls) -> None
     close(tangent, expected.sum())
     compiled = torch.compile(lambda x: of_one(x) * 2, backend="aot_eager", fullgraph=True)
     close(torch.autograd.grad(compiled(x), x)[0], 2 * expected)
-    compiled = torch.compile(step, backend="eager", fullgraph=True)
-    with torch.no_grad():
-        close(compiled(x, other), step(x, other))
     for strict in (True, False):
         program = torch.export.export(step.module(), (x.detach(), other.detach()), strict=strict)
         close(program.module()(x, other), step(x, other))
@@ -556,8 +554,7 @@ def test_invalid_user_gradients() -> None:
 
 
 def test_modules_pickles_and_copies() -> None:
-    input, target = operands_of("wing", 20)
-    module = wing.module(omega=5.0, reduction="sum")
+    (input, target), module = operands_of("wing", 20), wing.module(omega=5.0, reduction="sum")
     for same in (module, pickle.loads(pickle.dumps(module)), copy.deepcopy(module)):
         assert torch.equal(same(input, target), wing(input, target, omega=5.0, reduction="sum"))
     assert "omega=5.0" in repr(module)
