@@ -109,6 +109,13 @@ def outcome(call: Callable[[], Any]) -> Any:
         return error
 
 
+def flattened(results: Any) -> list[Tensor]:
+    """Returns the tensors of nested tuples, without None."""
+    if isinstance(results, Tensor):
+        return [results]
+    return [x for each in results if each is not None for x in flattened(each)]
+
+
 class Recording(TorchDispatchMode):
     """Collects the names of the operators that run. Under a mode, no kernel runs."""
 

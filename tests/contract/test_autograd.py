@@ -35,7 +35,7 @@ from catalogue import (
     every_operator,
     parameters,
 )
-from compare import DEVICE, random_grad_output
+from compare import DEVICE, flattened, random_grad_output
 from conftest import KernelCalls
 from torch import Tensor
 from torch.autograd import forward_ad
@@ -277,12 +277,6 @@ def test_results_can_be_changed_in_place(example: Example) -> None:
             torch.autograd.grad(value, leaves, above(value) / 2)
     else:
         close(torch.autograd.grad(value, leaves, above(value) / 2), expected)
-
-
-def flattened(results: Any) -> list[Tensor]:
-    if isinstance(results, Tensor):
-        return [results]
-    return [x for each in results if each is not None for x in flattened(each)]
 
 
 # ---- options that are tensors --------------------------------------------------------------------

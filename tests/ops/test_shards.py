@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 import torch.distributed as dist
-from compare import Recording
+from compare import Recording, flattened, outcome
 from processes import run_checks
 from torch import Tensor
 from torch.autograd import forward_ad
@@ -84,18 +84,9 @@ def check(**cases: Any) -> Any:
     return register
 
 
-def flat(found: Any) -> list[Tensor]:
-    if isinstance(found, Tensor):
-        return [found]
-    return [tensor for part in found if part is not None for tensor in flat(part)]
-
-
 def error_of(call: Any) -> str:
-    try:
-        call()
-    except (IndexError, RuntimeError, TypeError, ValueError) as error:
-        return f"{type(error).__name__}: {error}"
-    return "no error"
+    error = outcome(call)
+    return f"{type(error).__name__}: {error}"
 
 
 # ---- calls ---------------------------------------------------------------------------------------
@@ -160,7 +151,7 @@ class Case(NamedTuple):
 
     def results(self, leaves: dict[str, Tensor], **shard: Any) -> list[Tensor]:
         given = leaves | {"target": self.tensors()[1]} | self.options | shard
-        return flat(getattr(functional, self.name)(**given))
+        return flattened(getattr(functional, self.name)(**given))
 
     def outcome(self, classes: slice, **shard: Any) -> tuple[list[Tensor], list[list[Tensor]]]:
         """Returns the results, the gradients, and the second derivatives, also by grad_output."""
