@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 import torch
-from catalogue import COMPILED, EXAMPLES, Call, Example
+from catalogue import COMPILED, EXAMPLES, Call, Example, ours
 from catalogue import TORCH as F
-from compare import Outcome, evaluate
+from compare import Outcome, evaluate, flattened
 from conftest import KernelCalls
 from layouts import every_second, transposed
 from processes import process
@@ -244,28 +244,22 @@ def test_heads_with_float32_weights_under_autocast(op: str) -> None:
     assert all(gradient.dtype == torch.float32 for gradient in got.gradients)
 
 
-def with_metrics(*arguments: Tensor) -> Tensor:
-    loss, metrics = fused.linear_cross_entropy_with_metrics(*arguments, reduction="none")
-    return torch.stack([loss, *[x.to(loss.dtype) for x in metrics]])
+OPTIONS = "denominator=tensor", "with_metrics=True"
+WITH_OPTIONS = (
+    *[f"linear_cross_entropy-{x}" for x in OPTIONS],
+    "linear_log_probs-return_entropy=True",
+)
 
 
-OPTIONS: dict[str, Callable[[Tensor, Tensor], Any]] = {
-    "denominator": lambda x, y: fused.linear_cross_entropy(
-        x, y, INDICES, denominator=y.detach().exp().sum()
-    ),
-    "metrics": lambda x, y: with_metrics(x, y, INDICES),
-    "entropy": lambda x, y: torch.stack(
-        fused.linear_log_probs(x, y, INDICES, return_entropy=True)[:2]
-    ),
-}
-
-
-@pytest.mark.parametrize("step", OPTIONS.values(), ids=OPTIONS)
+@pytest.mark.parametrize("name", WITH_OPTIONS)
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
-def test_options_of_heads(step: Callable[..., Any], backend: str) -> None:
-    x, y = torch.randn(N, C, requires_grad=True), (WEIGHTS / 8).requires_grad_()
-    compiled = torch.compile(step, fullgraph=True, backend=backend)
-    assert_same(evaluate(compiled, x, y), evaluate(step, x, y))
+def test_options_of_heads(name: str, backend: str) -> None:
+    call = EXAMPLES[name].call(shape=(N, C))
+    step = lambda *x: flattened(ours(call, **call.given | dict(zip(call.leaves, x, strict=True))))  # noqa: E731
+    compiled, leaves = torch.compile(step, fullgraph=True, backend=backend), [*call.leaves.values()]
+    got, expected = compiled(*leaves), step(*leaves)
+    close(got, expected)
+    close(*[torch.autograd.grad(x[0].sum(), leaves) for x in (got, expected)])
 
 
 def test_second_derivatives_of_a_head() -> None:
