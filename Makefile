@@ -101,7 +101,7 @@ gpu-check: ## test and time the kernels on this machine's GPU, with the packages
 	@$(PYTHON) benchmarks/run.py gpu-check $(or $(OUT),$(error gpu-check needs OUT=folder))
 
 test-integrations: $(BUILD) $(EXTRAS) ## run the tests with transformers, TRL, Lightning, skorch and Liger
-	$(BIN)/pytest -m integrations $(PYTEST_ARGS)  # with python -m, transformers would import the folder kernels/
+	$(BIN)/pytest -n 2 --dist worksteal -m integrations tests/adopt/test_integrations.py tests/adopt/test_trl.py $(PYTEST_ARGS)  # with python -m, transformers would import the folder kernels/
 
 bench: $(BUILD) $(TOOLS) ## compare torch and pyfused, and write benchmarks/results/ (1 to 2 hours; THREADS=16)
 	$(BIN)/python benchmarks/run.py report $(THREADS:%=--threads %)
@@ -153,7 +153,7 @@ SANITIZED = cd $(SANITIZE)/lib && $(if $(PYFUSED_ISAS),PYFUSED_CPU_CAPABILITY=$(
 	LD_PRELOAD="$(call library,asan) $(call library,stdc++)" \
 	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 $(abspath $(BIN))/python
 library = $$($(CXX) -print-file-name=lib$(1).so)
-CHECKED = recycle cross_entropy cross_entropy_options metrics margin linear_cross_entropy log_probs distillation class_losses embedding_loss softmax pointwise_loss activation formula threads errors large vec
+CHECKED = recycle cross_entropy margin linear_cross_entropy log_probs distillation embedding_loss softmax pointwise_loss activation formula threads errors large vec
 AFTER_FREE = import torch; from pyfused.backends import cpu; x = torch.ones(9 << 20); \
 	address = cpu.empty(x.shape, x.dtype, x).data_ptr(); \
 	cpu.native.relu(0, 9 << 20, address, x.data_ptr(), (0.0, 0.0, 0.0), 1, ())

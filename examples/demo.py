@@ -309,7 +309,7 @@ def main() -> None:
         train_sum(regression.STEPS),
     ]
     torch.set_num_threads(threads)
-    gpt_runs = train_gpt(20 if arguments.quick else gpt.STEPS)
+    gpt_runs = train_gpt(8 if arguments.quick else gpt.STEPS)
 
     console = common.console()
     jobs = [*small_jobs, *(job for job, _ in gpt_runs)]

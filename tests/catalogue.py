@@ -44,12 +44,7 @@ from pyfused.ops.activation import Activation
 from pyfused.ops.distillation import Divergence
 from pyfused.ops.embedding import EmbeddingLoss
 from pyfused.ops.log_probs import LogProbsOperator
-from pyfused.ops.operators import (
-    KL_DIV_WITH_LOGITS,
-    LINEAR_CROSS_ENTROPY,
-    LOG_PROBS,
-    OPERATORS,
-)
+from pyfused.ops.operators import KL_DIV_WITH_LOGITS, LINEAR_CROSS_ENTROPY, LOG_PROBS, OPERATORS
 from pyfused.ops.softmax import Softmax
 
 SHAPE = (6, 5)
@@ -293,13 +288,7 @@ class Random(random.Random):
         return self.random() < 1 / n
 
 
-def random_call(
-    op: Operator,
-    seed: int,
-    elements: int,
-    layouts: dict[str, Layout] = LAYOUTS,
-    shared: Shared | None = None,
-) -> Call:
+def random_call(op: Operator, seed: int, elements: int, shared: Shared | None = None) -> Call:
     """Draws a call with tensors of at most `elements` elements; deterministic for a seed.
 
     Args:
@@ -334,9 +323,7 @@ def random_call(
         shape = shape_of(rng, elements, rng.choice([1, 2, 2, 2 if op.has_target else 3]))
         if shape[-1] == 1:
             shape[-1] = 5  # with one feature, gradients cancel
-        given["margin"] = (
-            given.get("margin", 1.0) + 0.0137
-        )  # exceeds any difference of a few features
+        given["margin"] = given.get("margin", 1.0) + 0.0137  # exceeds differences of few features
         found = {
             name: x[:1] if x.dim() > 1 and rng.once_in(8) else x  # broadcasts
             for name, x in operands(op, shape, given).items()
@@ -352,7 +339,7 @@ def random_call(
             found["logits"] = found["logits"].movedim(1, -1)
     if "token_weight" in found:
         found["token_weight"] = found["token_weight"].sub(0.2).clamp(min=0)
-    same, chosen = [*SAME_VALUES.values()], [*layouts.values()]
+    same, chosen = [*SAME_VALUES.values()], [*LAYOUTS.values()]
     tensors: dict[str, Any] = {}
     for name, operand in declared(op).items():
         alike = op.is_linear or isinstance(op, Divergence)
@@ -443,9 +430,7 @@ def shape_of(rng: Random, elements: int, dims: int) -> list[int]:
     return rng.sample(shape, dims)
 
 
-def of_classes(
-    rng: Random, elements: int, op: Operator, given: dict[str, Any]
-) -> dict[str, Tensor]:
+def of_classes(rng: Random, elements: int, op: Operator, given: Any) -> dict[str, Tensor]:
     shape = shape_of(rng, elements, rng.choice([1, 2, 3, 4]))
     of_class = len(shape) > 1
     if shape[of_class] == 1 and not rng.once_in(8):

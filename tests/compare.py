@@ -101,6 +101,21 @@ def assert_same(got: Tensor, native: Tensor, wide: Tensor) -> None:
     torch.testing.assert_close(got, wide.to(got.dtype), equal_nan=True, **tolerance)
 
 
+def outcome(call: Callable[[], Any]) -> Any:
+    """Returns what a call returns, or the error that it raises."""
+    try:
+        return call()
+    except Exception as error:
+        return error
+
+
+def flattened(results: Any) -> list[Tensor]:
+    """Returns the tensors of nested tuples, without None."""
+    if isinstance(results, Tensor):
+        return [results]
+    return [x for each in results if each is not None for x in flattened(each)]
+
+
 class Recording(TorchDispatchMode):
     """Collects the names of the operators that run. Under a mode, no kernel runs."""
 
@@ -177,13 +192,7 @@ class Errors:
         self.products: dict[str, float] = defaultdict(float)
 
     def add(
-        self,
-        result: str,
-        got: Tensor,
-        of_torch: Tensor,
-        exact: Tensor | Extended,
-        term: float = 0.0,
-        products: int = 0,
+        self, result: str, got: Tensor, native: Tensor, exact: Any, term: Any = 0, products: int = 0
     ) -> None:
         """Adds a result.
 
@@ -197,14 +206,14 @@ class Errors:
 
         Where the exact value overflows the dtype, both results must be equal.
         """
-        assert got.dtype == of_torch.dtype
+        assert got.dtype == native.dtype
         self.luck = 2.0 if got.dtype == torch.float64 else 1.75
         if got.dtype not in HALF:
             self.products[result] = max(self.products[result], 2 * math.sqrt(products))
         exact = extended(exact) if isinstance(exact, Tensor) else exact
-        assert got.shape == of_torch.shape == exact.shape
+        assert got.shape == native.shape == exact.shape
         fits = np.abs(exact) <= torch.finfo(got.dtype).max
-        ours, theirs = extended(got), extended(of_torch)
+        ours, theirs = extended(got), extended(native)
         assert np.array_equal(ours[~fits], theirs[~fits])
         if not fits.any():
             return
@@ -212,9 +221,8 @@ class Errors:
         error = np.abs(ours - exact)[fits] / unit
         torchs_error = np.abs(theirs - exact)[fits] / unit
         # torch returns NaN for more than 65504 smoothed classes in float16; ignore these errors.
-        self.reference[result] = max(
-            self.reference[result], np.nan_to_num(torchs_error, posinf=0).max()
-        )
+        largest = np.nan_to_num(torchs_error, posinf=0).max()
+        self.reference[result] = max(self.reference[result], largest)
         if not error.max() <= self.ours[result]:  # NaN is larger than any error
             worst = int(np.argmax(error))
             self.ours[result] = float(error[worst])

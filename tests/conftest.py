@@ -42,17 +42,10 @@ COMPILES = "test_backends", "test_convert", "test_formula", "test_heads", "test_
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption(
-        "--full",
-        action="store_true",
-        help="run all combinations of parameters, and tests that take minutes, gigabytes or builds",
-    )
-
-    parser.addoption(
-        "--slow",
-        action="store_true",
-        help="also run tests that start processes, build packages or run examples; in --full",
-    )
+    full = "run all combinations of parameters, and tests that take minutes, gigabytes or builds"
+    slow = "also run tests that start processes, build packages or run examples; in --full"
+    parser.addoption("--full", action="store_true", help=full)
+    parser.addoption("--slow", action="store_true", help=slow)
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -168,15 +161,8 @@ class KernelCalls(Counter[str]):
 def kernel_calls(monkeypatch: pytest.MonkeyPatch, fused: None) -> KernelCalls:
     """Counts kernel calls, because a test must not compare torch with torch."""
     calls = KernelCalls()
-    backwards = "activation_backward", "softmax_backward"
-    for family in (
-        *BY_NAME,
-        "embedding_loss",
-        "pointwise_loss",
-        "activation",
-        "softmax",
-        *backwards,
-    ):
+    losses = *BY_NAME, "embedding_loss", "pointwise_loss"
+    for family in (*losses, "activation", "activation_backward", "softmax", "softmax_backward"):
         if hasattr(backend, family):
             kernels = getattr(backend, family)
             monkeypatch.setattr(backend, family, calls.record(family, kernels))

@@ -36,15 +36,7 @@ def use_small_tiles() -> None:
     from pyfused.kernels import launch
 
     def choose(
-        itemsize: int,
-        classes: int = 0,
-        inner: int = 1,
-        *,
-        tensors: int = 1,
-        inner_contiguous: bool = False,
-        most_threads: int = 512,
-        once: bool = False,
-        shared: int = 0,
+        _: int, classes: int = 0, inner: int = 1, inner_contiguous: bool = False, **unused: Any
     ) -> launch.Choice:
         if not classes:
             return launch.Choice(1, 32, 32)

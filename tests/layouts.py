@@ -61,19 +61,11 @@ def batch_innermost(x: Tensor) -> Tensor:
     return x if x.dim() < 2 else x.movedim(0, -1).contiguous().movedim(-1, 0)
 
 
-SAME_VALUES: dict[str, Layout] = {
-    layout.__name__: layout
-    for layout in (
-        contiguous,
-        transposed,
-        classes_innermost,
-        every_second,
-        rows_apart,
-        misaligned,
-        last_dimensions_swapped,
-        batch_innermost,
-    )
-}
+_SAME = (
+    *(contiguous, transposed, classes_innermost, every_second, rows_apart, misaligned),
+    *(last_dimensions_swapped, batch_innermost),
+)
+SAME_VALUES: dict[str, Layout] = {layout.__name__: layout for layout in _SAME}
 
 
 def first_row_expanded(x: Tensor) -> Tensor:
@@ -95,13 +87,6 @@ def overlapping_windows(x: Tensor) -> Tensor:
     return torch.cat([x.reshape(-1), x.reshape(-1)]).as_strided(x.shape, (1, 1))
 
 
-REPEATING: dict[str, Layout] = {
-    layout.__name__: layout
-    for layout in (
-        first_row_expanded,
-        first_column_expanded,
-        one_element_expanded,
-        overlapping_windows,
-    )
-}
+_REPEATING = first_row_expanded, first_column_expanded, one_element_expanded, overlapping_windows
+REPEATING: dict[str, Layout] = {layout.__name__: layout for layout in _REPEATING}
 LAYOUTS = SAME_VALUES | REPEATING

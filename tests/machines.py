@@ -20,9 +20,9 @@ import torch
 from pyfused.backends import cpu
 
 TESTS = Path(__file__).parent
-PRODUCTS = "log_probs linear_cross_entropy distillation shards metrics wrapped_heads"
-KERNELS = """accuracy activation compile values class_losses cross_entropy cross_entropy_options
-    formula log_probs margin metrics pointwise_loss softmax"""
+PRODUCTS = "log_probs linear_cross_entropy distillation shards wrapped_heads"
+KERNELS = """accuracy activation compile values cross_entropy formula
+    log_probs margin pointwise_loss softmax"""
 THREADS = "threads parallel processes recycle wrapped_heads"
 
 MACHINES: tuple[tuple[dict[str, str], str], ...] = (

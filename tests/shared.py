@@ -1,23 +1,10 @@
 """Lists the files whose tests apply to every backend, also interpreted and on CUDA tensors."""
 
-SHARED = (
-    "contract/test_autograd.py",
-    "contract/test_fuzz.py",
-    "contract/test_options.py",
-    "contract/test_values.py",
-    "formula/test_formula.py",
-    "kernels/test_arithmetic.py",
-    "kernels/test_backends.py",
-    "kernels/test_totals.py",
-    "ops/test_activation.py",
-    "ops/test_class_losses.py",
-    "ops/test_cross_entropy.py",
-    "ops/test_cross_entropy_options.py",
-    "ops/test_distillation.py",
-    "ops/test_embedding_loss.py",
-    "ops/test_linear_cross_entropy.py",
-    "ops/test_log_probs.py",
-    "ops/test_metrics.py",
-    "ops/test_pointwise_loss.py",
-    "ops/test_softmax.py",
+CONTRACT = "autograd", "fuzz", "options", "values"
+KERNELS = "arithmetic", "backends", "totals"
+OPS = (
+    *("activation", "cross_entropy", "distillation", "embedding_loss", "linear_cross_entropy"),
+    *("log_probs", "pointwise_loss", "softmax"),
 )
+FOLDERS = {"contract": CONTRACT, "formula": ("formula",), "kernels": KERNELS, "ops": OPS}
+SHARED = tuple(f"{folder}/test_{name}.py" for folder in FOLDERS for name in FOLDERS[folder])

@@ -104,10 +104,7 @@ def _compare(
 
 
 def check(
-    op: FormulaOperator,
-    numbers: tuple[Any, ...],
-    kernels: Callable[..., Any] = cpu.pointwise_loss,
-    dtype: torch.dtype = torch.float64,
+    op: FormulaOperator, numbers: Any, kernels: Any = cpu.pointwise_loss, dtype: Any = torch.float64
 ) -> None:
     """Compares the kernel's results with the function's, and its gradients for any grad_output."""
     options = op.options(*numbers, "none")

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import subprocess
-import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -12,10 +10,12 @@ from typing import Any
 
 import pytest
 import torch
-from catalogue import COMPILED, EXAMPLES, Call, Example
+from catalogue import COMPILED, EXAMPLES, Call, Example, ours
 from catalogue import TORCH as F
-from compare import Outcome, evaluate
+from compare import Outcome, evaluate, flattened
 from conftest import KernelCalls
+from layouts import every_second, transposed
+from processes import process
 from torch import Tensor, nn
 from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -77,13 +77,6 @@ def assert_same(got: Outcome, expected: Outcome) -> None:
     close((got.value, *got.gradients), (expected.value, *expected.gradients), equal_nan=True)
 
 
-def assert_equals_eager(step: Step, x: Tensor, backend: Any = "aot_eager", **options: Any) -> None:
-    """Compiles a step as one graph, and compares value and gradient with eager torch."""
-    compiled = torch.compile(lambda x: step(fused, x), fullgraph=True, backend=backend, **options)
-    x = x.detach().requires_grad_()
-    assert_same(evaluate(compiled, x), evaluate(lambda x: step(F, x), x))
-
-
 # ---- losses and activations ----------------------------------------------------------------------
 
 
@@ -121,9 +114,14 @@ def test_losses_and_activations_are_torchs_functions(example: Example) -> None:
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_deprecated_arguments_cause_no_graph_break() -> None:
     """They warn, which the compiler cannot trace."""
-    mean = {"size_average": True, "reduce": True}
-    assert_equals_eager(lambda f, x: f.cross_entropy(x, INDICES, **mean), torch.randn(N, C))
-    assert_equals_eager(lambda f, x: f.mse_loss(x, TARGET, reduce=False), torch.randn(N, C))
+    x = torch.randn(N, C, requires_grad=True)
+    for name, target, options in (
+        ("cross_entropy", INDICES, {"size_average": True, "reduce": True}),
+        ("mse_loss", TARGET, {"reduce": False}),
+    ):
+        compiled = torch.compile(getattr(fused, name), fullgraph=True, backend="aot_eager")
+        calls = [evaluate(f, x, target, **options) for f in (compiled, getattr(F, name))]
+        assert_same(*calls)
 
 
 # ---- heads ---------------------------------------------------------------------------------------
@@ -137,14 +135,10 @@ def test_a_large_head_is_an_operator(
     assert hasattr(getattr(torch.ops, NAMESPACE), op)  # saved programs call it by name
     call = EXAMPLES[op].call(shape=(N, C))
     steps = [call.of_first(f, bounded=False) for f in (Call.ours, Call.reference)]
-    compiled = torch.compile(
-        lambda x: 3 * steps[0](x * 0.5 + 0.25),
-        fullgraph=True,
-        backend=graphs.backend,
-        dynamic=dynamic,
-    )
+    ours, theirs = (lambda x, f=f: 3 * f(x * 0.5 + 0.25) for f in steps)
+    compiled = torch.compile(ours, fullgraph=True, backend=graphs.backend, dynamic=dynamic)
     x = call.first.requires_grad_()
-    assert_same(evaluate(compiled, x), evaluate(lambda x: 3 * steps[1](x * 0.5 + 0.25), x))
+    assert_same(evaluate(compiled, x), evaluate(theirs, x))
     assert op in graphs.operators
     assert {*graphs.operators} <= {op, f"{op}_backward"}
     assert kernel_calls
@@ -181,28 +175,23 @@ def assert_registered(step: Callable[..., Any], *inputs: Tensor) -> None:
 
 
 CHECKED = *sizes.COMPILED, "linear_cross_entropy-none", "linear_kl_div-none"
-
-
-@pytest.mark.parametrize("name", CHECKED)
-def test_opcheck(name: str) -> None:
-    call = EXAMPLES[name].call(shape=(N, C))
-    leaves = [*call.leaves]
-    assert_registered(
-        lambda *x: call.ours(**dict(zip(leaves, x, strict=True))), *call.leaves.values()
-    )
-
-
 LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
-    "transposed": lambda x: x.t().contiguous().t(),
-    "strided": lambda x: x.repeat(2, 2)[::2, ::2],
+    "": lambda x: x,
+    "transposed": transposed,
+    "strided": every_second,
     "half": lambda x: x.half(),
 }
 
 
-@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
-def test_opcheck_of_strides_and_half_precision(layout: Callable[[Tensor], Tensor]) -> None:
-    x, weight = [layout(x).detach().requires_grad_() for x in (torch.randn(N, C), WEIGHTS)]
-    assert_registered(lambda x, w: fused.linear_cross_entropy(x, w, INDICES), x, weight)
+@pytest.mark.parametrize(
+    ("name", "layout"),
+    [*((name, "") for name in CHECKED), *((CHECKED[0], x) for x in LAYOUTS if x)],
+)
+def test_opcheck(name: str, layout: str) -> None:
+    call = EXAMPLES[name].call(shape=(N, C))
+    leaves = {n: LAYOUTS[layout](x.detach()).requires_grad_() for n, x in call.leaves.items()}
+    step = lambda *x: call.ours(**dict(zip(leaves, x, strict=True)))  # noqa: E731
+    assert_registered(step, *leaves.values())
 
 
 GPU_CALLS: dict[str, tuple[int, Any, str | None]] = {
@@ -250,35 +239,27 @@ def test_heads_with_float32_weights_under_autocast(op: str) -> None:
     expected = evaluate(step, *leaves)
     # Where products of bfloat16 are computed in float32, eager heads do not round the weight.
     rounding = torch.finfo(torch.bfloat16).eps
-    for x, y in zip(
-        [got.value, *got.gradients], [expected.value, *expected.gradients], strict=True
-    ):
+    for x, y in zip(*[(each.value, *each.gradients) for each in (got, expected)], strict=True):
         close(x, y, rtol=0, atol=rounding * float(y.abs().max()))
     assert all(gradient.dtype == torch.float32 for gradient in got.gradients)
 
 
-def with_metrics(*arguments: Tensor) -> Tensor:
-    loss, metrics = fused.linear_cross_entropy_with_metrics(*arguments, reduction="none")
-    return torch.stack([loss, *[x.to(loss.dtype) for x in metrics]])
+OPTIONS = "denominator=tensor", "with_metrics=True"
+WITH_OPTIONS = (
+    *[f"linear_cross_entropy-{x}" for x in OPTIONS],
+    "linear_log_probs-return_entropy=True",
+)
 
 
-OPTIONS: dict[str, Callable[[Tensor, Tensor], Any]] = {
-    "denominator": lambda x, y: fused.linear_cross_entropy(
-        x, y, INDICES, denominator=y.detach().exp().sum()
-    ),
-    "metrics": lambda x, y: with_metrics(x, y, INDICES),
-    "entropy": lambda x, y: torch.stack(
-        fused.linear_log_probs(x, y, INDICES, return_entropy=True)[:2]
-    ),
-}
-
-
-@pytest.mark.parametrize("step", OPTIONS.values(), ids=OPTIONS)
+@pytest.mark.parametrize("name", WITH_OPTIONS)
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
-def test_options_of_heads(step: Callable[..., Any], backend: str) -> None:
-    x, y = torch.randn(N, C, requires_grad=True), (WEIGHTS / 8).requires_grad_()
-    compiled = torch.compile(step, fullgraph=True, backend=backend)
-    assert_same(evaluate(compiled, x, y), evaluate(step, x, y))
+def test_options_of_heads(name: str, backend: str) -> None:
+    call = EXAMPLES[name].call(shape=(N, C))
+    step = lambda *x: flattened(ours(call, **call.given | dict(zip(call.leaves, x, strict=True))))  # noqa: E731
+    compiled, leaves = torch.compile(step, fullgraph=True, backend=backend), [*call.leaves.values()]
+    got, expected = compiled(*leaves), step(*leaves)
+    close(got, expected)
+    close(*[torch.autograd.grad(x[0].sum(), leaves) for x in (got, expected)])
 
 
 def test_second_derivatives_of_a_head() -> None:
@@ -362,6 +343,10 @@ def without_gradients(model: Any, compiled: Any) -> Step:
     return step
 
 
+def over_batch(model: Any, compiled: Any) -> Step:
+    return compiled(lambda x: torch.func.vmap(lambda x: model(x))(x).sum())
+
+
 def checkpointed(model: Any, compiled: Any) -> Step:
     return compiled(lambda x: checkpoint(model, x, x, use_reentrant=False))
 
@@ -378,12 +363,7 @@ PROGRAMS: dict[str, tuple[Callable[[Any, Any], Step], dict[str, Any], bool, int]
     "fullgraph": (loss_inside, {"fullgraph": True}, False, 0),
     "no_grad": (without_gradients, {}, False, 0),
     "checkpoint": (checkpointed, {}, False, 0),
-    "vmap": (
-        lambda model, c: c(lambda x: torch.func.vmap(lambda x: model(x))(x).sum()),
-        {},
-        False,
-        0,
-    ),
+    "vmap": (over_batch, {}, False, 0),
 }
 
 
@@ -437,9 +417,7 @@ def test_a_converted_sequential_is_a_whole_graph(fused_losses: list[Any]) -> Non
     assert not fused_losses
 
 
-def test_training_and_evaluation_of_a_converted_model_are_compiled_once(
-    fused_losses: list[Any],
-) -> None:
+def test_training_and_evaluation_are_compiled_once(fused_losses: list[Any]) -> None:
     model: Any = pyfused.convert(Tagger(), head="head", metrics=True)
     compiled, x = torch.compile(model, backend="aot_eager"), torch.randint(C, (4, LENGTH))
     frames = set[int]()
@@ -534,23 +512,21 @@ def test_heads_are_compiled_once_for_all_batch_sizes(op: str) -> None:
     assert graphs_of(step, tensors) <= 2  # the first batch size, and all others
 
 
-def test_a_memory_budget_that_changes() -> None:
-    def step(budget: int) -> Tensor:
-        return fused.linear_cross_entropy(X, WEIGHTS, INDICES, memory_budget=budget)
+@pytest.mark.parametrize(
+    ("op", "name", "number"),
+    [("linear_cross_entropy", "memory_budget", 1000), ("linear_kl_div", "beta", 0.25)],
+)
+def test_a_number_that_changes_between_calls(op: str, name: str, number: float) -> None:
+    """Dynamo traces the second value as a symbol; a budget needs no other program."""
+    call = EXAMPLES[op].call()
 
-    assert graphs_of(step, [(1000,), (2000,), (3000,), (4000,)]) == 2
-
-
-def test_a_number_that_changes_between_calls() -> None:
-    """Dynamo traces the second value as a symbol."""
-    call = EXAMPLES["linear_kl_div"].call()
-
-    def step(beta: float) -> Tensor:
-        return call.ours(beta=beta)
+    def step(value: Any) -> Tensor:
+        return call.ours(**{name: value})
 
     compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
-    for beta in (0.25, 0.5, 0.75):
-        close(compiled(beta), step(beta))
+    for k in (1, 2, 3):
+        close(compiled(k * number), step(k * number))
+    assert name == "beta" or graphs_of(step, [(k * number,) for k in (1, 2, 3, 4)]) == 2
 
 
 def test_marked_sizes_are_not_restricted(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -656,7 +632,5 @@ else:
 @pytest.mark.skipif(torch.__version__ < "2.12", reason="torch 2.11 is not tested")
 def test_a_saved_program_loads_in_another_process(tmp_path: Path) -> None:
     for action in ("save", "load"):
-        subprocess.run(
-            [sys.executable, "-W", "ignore", "-c", SAVED, action, str(tmp_path / "program")],
-            check=True,
-        )
+        done = process("-W", "ignore", "-c", SAVED, action, str(tmp_path / "program"))
+        assert done.returncode == 0, done.stderr

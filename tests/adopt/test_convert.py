@@ -116,16 +116,14 @@ def with_forward(module: nn.Module) -> nn.Module:
     return module
 
 
+OfTimm = type("GELU", (nn.Module,), {"__module__": "timm.layers.activations"})
 WITHOUT = "has no counterpart in pyfused.nn"
 LEFT: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "RReLU": (nn.RReLU, WITHOUT),
     "Mine": (type("Mine", (nn.modules.loss._Loss,), {}), WITHOUT),
     "HingeLoss": (pyfused.nn.HingeLoss, "is already a module of pyfused.nn"),
     "MyReLU": (MyReLU, "is a subclass of torch.nn.ReLU"),
-    "GELU": (
-        type("GELU", (nn.Module,), {"__module__": "timm.layers.activations"}),
-        "is a class of timm.layers.activations, not torch.nn.GELU",
-    ),
+    "GELU": (OfTimm, "is a class of timm.layers.activations, not torch.nn.GELU"),
     "ReLU": (lambda: with_forward(nn.ReLU()), "its forward was replaced"),
     "Tanh": (nn.Tanh, "its forward was replaced"),
     "RecursiveScriptModule": (lambda: torch.jit.script(nn.ReLU()), "is compiled by torch.jit"),
@@ -139,10 +137,8 @@ def test_losses_and_activations_that_are_left(name: str, monkeypatch: pytest.Mon
     monkeypatch.setattr(nn.Tanh, "forward", lambda _, x: x)
     model = nn.Sequential(nn.MultiheadAttention(2, 1), nn.Dropout(), make(), nn.ReLU())
     plan = pyfused.plan_conversion(model)
-    assert (plan.swapped, [(left.name, left.reason) for left in plan.left]) == (
-        ("3",),
-        [("2", reason)],
-    )
+    assert plan.swapped == ("3",)
+    assert [(left.name, left.reason) for left in plan.left] == [("2", reason)]
     assert str(plan).splitlines()[0].split()[2:] == ["left:", *reason.split()]
     before = types(model)[:-1]
     assert types(pyfused.convert(model))[:-1] == before

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import KernelCalls
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.overrides import BaseTorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
@@ -106,22 +106,14 @@ def test_active_modes() -> None:
     def reason() -> str:
         return pyfused.explain("relu", X).reason
 
-    found = []
+    found = list[str]()
     torch.func.vmap(lambda x: (found.append(reason()), x)[1])(X)
     torch.jit.trace(lambda x: (found.append(reason()), x)[1], X, check_trace=False)
-    with forward_ad.dual_level():
-        found.append(reason())
-    with BaseTorchFunctionMode():
-        found.append(reason())
-    with FlopCounterMode(display=False):
-        found.append(reason())
-    assert found == [
-        "torch.func",
-        "torch.jit.trace",
-        "forward-mode AD",
-        "a torch dispatch or function mode",
-        "a torch dispatch or function mode",
-    ]
+    for mode in (forward_ad.dual_level(), BaseTorchFunctionMode(), FlopCounterMode(display=False)):
+        with mode:
+            found.append(reason())
+    modes = ["a torch dispatch or function mode"] * 2
+    assert found == ["torch.func", "torch.jit.trace", "forward-mode AD", *modes]
     with torch.device("cpu"):  # a mode that affects only new tensors
         assert pyfused.explain("relu", X).backend == "cpu"
 
@@ -147,14 +139,10 @@ def test_each_fallback_is_logged_but_no_small_call(
         assert re.search(words, line)
 
 
-@pytest.mark.parametrize(
-    "op",
-    [
-        *("rellu", "layer_norm", torch.nn.functional.layer_norm, torch.nn.Linear(2, 2)),
-        *(len, torch.celu_, 3),
-    ],
-    ids=lambda x: getattr(x, "__name__", str(x)),
-)
+UNKNOWN = "rellu", "layer_norm", nn.functional.layer_norm, nn.Linear(2, 2), len, torch.celu_, 3
+
+
+@pytest.mark.parametrize("op", UNKNOWN, ids=lambda x: getattr(x, "__name__", str(x)))
 def test_an_unknown_operator(op: Any) -> None:
     with pytest.raises(ValueError, match=r"op: expected a function (?s:.*), got (?s:.*)"):
         pyfused.explain(op, X)

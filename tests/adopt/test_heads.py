@@ -6,7 +6,6 @@ import contextlib
 import copy
 import gc
 import pickle
-import sys
 import warnings
 import weakref
 from collections.abc import Callable
@@ -157,21 +156,18 @@ def test_a_parametrized_weight_is_read_as_often_as_by_torch() -> None:
 
 
 class Checkpointed(Model):
-    """A model whose head and loss are recomputed in the backward pass."""
-
-    reentrant = False
+    """Recomputes head and loss in the backward pass; test_lazy_logits.py checkpoints models."""
 
     def forward(self, x: Tensor, target: Tensor) -> Any:  # type: ignore[override]
         def loss_of(hidden: Tensor) -> Tensor:
             return F.cross_entropy(self.head(hidden).flatten(0, 1), target)
 
-        return None, checkpoint(loss_of, self.emb(x), use_reentrant=self.reentrant)
+        return None, checkpoint(loss_of, self.emb(x), use_reentrant=True)
 
 
 COPIES: dict[str, tuple[type[Model], Callable[[Any], Any]]] = {
     "itself": (Model, lambda model: model),
     "checkpoint": (Checkpointed, lambda model: model),
-    "reentrant": (Checkpointed, lambda model: setattr(model, "reentrant", True) or model),
     "copy": (Model, copy.copy),
     "deepcopy": (Model, copy.deepcopy),
     "pickle": (Model, lambda model: pickle.loads(pickle.dumps(model))),
@@ -218,6 +214,7 @@ def test_a_model_that_is_used_while_it_is_copied(monkeypatch: pytest.MonkeyPatch
 
 
 @pytest.mark.filterwarnings("ignore:pyfused.convert")
+@pytest.mark.usefixtures("switching")
 def test_threads_that_read_the_logits_of_one_call() -> None:
     model = pyfused.convert(Model(), head="head")
     readers: list[Callable[[Tensor], Tensor]] = [
@@ -227,16 +224,10 @@ def test_threads_that_read_the_logits_of_one_call() -> None:
         lambda x: x.transpose(0, 1).float().max(-1).values,
     ]
     expected = [read(Model()(X)) for read in readers]
-    interval = sys.getswitchinterval()
-    sys.setswitchinterval(1e-6)
-    try:
-        with ThreadPoolExecutor(len(readers)) as threads:
-            for _ in range(50):
-                logits = model(X)
-                found = [*threads.map(lambda read, x=logits: read(x), readers)]
-                assert_close(found, expected)
-    finally:
-        sys.setswitchinterval(interval)
+    with ThreadPoolExecutor(len(readers)) as threads:
+        for _ in range(50):
+            logits = model(X)
+            assert_close([*threads.map(lambda read, x=logits: read(x), readers)], expected)
 
 
 # Calls of pyfused that receive lazy logits.
@@ -377,10 +368,10 @@ def test_a_compiled_model_is_that_of_torch(kind: type[Model]) -> None:
     found: list[Any] = []
     for convert in (False, True):
         torch.compiler.reset()
-        graphs: list[str] = []
+        graphs: list[int] = []
 
-        def backend(program: Any, _: Any, graphs: list[str] = graphs) -> Any:
-            graphs.append(str([(node.op, str(node.target)) for node in program.graph.nodes]))
+        def backend(program: Any, _: Any, graphs: list[int] = graphs) -> Any:
+            graphs.append(sum(node.op == "call_function" for node in program.graph.nodes))
             return program.forward
 
         model: Any = kind()
@@ -391,8 +382,7 @@ def test_a_compiled_model_is_that_of_torch(kind: type[Model]) -> None:
         logits, loss = torch.compile(model, backend=backend, fullgraph=kind is Model)(X, TARGET)
         assert type(logits) is Tensor
         gradients = torch.autograd.grad(loss, [*model.parameters()])
-        calls = [graph.count("call_function") for graph in graphs]
-        found.append((logits.detach(), loss.detach(), gradients, calls))
+        found.append((logits.detach(), loss.detach(), gradients, graphs))
     assert model.pyfused_metrics is None
     assert_close(found[1], found[0], rtol=0, atol=0)
 
@@ -405,15 +395,6 @@ def test_an_exported_model_is_that_of_torch(strict: bool) -> None:
     assert programs[0].graph_module.code == programs[1].graph_module.code
     found = [program.module()(X, TARGET) for program in programs]
     assert_close(found[1], found[0], rtol=0, atol=0)
-
-
-def test_a_compiled_loss(compiler: None, losses: list[Tensor]) -> None:
-    """The loss of lazy logits is fused outside of the compiled program, without a warning."""
-    model = pyfused.convert(Model(), head="head")
-    loss_of = torch.compile(lambda x: F.cross_entropy(x.flatten(0, 1), TARGET), backend="eager")
-    loss = loss_of(model(X))
-    assert losses
-    assert_close(loss, F.cross_entropy(Model()(X).flatten(0, 1), TARGET))
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -93,8 +93,7 @@ NO_DROPOUT = dict.fromkeys(
 )
 
 
-def llama(**more: Any) -> Any:
-    return language_models.tiny("LlamaForCausalLM", **more)
+llama = partial(language_models.tiny, "LlamaForCausalLM")
 
 
 def batch() -> dict[str, Tensor]:
@@ -103,12 +102,6 @@ def batch() -> dict[str, Tensor]:
     labels = tokens.clone()
     labels[:, ::4] = -100
     return {"input_ids": tokens, "labels": labels}
-
-
-def whisper() -> tuple[Any, dict[str, Any]]:
-    sizes = {"num_mel_bins": 8, "max_source_positions": 20, "max_target_positions": 64}
-    model = language_models.tiny("WhisperForConditionalGeneration", **sizes)
-    return model, {"input_features": torch.rand(8, 8, 40), "labels": batch()["labels"]}
 
 
 def bert_pretraining() -> tuple[Any, dict[str, Any]]:
@@ -138,8 +131,6 @@ LANGUAGE_MODELS: dict[str, Callable[[], tuple[Any, dict[str, Any]]]] = {
     "Llama": partial(causal, "LlamaForCausalLM", torch.tensor(9)),
     "Mixtral": partial(causal, "MixtralForCausalLM", 7, output_router_logits=True),
     "Gemma2": partial(causal, "Gemma2ForCausalLM", 7, **GEMMA),
-    "GPT2": partial(causal, "GPT2LMHeadModel", **NO_DROPOUT),
-    "Whisper": whisper,
     "BERT": bert_pretraining,
     "two BERTs": bert_to_bert,
 }
@@ -179,9 +170,7 @@ def test_language_models(name: str, kernel_calls: KernelCalls) -> None:
 
 def test_language_models_that_return_logits() -> None:
     model = llama()
-    assert "." in pyfused.plan_conversion(model).swapped
     pyfused.convert(model)
-    assert pyfused.plan_conversion(model).left[0].reason == "is already converted"
     assert not are_computed(model(input_ids=batch()["input_ids"]).logits)  # without a loss
     assert model(batch()["input_ids"], logits_to_keep=2).logits.shape[1] == 2
     output = model(batch()["input_ids"], None, None, None, None, batch()["labels"])
@@ -197,33 +186,29 @@ def test_language_models_that_return_logits() -> None:
     assert are_computed(model(**batch()).logits)
 
 
-def offloaded(how: str, folder: Path, model: Any) -> Any:
+def offloaded(whole: bool, folder: Path, model: Any) -> Any:
     accelerate = pytest.importorskip("accelerate")
-    if how == "dispatch_model":
-        places = {"model": "cpu", "lm_head": "disk"}
-        accelerate.dispatch_model(model, places, offload_dir=folder, main_device="cpu")
-    elif how == "disk_offload":
-        accelerate.disk_offload(model, folder, execution_device=torch.device("cpu"))
-    else:
-        accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
-    return model
+    if whole:
+        return accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
+    places = {"model": "cpu", "lm_head": "disk"}
+    return accelerate.dispatch_model(model, places, offload_dir=folder, main_device="cpu")
 
 
 @pytest.mark.parametrize("when", ["before", "after"])
-@pytest.mark.parametrize("how", ["cpu_offload", "disk_offload", "dispatch_model"])
-def test_offloaded_language_models(how: str, when: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("whole", [True, False])
+def test_offloaded_language_models(whole: bool, when: str, tmp_path: Path) -> None:
     """accelerate replaces the head's forward, and moves its weight to meta."""
-    expected = offloaded(how, tmp_path / "expected", llama())
+    expected = offloaded(whole, tmp_path / "expected", llama())
     model = llama()
     if when == "before":
-        offloaded(how, tmp_path / "model", model)
+        offloaded(whole, tmp_path / "model", model)
         left = pyfused.plan_conversion(model).left
         assert left[0].reason.startswith("the forward of its head was replaced")
         pyfused.convert(model)
     else:
         reasons._reported.clear()
         assert not are_computed(pyfused.convert(model)(**batch()).logits)
-        offloaded(how, tmp_path / "model", model)
+        offloaded(whole, tmp_path / "model", model)
         with pytest.warns(RuntimeWarning, match="forward of its head was replaced"):
             model(**batch())
     output = model(**batch())
@@ -240,7 +225,7 @@ def test_outputs_of_language_models() -> None:
     torch.testing.assert_close(pickle.loads(pickle.dumps(output)).logits, expected.logits)
 
 
-COMPILED = "GPT2LMHeadModel", "LlamaForCausalLM", "BertForMaskedLM", "T5ForConditionalGeneration"
+COMPILED = "LlamaForCausalLM", "BertForMaskedLM"
 
 
 @pytest.mark.parametrize("name", COMPILED)
@@ -324,7 +309,8 @@ def test_evaluation_and_metrics_with_trainer() -> None:
     assert [0 <= accuracy <= 1 for accuracy in found] == [True] * 3
 
 
-def test_every_causal_language_model_of_the_list() -> None:
+@pytest.mark.parametrize("part", range(4))
+def test_every_causal_language_model_of_the_list(part: int) -> None:
     """The list of converted models is correct, and gradients are equal."""
     results = Path(__file__).parents[2] / "benchmarks" / "results"
     page = (results / "transformers-5.23" / "classes.md").read_text()
@@ -334,8 +320,8 @@ def test_every_causal_language_model_of_the_list() -> None:
     }
     assert set(listed) == set(language_models.names())
     assert sum(reason == "converted" for reason in listed.values()) >= 240
-    found = {name: language_models.conversion(name) for name in listed}
-    assert found == listed
+    for name in sorted(listed)[part::4]:
+        assert language_models.conversion(name) == listed[name], name
 
 
 def test_gradient_accumulation_with_a_fused_head() -> None:
@@ -410,12 +396,8 @@ def with_adapters(model: Any, **options: Any) -> Any:
 @pytest.mark.parametrize("when", ["the PEFT model", "the model inside", "before get_peft_model"])
 def test_a_trained_copy_of_the_head(when: str) -> None:
     pytest.importorskip("peft")
-    options, plain = (
-        {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},
-        "before" in when,
-    )
-    expected = step(with_adapters(llama(), **options))
-    inner = llama()
+    options: Any = {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}
+    expected, inner, plain = step(with_adapters(llama(), **options)), llama(), "before" in when
     model = with_adapters(pyfused.convert(inner) if plain else inner, **options)
     if not plain:
         pyfused.convert(model if when == "the PEFT model" else model.base_model.model)
@@ -424,7 +406,7 @@ def test_a_trained_copy_of_the_head(when: str) -> None:
         assert_same_steps(step(model), expected)
 
 
-@pytest.mark.parametrize("when", ["before", "after", "named"])
+@pytest.mark.parametrize("when", ["before", "after"])
 def test_torch_computes_the_logits_of_a_head_with_an_adapter(when: str) -> None:
     pytest.importorskip("peft")
     options = {"target_modules": ["q_proj", "lm_head"]}
@@ -437,10 +419,10 @@ def test_torch_computes_the_logits_of_a_head_with_an_adapter(when: str) -> None:
             step(model)
     else:
         model = with_adapters(llama(), **options)
-        inner, head = model.base_model.model, {} if when == "after" else {"head": "lm_head"}
-        assert pyfused.plan_conversion(inner, **head).left[0].reason == reason
+        inner = model.base_model.model
+        assert pyfused.plan_conversion(inner).left[0].reason == reason
         with pytest.warns(RuntimeWarning, match=reason):
-            pyfused.convert(inner, **head)
+            pyfused.convert(inner)
     with warnings.catch_warnings():
         warnings.simplefilter("error", RuntimeWarning)
         found = step(model)

@@ -340,12 +340,7 @@ OPERATORS: dict[str, tuple[Callable[..., Tensor], str | None]] = {
     "NumPy": (of_rows(lambda m, x: x * np.float32(0.5)), None),
     "to": (of_rows(lambda m, x: x.to(x.device, x.dtype, non_blocking=True)), None),
     "permute": (lambda m, x: F.cross_entropy(torch.permute(x, (0, 2, 1)), PLACES), None),
-    "movedim": (
-        lambda m, x: F.cross_entropy(
-            x.view(4, 4, 4, 40).movedim(3, 1), TARGET.view(4, 4, 4), 1.5 + m.bias[0]
-        ),
-        None,
-    ),
+    "weight": (lambda m, x: F.cross_entropy(x.movedim(2, 1), PLACES, 1.5 + m.bias[0]), None),
     "t": (lambda m, x: F.cross_entropy(x.view(-1, 40).t().unsqueeze(0), TARGET[None]), None),
     "moved log_softmax": (lambda m, x: F.nll_loss(x.mT.log_softmax(1), PLACES), None),
     "moved, sliced": (lambda m, x: F.cross_entropy(x.mT[..., :-1], PLACES[:, 1:]), None),
@@ -448,7 +443,7 @@ def test_dtypes(of_model: Any, of_loss: Any, casts: bool, losses: list[Tensor]) 
         assert len(losses) >= (4 if fuses_weights else 2)
 
 
-# Wrong arguments of losses and of operators, whose errors are torch's.
+# Wrong arguments of losses and of an operator, whose errors are torch's.
 WRONG: list[Callable[[Tensor], Any]] = [
     lambda x: F.cross_entropy(x, TARGET.int()),
     lambda x: F.cross_entropy(x, TARGET.index_fill(0, TARGET[3], 40)),
@@ -461,25 +456,19 @@ WRONG: list[Callable[[Tensor], Any]] = [
     lambda x: F.cross_entropy(x, TARGET, reduction="average"),
     lambda x: F.cross_entropy(x, TARGET, ignore_index=None),  # type: ignore[arg-type]
     lambda x: F.nll_loss(x.log_softmax(1), TARGET, reduction="average"),
-    lambda x: x.view(7, -1),
-    lambda x: x.transpose(0, 2),
-    lambda x: x.unbind(5),
-    lambda x: x[64],
-    lambda x: x[torch.tensor([1, 64])],
-    lambda x: x[torch.ones(9, dtype=torch.bool)],
-    lambda x: x + torch.ones(39),
+    lambda x: x[torch.tensor([1, 64])],  # test_every_method tries other wrong operators
 ]
 
 
 @pytest.mark.filterwarnings("ignore:pyfused.convert")
-@pytest.mark.parametrize("number", range(len(WRONG)))
-def test_torchs_errors(number: int) -> None:
+@pytest.mark.parametrize("call", WRONG)
+def test_torchs_errors(call: Callable[[Tensor], Any]) -> None:
     """An error leaves nothing behind: the logits can be read, and have a loss, afterwards."""
     errors, results = [], []
     for model in (Model(), pyfused.convert(Model(), head="head")):
         logits = model(X).flatten(0, 1)
         with pytest.raises((RuntimeError, TypeError, IndexError, ValueError)) as raised:
-            WRONG[number](logits)
+            call(logits)
         errors.append((raised.type, str(raised.value).partition("\n")[0]))
         results.append([F.cross_entropy(logits, TARGET), logits * torch.tensor(2.0)])
     assert errors[0] == errors[1]
@@ -516,8 +505,8 @@ KEYWORDS: list[dict[str, Any]] = [
     *({"dtype": torch.float32}, {"dtype": torch.float64}, {"k": 2, "dim": -1}, {"axis": 1}),
 ]
 ARGUMENTS: list[Any] = [(x, {}) for x in POSITIONAL] + [((), x) for x in KEYWORDS]
-# Their results are addresses or undefined, they belong to a node of autograd or need other devices;
-# or they change the shape of logits, which is an error.
+# Their results are addresses or undefined (gradients of lu, as the logits have a low rank), they
+# belong to a node of autograd or need other devices, or they change the shape of logits, an error.
 EXCLUDED = (
     "backward register_hook retain_grad register_post_accumulate_grad_hook share_memory_ map_"
     " map2_ apply_ new type pin_memory record_stream storage untyped_storage data_ptr"
@@ -526,7 +515,7 @@ EXCLUDED = (
     " resize_as resize_ has_names resize_as_ resize_as_sparse_ to_sparse sparse_resize_"
     " sparse_resize_and_clear_ is_set_to new_empty new_empty_strided detach_ dequantize"
     " unsqueeze_ transpose_ swapdims_ swapaxes_ t_ squeeze_ to_dense to_sparse_csr to_sparse_csc"
-    " to_sparse_bsr to_sparse_bsc to_sparse_coo"
+    " to_sparse_bsr to_sparse_bsc to_sparse_coo lu"
 )
 PYTHONS = "getitem add radd mul rmul truediv rtruediv sub pow matmul eq lt neg iter contains bool"
 METHODS = [f"__{name}__" for name in PYTHONS.split()]
@@ -569,7 +558,7 @@ def test_every_method(part: int) -> None:
     model, count = pyfused.convert(Model(), head="head"), Counter[bool]()
     for name in sorted({*METHODS} - {*EXCLUDED.split()})[part::4]:
         functions = [getattr(owner, name, None) for owner in (torch, F)]
-        for args, kwargs in [((), {}), *draw.sample(ARGUMENTS, 8)]:
+        for args, kwargs in [((), {}), *draw.sample(ARGUMENTS, 5)]:
             calls = [lambda x, n=name, a=args, k=kwargs: getattr(x, n)(*a, **k)]
             for function in filter(callable, functions):
                 calls.append(lambda x, f=function, a=args, k=kwargs: f(x, *a, **k))
@@ -586,7 +575,7 @@ def test_every_method(part: int) -> None:
                         assert [*map(type, pair[0])] == [*map(type, pair[1])], described
                     else:
                         assert_close(*pair, **options, msg=described)
-    assert min(count.values()) > 300, count
+    assert min(count.values()) > 200, count
 
 
 # ---- when logits can be read ---------------------------------------------------------------------

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from types import BuiltinFunctionType
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -59,16 +60,11 @@ def put_back() -> Iterator[None]:
 def test_patched_functions_methods_and_modules_of_torch(kernel_calls: KernelCalls) -> None:
     def results() -> list[Tensor]:
         x = X.clone().requires_grad_()
+        modules = nn.MSELoss()(x, X * 2), nn.ReLU()(x), nn.Sequential(nn.ReLU(inplace=True))(x * 1)
         values = [
-            F.cross_entropy(x, TARGET, label_smoothing=0.1),
-            nn.functional.mse_loss(x, X * 2, reduction="none"),
-            F.relu(x),
-            F.relu(input=x),
-            F.gelu(x),
-            nn.CrossEntropyLoss(ignore_index=1)(x, TARGET),
-            nn.MSELoss()(x, X * 2),
-            nn.ReLU()(x),
-            nn.Sequential(nn.ReLU(inplace=True))(x * 1),
+            *(F.cross_entropy(x, TARGET, label_smoothing=0.1), F.gelu(x)),
+            *(F.mse_loss(x, X * 2, reduction="none"), F.relu(x), F.relu(input=x)),
+            *(nn.CrossEntropyLoss(ignore_index=1)(x, TARGET), *modules),
         ]
         return [v.detach() for v in values] + [torch.autograd.grad(v.sum(), x)[0] for v in values]
 
@@ -96,37 +92,29 @@ def test_other_names_are_torchs(kernel_calls: KernelCalls) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_failing_call_is_made_once(name: str) -> None:
-    class Refuses(TorchDispatchMode):
-        calls = 0
+    refuse = Mock(side_effect=RuntimeError("refused"))
 
+    class Refuses(TorchDispatchMode):
         def __torch_dispatch__(self, *_: Any) -> Any:
-            self.calls += 1
-            raise RuntimeError("refused")
+            refuse()
 
     args, kwargs = calls_of(name)[0]
-    with pyfused.patch(), Refuses() as mode, pytest.raises(RuntimeError, match="refused") as raised:
+    with pyfused.patch(), Refuses(), pytest.raises(RuntimeError, match="refused") as raised:
         getattr(F, name)(*args, **kwargs)
     assert raised.value.__context__ is None
-    assert mode.calls == 1
+    refuse.assert_called_once()
 
 
-@pytest.mark.parametrize(
-    "error",
-    [RuntimeError, TypeError, torch.OutOfMemoryError, MemoryError, KeyError, KeyboardInterrupt],
-)
-def test_other_errors_pass_through(
-    error: type[BaseException], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    calls = []
+ERRORS = RuntimeError, TypeError, torch.OutOfMemoryError, MemoryError, KeyError, KeyboardInterrupt
 
-    def fails(*call: Any) -> Tensor:
-        calls.append(call)
-        raise error("of a hook, of the user or of torch")
 
+@pytest.mark.parametrize("error", ERRORS)
+def test_errors_pass_through(error: type[BaseException], monkeypatch: pytest.MonkeyPatch) -> None:
+    fails = Mock(side_effect=error("of a hook, of the user or of torch"))
     monkeypatch.setattr(type(OPERATORS["relu"]), "fused", fails)
     with pyfused.patch(), pytest.raises(error, match="of a hook"):
         F.relu(X)
-    assert len(calls) == 1  # not caught
+    fails.assert_called_once()  # not caught
 
 
 WARNS = [
@@ -210,14 +198,13 @@ def test_torch_function_receives_the_same_calls_as_without_patch(name: str) -> N
                 SEEN.clear()
                 with Mode() if place is None else contextlib.nullcontext():
                     result = getattr(F, name)(*given, **kwargs)
-                yield type(result), SEEN.copy(), result.as_subclass(Tensor)
+                yield (type(result), SEEN.copy()), result.as_subclass(Tensor)
 
-    expected = [*calls()]
+    (expected, values), found = zip(*calls(), strict=True), list[Any]()
     with pyfused.patch():
-        got = [*calls()]
-    for (*found, result), (*seen, value) in zip(got, expected, strict=True):
-        assert found == seen
-        torch.testing.assert_close(result, value)
+        found += zip(*calls(), strict=True)
+    assert found[0] == expected
+    torch.testing.assert_close(found[1], values)
 
 
 class Forms(nn.Module):
@@ -316,9 +303,7 @@ def test_patched_functions_look_like_the_originals() -> None:
 @pytest.mark.filterwarnings("ignore:enable_nested_tensor")
 @pytest.mark.parametrize("saved_while_patched", [False, True])
 @pytest.mark.parametrize("made_while_patched", [False, True])
-def test_modules_with_functions_are_saved(
-    made_while_patched: bool, saved_while_patched: bool
-) -> None:
+def test_modules_are_pickled(made_while_patched: bool, saved_while_patched: bool) -> None:
     """Pickles refer to torch only, also those of layers with a default activation."""
 
     def during(patched: bool) -> Any:

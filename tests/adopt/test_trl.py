@@ -22,7 +22,6 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore"),  # raised by these libraries
 ]
 NAME = "_ChunkedLogProbFunction"
-OUTPUTS = ("entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
 KNOWN = ("entropy", "mean_logits", "is_top1")
 TOKENS, FEATURES, CLASSES, CHUNK = 40, 24, 600, 256
 OPTIONS = {
@@ -91,12 +90,7 @@ def error(found: Tensor, expected: Tensor) -> float:
     autocast=[False, True],
 )
 def test_values_and_gradients(
-    options: str,
-    dtype: torch.dtype,
-    bias: bool,
-    autocast: bool,
-    utils: ModuleType,
-    kernel_calls: KernelCalls,
+    options: str, dtype: Any, bias: bool, autocast: bool, utils: Any, kernel_calls: KernelCalls
 ) -> None:
     """Results have TRL's dtypes, and are as accurate as TRL's."""
     tensors, original = draw(dtype, bias), getattr(utils, NAME)
@@ -133,18 +127,12 @@ def bfloat16(tensor: Tensor) -> Tensor:
     return tensor.detach().bfloat16().requires_grad_()
 
 
+PARTITIONED = "the weight is partitioned by ZeRO-3"
+TWO_DTYPES = "the hidden states and the layer differ in dtype"
 NOT_POSITIVE = "the temperature, the scale or the softcap is not positive"
 FALLBACKS: dict[str, tuple[str, Any, tuple[Any, float]]] = {
-    "ZeRO-3": (
-        "the weight is partitioned by ZeRO-3",
-        lambda x: setattr(x[1], "ds_id", 0),
-        (None, 1.0),
-    ),
-    "two dtypes": (
-        "the hidden states and the layer differ in dtype",
-        lambda x: x.__setitem__(1, bfloat16(x[1])),
-        (None, 1.0),
-    ),
+    "ZeRO-3": (PARTITIONED, lambda x: setattr(x[1], "ds_id", 0), (None, 1.0)),
+    "two dtypes": (TWO_DTYPES, lambda x: x.__setitem__(1, bfloat16(x[1])), (None, 1.0)),
     "subclass": ("input is a Buffer", lambda x: x.__setitem__(0, subclass(x[0])), (None, 1.0)),
     "zero scale": (NOT_POSITIVE, lambda _: None, (3.0, 0.0)),
     "negative scale": (NOT_POSITIVE, lambda _: None, (3.0, -0.5)),
@@ -153,11 +141,7 @@ FALLBACKS: dict[str, tuple[str, Any, tuple[Any, float]]] = {
 
 @pytest.mark.parametrize(("reason", "change", "factors"), FALLBACKS.values(), ids=FALLBACKS)
 def test_unsupported_calls_use_the_original(
-    reason: str,
-    change: Any,
-    factors: tuple[Any, float],
-    utils: ModuleType,
-    kernel_calls: KernelCalls,
+    reason: str, change: Any, factors: Any, utils: ModuleType, kernel_calls: KernelCalls
 ) -> None:
     """Each reason is reported by one warning."""
     tensors, original, options = draw(torch.float32), getattr(utils, NAME), (1.0, *factors)
@@ -174,9 +158,7 @@ def test_unsupported_calls_use_the_original(
 
 
 @pytest.mark.thresholds
-def test_a_small_call_uses_the_original_without_a_warning(
-    utils: ModuleType, kernel_calls: KernelCalls
-) -> None:
+def test_a_small_call_uses_the_original(utils: ModuleType, kernel_calls: KernelCalls) -> None:
     tensors, original = draw(torch.float32), getattr(utils, NAME)
     tensors[0], tensors[3] = tensors[0][:3], tensors[3][:3]
     pyfused.patch_trl()
@@ -221,10 +203,7 @@ def of_forward(forward: Any) -> Any:
     return type("Other", (torch.autograd.Function,), {"forward": staticmethod(forward)})
 
 
-OTHERS = {
-    "none": None,
-    "other arguments": of_forward(lambda ctx, hidden, weight, targets: None),
-}
+OTHERS = {"none": None, "other arguments": of_forward(lambda ctx, hidden, weight, targets: None)}
 
 
 @pytest.mark.parametrize("other", OTHERS.values(), ids=OTHERS)

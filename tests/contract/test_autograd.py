@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
+from itertools import product
 from typing import Any
 
 import interpreter
@@ -34,7 +35,7 @@ from catalogue import (
     every_operator,
     parameters,
 )
-from compare import DEVICE, random_grad_output
+from compare import DEVICE, flattened, random_grad_output
 from conftest import KernelCalls
 from torch import Tensor
 from torch.autograd import forward_ad
@@ -223,41 +224,36 @@ EXAMPLES_AND_SHARDS = [
     ("example", "dtype"), EXAMPLES_AND_SHARDS, ids=lambda x: getattr(x, "id", str(x))
 )
 @pytest.mark.usefixtures("one_process")
-def test_modifying_an_argument_before_backward(example: Example, dtype: torch.dtype) -> None:
-    """Backward raises, or computes the gradients of the old values; a second one does the same.
+def test_modifying_an_argument_before_backward(
+    example: Example, dtype: torch.dtype, kernel_calls: KernelCalls
+) -> None:
+    """Backward raises if it reads the argument; else it computes the gradients of the old values.
 
-    Where the forward pass computes the gradients, it does not raise, as torch's cross_entropy, but
-    with ``create_graph``. An option of half precision is copied.
+    Where the forward pass computes the gradients, only ``create_graph`` reads saved arguments, as
+    in torch's cross_entropy. An option of half precision is copied.
     """
     call = example.call(dtype)
-    expected = gradients(call, of_torch if dtype is torch.float32 else ours)
-    may_raise = (
-        dtype is torch.float16
-        or call.ours().dim() > 0
-        or not call.given.keys().isdisjoint({"softcap", "memory_budget", "shard"})
-    )
-    for name, x in call.tensors.items():
-        raised = []
-        for when in ("first", "second", "create_graph"):
-            changed = x.detach().clone().requires_grad_(x.requires_grad)
-            hidden = changed * 1 if name in call.leaves else changed
-            value = call.ours(**{name: hidden})
-            leaves = [changed if other == name else y for other, y in call.leaves.items()]
-            if when == "second":
-                torch.autograd.grad(value, leaves, above(value), retain_graph=True)
-            with torch.no_grad():
-                hidden.copy_(1 - hidden if hidden.is_floating_point() else hidden.flip(0))
-            graph = {"create_graph": when == "create_graph"}
-            try:
-                got = torch.autograd.grad(value, leaves, above(value), **graph)
-            except RuntimeError as error:
-                assert CHANGED in str(error)  # noqa: PT017
-                assert "Pass a clone to the call" in str(error)  # noqa: PT017
-                raised.append(True)
-            else:
-                raised.append(False)
-                close(got, expected, msg=lambda message, name=name: f"{name}: {message}")
-        assert raised[:2] in ([False, False], [may_raise, may_raise]), name
+    value, expected = call.ours(), gradients(call, of_torch if dtype is torch.float32 else ours)
+    kernel_calls.clear()
+    torch.autograd.grad(value, [*call.leaves.values()], above(value))
+    backward_reads = bool(kernel_calls)
+    for (name, x), when in product(call.tensors.items(), ("first", "second", "create_graph")):
+        changed, saved = x.detach().clone().requires_grad_(x.requires_grad), list[int]()
+        hidden = changed * 1 if name in call.leaves else changed
+        with saved_tensors_hooks(lambda y: saved.append(y.data_ptr()) or y, lambda y: y):  # noqa: B023
+            call.ours(**{name: hidden})
+        value = call.ours(**{name: hidden})
+        leaves = [changed if other == name else y for other, y in call.leaves.items()]
+        if when == "second":
+            torch.autograd.grad(value, leaves, above(value), retain_graph=True)
+        with torch.no_grad():
+            hidden.copy_(1 - hidden if hidden.is_floating_point() else hidden.flip(0))
+        create_graph = when == "create_graph"
+        raises = hidden.data_ptr() in saved and (backward_reads or create_graph)
+        error = pytest.raises(RuntimeError, match=f"(?s){CHANGED}.*Pass a clone to the call")
+        with error if raises else contextlib.nullcontext():
+            got = torch.autograd.grad(value, leaves, above(value), create_graph=create_graph)
+            close(got, expected, msg=lambda message, name=name: f"{name}: {message}")
 
 
 @every_example
@@ -281,12 +277,6 @@ def test_results_can_be_changed_in_place(example: Example) -> None:
             torch.autograd.grad(value, leaves, above(value) / 2)
     else:
         close(torch.autograd.grad(value, leaves, above(value) / 2), expected)
-
-
-def flattened(results: Any) -> list[Tensor]:
-    if isinstance(results, Tensor):
-        return [results]
-    return [x for each in results if each is not None for x in flattened(each)]
 
 
 # ---- options that are tensors --------------------------------------------------------------------
@@ -635,9 +625,7 @@ ABOVE: dict[str, Callable[[Function, Tensor], Any]] = {
 @every_operator
 @pytest.mark.parametrize("transform", ABOVE.values(), ids=ABOVE)
 @pytest.mark.filterwarnings("ignore:There is a performance drop because we have not yet")
-def test_gradients_that_are_traced(
-    example: Example, transform: Callable[[Function, Tensor], Any]
-) -> None:
+def test_traced_gradients(example: Example, transform: Callable[[Function, Tensor], Any]) -> None:
     call = example.call()
 
     def compute(function: Function) -> Any:

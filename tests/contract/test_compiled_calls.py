@@ -28,7 +28,7 @@ pytestmark = [
     pytest.mark.usefixtures("compiler"),
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
 ]
-BATCHES, CLASSES = (6, 7, 8, 12, 16, 24), 5
+BATCHES, CLASSES = (6, 7, 8, 24), 5
 OF_ONE_SIZE = (
     *("binary_cross_entropy-everything", "cross_entropy-probabilities"),
     "linear_cross_entropy-probabilities",

@@ -14,21 +14,14 @@ from torch import Tensor
 
 from pyfused import functional as fused
 
-N, C = SHAPE
+N, _ = SHAPE
 
 # The values to try. A default, such as a temperature of 1, must not select a path without gradient.
 VALUES: dict[str, tuple[float, ...]] = {
-    "beta": (0.4,),
-    "denominator": (5.0,),
-    "gamma": (1.5, 0.0),
-    "margin": (0.3,),
-    "scale": (1.3, 1.0),
-    "softcap": (2.0,),
-    "teacher_softcap": (2.0,),
-    "temperature": (1.3, 1.0),
-    "token_weight": (0.7,),
-    "z_loss": (0.1, 0.0),
-}
+    "beta": (0.4,), "denominator": (5.0,), "gamma": (1.5, 0.0), "margin": (0.3,),
+    "scale": (1.3, 1.0), "softcap": (2.0,), "teacher_softcap": (2.0,), "temperature": (1.3, 1.0),
+    "token_weight": (0.7,), "z_loss": (0.1, 0.0),
+}  # fmt: skip
 
 
 def tensors(name: str) -> dict[str, Tensor]:

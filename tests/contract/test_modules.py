@@ -20,15 +20,9 @@ from pyfused.ops.operators import OPERATORS
 pytestmark = pytest.mark.thresholds
 W = torch.linspace(0.5, 1.5, 5)
 ADDED = {  # additional options of cross_entropy and linear_cross_entropy
-    "gamma": 0.0,
-    "z_loss": 0.0,
-    "scale": 1.0,
-    "softcap": None,
-    "temperature": 1.0,
-    "token_weight": None,
-    "denominator": None,
-    "loss_dtype": None,
-    "memory_budget": None,
+    **dict.fromkeys(("scale", "temperature"), 1.0),
+    **dict.fromkeys(("gamma", "z_loss"), 0.0),
+    **dict.fromkeys(("softcap", "token_weight", "denominator", "loss_dtype", "memory_budget")),
     "shard": None,
 }
 MODULES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -174,9 +168,7 @@ def test_weights_move_with_the_module(name: str) -> None:
         ("LinearCrossEntropyLoss", HEAD, "gamma"),
     ],
 )
-def test_modules_refuse_options_that_their_function_lacks(
-    name: str, arguments: dict[str, Any], unknown: str
-) -> None:
+def test_modules_refuse_unknown_options(name: str, arguments: dict[str, Any], unknown: str) -> None:
     message = rf"{name}\(\) got an unexpected keyword argument '{unknown}'"
     with pytest.raises(TypeError, match=message):
         getattr(fused, name)(**arguments, **{unknown: 1})

@@ -18,7 +18,7 @@ import hypothesis
 import pytest
 from catalogue import Call, ours
 from check_calls import check_call, run
-from compare import FLOATS
+from compare import FLOATS, outcome
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -108,10 +108,7 @@ def attempt(call: Call, function: Callable[..., Any]) -> tuple[list[Tensor] | Ex
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         warnings.filterwarnings("ignore", CHUNKED)
-        try:
-            found: list[Tensor] | Exception = run(call, function)
-        except Exception as error:
-            found = error
+        found = outcome(lambda: run(call, function))
     return found, [f"{each.category.__name__}: {each.message}" for each in caught]
 
 

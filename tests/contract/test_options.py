@@ -12,7 +12,8 @@ from __future__ import annotations
 import contextlib
 import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from functools import partial
 from random import Random
 from typing import Any
 
@@ -275,24 +276,12 @@ FORMS: dict[str, Callable[..., RowResults]] = {
 }
 
 
-@contextlib.contextmanager
-def small(function: Callable[..., Any]) -> Iterator[Callable[..., Any]]:
-    with fused_by_size():
-        yield function
-
-
-@contextlib.contextmanager
-def by_kernels(function: Callable[..., Any]) -> Iterator[Callable[..., Any]]:
-    with fused_always():
-        yield function
-
-
-@contextlib.contextmanager
-def by_definition(function: Callable[..., Any]) -> Iterator[Callable[..., Any]]:
-    yield defined_by_torch(function.__name__)
-
-
-WAYS = small, by_kernels, by_definition
+# The context of a call, and the function of a name.
+WAYS: dict[str, tuple[Callable[[], Any], Callable[[str], Any]]] = {
+    "small": (fused_by_size, partial(getattr, fused)),
+    "by kernels": (fused_always, partial(getattr, fused)),
+    "by definition": (contextlib.nullcontext, defined_by_torch),
+}
 OF_ROWS = "target", "token_weight", "teacher_logits", "teacher_input"
 OF_ROWS += "teacher_indices", "teacher_log_probs"
 
@@ -341,15 +330,15 @@ def check(name: str, seed: int) -> None:
         input = wide["input"].where(counts[:, None], 0)
         exact = [exact[0] @ wide["linear_weight"], exact[0].T @ input, exact[0].sum(0)]
     dtypes, flat = set[Any](), rows == 1 and rng.random() < 0.5  # without a dimension of rows
-    for way in WAYS:
+    for way, (context, function_of) in WAYS.items():
         copies = [layout(x.clone()).requires_grad_() for x in leaves.values()]
         named = dict(zip([*leaves][1:], copies[1:], strict=True)) | operands | given
         input = copies[0]
         if flat:
             input = input[0]
             named = {n: x[0] if n in OF_ROWS and n in named else x for n, x in named.items()}
-        with way(getattr(fused, name)) as function:
-            found = function(input, **named)
+        with context():
+            found = function_of(name)(input, **named)
             found = [found] if isinstance(found, Tensor) else [x for x in found if x is not None]
             dtypes.add(tuple(x.dtype for x in found))
             pairs = zip(found, grad_results, strict=True)
@@ -358,9 +347,9 @@ def check(name: str, seed: int) -> None:
             gradients = torch.autograd.grad(*graph, retain_graph=True)
             again = torch.autograd.grad(*graph)
         for x, y in zip(found, results, strict=True):
-            assert_near(x.detach().reshape(y.shape), y, dtype, False, way.__name__)
+            assert_near(x.detach().reshape(y.shape), y, dtype, False, way)
         for x, y in zip((*gradients, *again), exact * 2, strict=True):
-            assert_near(x, y, dtype, True, way.__name__)
+            assert_near(x, y, dtype, True, way)
     assert len(dtypes) == 1, dtypes
 
 

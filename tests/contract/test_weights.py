@@ -7,8 +7,9 @@ is infinite or rounded, and so is its product with a small number.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from itertools import product
 from typing import Any
 
@@ -16,7 +17,7 @@ import pytest
 import torch
 from catalogue import Call, Example, Function
 from check_calls import check_call
-from compare import FLOATS
+from compare import FLOATS, outcome
 from samples import declared
 from torch import Tensor
 from torch.nn import functional as F
@@ -97,14 +98,6 @@ def test_rows_of_weight_0_may_be_nan_if_metrics_are_computed(softcap: float | No
 # ---- dtypes of class weights ---------------------------------------------------------------------
 
 
-def outcome(function: Callable[..., Tensor], *args: Any, **options: Any) -> Any:
-    """Returns a loss, or the type of the error."""
-    try:
-        return function(*args, **options)
-    except RuntimeError as error:
-        return type(error)
-
-
 SIZES = [(60, 30), pytest.param((6, 20), marks=pytest.mark.thresholds, id="small")]
 
 
@@ -119,11 +112,13 @@ def test_dtypes_of_class_weights(
     op: Operator, soft: bool, autocast: bool, size: tuple[int, int]
 ) -> None:
     """Compares the results with torch's, for all dtypes of the arguments."""
-    for dtype, of_target, of_weight in product(FLOATS, FLOATS if soft else [torch.int64], FLOATS):
-        call = Example(op, "", {}, ("weight",), soft).call(dtype, size)
+    targets, weights = FLOATS if soft else [torch.int64], (*FLOATS, None)
+    for dtype, of_target, of_weight in product(FLOATS, targets, weights):
+        call = Example(op, "", {}, ("weight",) if of_weight else (), soft).call(dtype, size)
         for name, kind in (("target", of_target), ("weight", of_weight)):
-            x = call.given[name]
-            call.given[name] = x.detach().to(kind).requires_grad_(x.requires_grad)
+            if kind is not None:
+                x = call.given[name]
+                call.given[name] = x.detach().to(kind).requires_grad_(x.requires_grad)
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
             check_call(call)
 
@@ -138,11 +133,12 @@ def test_class_weights_are_at_most_as_wide_as_the_loss(name: str, size: tuple[in
     promote = torch.promote_types
     for dtype, of_weight, loss_dtype in product(FLOATS, FLOATS, FLOATS):
         args, weight = [x.to(dtype) for x in operands], factors.to(of_weight)
-        loss = outcome(getattr(fused, name), *args, target, weight=weight, loss_dtype=loss_dtype)
+        options = {"weight": weight, "loss_dtype": loss_dtype}
+        loss = outcome(partial(getattr(fused, name), *args, target, **options))
         is_between = promote(dtype, of_weight) is of_weight
         is_between &= promote(of_weight, loss_dtype) is loss_dtype
         if dtype is not of_weight and not is_between:
-            assert loss is RuntimeError
+            assert isinstance(loss, RuntimeError)
             continue
         logits = args[0].double() if len(args) == 1 else F.linear(*[x.double() for x in args])
         exact = F.cross_entropy(logits, target, weight.double())

@@ -288,10 +288,9 @@ def test_broadcasting_strides_and_mixed_dtypes(kernel_calls: KernelCalls) -> Non
     target = torch.randn(5, 4).t().requires_grad_()  # (4, 5), float32, not contiguous
     got = check_formula(wing, input, target, rtol=1e-6)
     assert (got.value.dtype, got.value.shape) == (torch.float64, (6, 4, 5))
-    assert kernel_calls[wing.op.name]
     four = defined("a, b, c, d", "return F.gelu(a) * b + F.gelu(c, approximate='tanh') * d - b * d")
     check_formula(four, input, target.double(), input.detach()[0], torch.rand(5).double())
-    assert kernel_calls[four.op.name]
+    assert kernel_calls[wing.op.name] == kernel_calls[four.op.name] == 2
 
 
 SHAPES = [((6,), shape) for shape in ((6,), (6, 6), (), (4,))]
@@ -377,9 +376,11 @@ def test_the_size_limit_applies_to_the_broadcast_shape(kernel_calls: KernelCalls
 
 def test_numbers_need_no_new_trace() -> None:
     """A parameter may be named like one of torch's deprecated arguments."""
-    value = "x = reduce * torch.log1p(reduce) * (a - b).abs() ** power + reduce"
-    parameters = "a, b, *, reduce=10.0, power=1.5, flag=False"
-    mine = defined(parameters, value, "return x * (2.0 - reduce) if flag else x")
+    mine = defined(
+        "a, b, *, reduce=10.0, power=1.5, flag=False",
+        "x = reduce * torch.log1p(reduce) * (a - b).abs() ** power + reduce",
+        "return x * (2.0 - reduce) if flag else x",
+    )
     operands = [x.double() for x in operands_of("wing")]
     numbers = [{"reduce": x, "power": y} for x, y in product((0.5, 1, 2.0, 7), (1.25, 1.5, 2.5))]
     others = {"power": 2.0}, {"power": 2}, {"flag": True}, {"power": 2.0, "reduce": 3.0}
@@ -508,9 +509,6 @@ def test_a_user_gradient_is_used_on_all_paths(kernel_calls: KernelCalls) -> None
     close(tangent, expected.sum())
     compiled = torch.compile(lambda x: of_one(x) * 2, backend="aot_eager", fullgraph=True)
     close(torch.autograd.grad(compiled(x), x)[0], 2 * expected)
-    compiled = torch.compile(step, backend="eager", fullgraph=True)
-    with torch.no_grad():
-        close(compiled(x, other), step(x, other))
     for strict in (True, False):
         program = torch.export.export(step.module(), (x.detach(), other.detach()), strict=strict)
         close(program.module()(x, other), step(x, other))
@@ -556,8 +554,7 @@ def test_invalid_user_gradients() -> None:
 
 
 def test_modules_pickles_and_copies() -> None:
-    input, target = operands_of("wing", 20)
-    module = wing.module(omega=5.0, reduction="sum")
+    (input, target), module = operands_of("wing", 20), wing.module(omega=5.0, reduction="sum")
     for same in (module, pickle.loads(pickle.dumps(module)), copy.deepcopy(module)):
         assert torch.equal(same(input, target), wing(input, target, omega=5.0, reduction="sum"))
     assert "omega=5.0" in repr(module)
@@ -746,7 +743,8 @@ NOT_FUSED = (
     ("torch.zeros(()).copy_(x)", "copy, which writes a tensor into a number"),
     ("x.masked_fill(x > 0, y)", "masked_fill with a value that is not a number"),
 )  # fmt: skip
-# Refused whatever the operands' shapes are; most are the identity for some shapes.
+# Refused whatever the operands' shapes are; most are the identity for some shapes. For functions of
+# torch, see test_accepted_functions_of_torch.
 NOT_ELEMENTWISE = [(code, "no kernel") for code in (
     "x[..., :1000]", "x[:1000]", "x[...]", "x[:, :1]", "x[None]", "x[x > 0]", "x[0]", "x.T", "x.mT",
     "x.narrow(0, 0, 1)", "x.t()", "x.movedim(0, -1)", "x.transpose(0, -1)", "x.squeeze()",
@@ -759,11 +757,7 @@ NOT_ELEMENTWISE = [(code, "no kernel") for code in (
     "torch.tensor([1.0, 2.0]) * x", "torch.zeros(x.size()) + x", "x * x.ndim", "x / x.numel()",
     "x / len(x)", "torch.zeros(x.stride()) + x", "x.to(x.device)", "torch.lgamma(x)",
     "torch.zeros_like(x).normal_()", "torch.zeros(()).normal_() * x",
-    "torch.inner(x, y)", "x.inner(y)", "x @ y", "x.dot(y)", "torch.vdot(x, y)", "torch.outer(x, y)",
-    "torch.einsum('...,...->...', x, y)", "torch.kron(x, y)", "torch.tensordot(x, y, 0)", "x.var()",
-    "torch.logcumsumexp(x, 0)", "torch.linalg.vecdot(x, y)", "torch.linalg.norm(x)",
-    "F.prelu(x, y)", "F.cosine_similarity(x, y, dim=0)", "torch.cov(x)",
-    "torch.trapezoid(x)", "F.alpha_dropout(x)", "torch.mul(x, y, out=torch.zeros_like(x))",
+    "x @ y", "x.var()", "torch.linalg.vecdot(x, y)", "torch.mul(x, y, out=torch.zeros_like(x))",
 )]  # fmt: skip
 
 
@@ -916,9 +910,7 @@ REACHED: tuple[Callable[[Tensor], Tensor], ...] = (
 
 @pytest.mark.thresholds
 @pytest.mark.parametrize("k", range(len(REACHED)))
-def test_names_are_looked_up_when_a_formula_is_defined(
-    k: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_names_are_looked_up_at_definition(k: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Binding them to others later, or reverting a patch, changes no call, of any size."""
     x = torch.linspace(-3, 3, 1 << 15)
     expected = REACHED[k](x)

@@ -65,10 +65,8 @@ def test_cpu_tensors_do_not_import_triton(forced: str) -> None:
 
 @pytest.mark.cpu
 def test_triton_supports_cpu_tensors_only_in_the_interpreter() -> None:
-    refused = run(CALL, PYFUSED_BACKEND="triton").stderr
-    assert "PYFUSED_BACKEND: triton cannot run on cpu: CPU tensors need TRITON_INTERPRET=1" in (
-        refused
-    )
+    error = "PYFUSED_BACKEND: triton cannot run on cpu: CPU tensors need TRITON_INTERPRET=1"
+    assert error in run(CALL, PYFUSED_BACKEND="triton").stderr
     small = CALL.replace("600", "6").replace("500", "5")
     assert run(small, PYFUSED_BACKEND="triton", TRITON_INTERPRET="1").stdout == "True\n"
 
@@ -90,19 +88,18 @@ def test_the_reason_names_the_error_if_triton_cannot_start(monkeypatch: pytest.M
     assert reason == "Triton cannot start: Failed to find C compiler"
 
 
-@pytest.mark.parametrize(
-    ("name", "expected", "values"),
-    [
-        ("PYFUSED_BACKEND", "cpu, triton or torch", ["cuda", "CPU"]),
-        ("PYFUSED_CPU_CAPABILITY", "one of .*", ["avx2"]),
-        ("PYFUSED_HALF_PRODUCTS", "half or float32", ["bfloat16"]),
-        ("PYFUSED_HOST_US", "a positive number of microseconds", ["abc", "0", "-1", "nan", "inf"]),
-        ("PYFUSED_RECYCLE", "0 or a number of bytes", ["1GB", "-1", "True"]),
-    ],
-)
-def test_errors_of_environment_variables_name_them(
-    name: str, expected: str, values: list[str]
-) -> None:
+VARIABLES: dict[str, tuple[str, ...]] = {  # what is expected, and wrong values
+    "PYFUSED_BACKEND": ("cpu, triton or torch", "cuda", "CPU"),
+    "PYFUSED_CPU_CAPABILITY": ("one of .*", "avx2"),
+    "PYFUSED_HALF_PRODUCTS": ("half or float32", "bfloat16"),
+    "PYFUSED_HOST_US": ("a positive number of microseconds", "abc", "0", "-1", "nan", "inf"),
+    "PYFUSED_RECYCLE": ("0 or a number of bytes", "1GB", "-1", "True"),
+}
+
+
+@pytest.mark.parametrize("name", VARIABLES)
+def test_errors_of_environment_variables_name_them(name: str) -> None:
+    expected, *values = VARIABLES[name]
     for value in values:
         refused = run("import pyfused", **{name: value})
         error = f"^ImportError: {name}: expected {expected}, got '{value}'$"
@@ -110,9 +107,7 @@ def test_errors_of_environment_variables_name_them(
 
 
 @pytest.mark.cpu
-def test_backend_torch_runs_no_kernel(
-    monkeypatch: pytest.MonkeyPatch, kernel_calls: KernelCalls
-) -> None:
+def test_torch_as_the_backend(monkeypatch: pytest.MonkeyPatch, kernel_calls: KernelCalls) -> None:
     monkeypatch.setattr(backends, "FORCED", "torch")
     x, target = torch.randn(6, 5), torch.arange(5).repeat(2)[:6]
     assert explain("relu", x).reason == "PYFUSED_BACKEND is torch"

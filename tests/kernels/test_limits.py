@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from catalogue import OF_CLASSES, SOME
+from catalogue import OF_CLASSES, OF_FAMILIES, Example
 from compare import FLOATS
 from processes import python
 from torch import Tensor
@@ -37,9 +37,11 @@ def formula(a: Tensor, b: Tensor) -> Tensor:
     return sum(terms[1:], terms[0])
 
 
-def calls(dtype: torch.dtype, shapes: tuple[tuple[int, ...], ...]) -> Iterator[Callable[[], Any]]:
-    """Yields calls of every operator, and of a formula."""
-    for example, shape in product(SOME.values(), shapes):
+def calls(
+    examples: dict[str, Example], dtype: torch.dtype, shapes: tuple[tuple[int, ...], ...]
+) -> Iterator[Callable[[], Any]]:
+    """Yields calls of the examples, and of a formula."""
+    for example, shape in product(examples.values(), shapes):
         if len(shape) < 3 or isinstance(example.op, OF_CLASSES):
             yield example.call(dtype, shape).ours
     x, other = (torch.randn(shapes[0]).to(dtype).requires_grad_() for _ in range(2))
@@ -54,8 +56,8 @@ def backward(loss: Tensor) -> None:
 def run_all() -> None:
     for isa in cpu.supported:
         cpu.native = cpu.load(isa)
-        for dtype in FLOATS:
-            for loss in calls(dtype, SHAPES):
+        for dtype in FLOATS:  # the operators of a family have the same loops
+            for loss in calls(OF_FAMILIES, dtype, SHAPES):
                 backward(loss())
 
 
@@ -105,12 +107,13 @@ def test_every_kernel_returns_or_raises_if_memory_runs_out() -> None:
         import torch
         from conftest import fused_always
         from processes import left
+        from catalogue import SOME
         from test_limits import backward, calls
         torch.set_num_threads(2)
         backward(torch.randn(1 << 20, requires_grad=True) * 2)  # starts torch's threads
         failed = 0
         with fused_always():
-            every = [*calls(torch.float32, ((2, 1 << 18),))]
+            every = [*calls(SOME, torch.float32, ((2, 1 << 18),))]
             for run in every:
                 with left(0):
                     try:

@@ -13,7 +13,7 @@ from pathlib import Path
 import grid
 import pytest
 import torch
-from processes import python
+from processes import process, python
 from torch import Tensor
 
 from pyfused import functional
@@ -46,16 +46,10 @@ before = threads()
 
 def built(folder: Path, compiler: list[str], *flags: str) -> Path:
     library = folder / "parallel.so"
-    sources = ROOT / "tests/kernels/parallel.cpp", ROOT / "csrc/parallel.cpp"
-    command = [*compiler, "-std=c++17", "-O1", "-fPIC", "-shared", f"-I{ROOT}/csrc", *sources]
-    libraries = ["-ldl", "-lpthread"]
-    subprocess.run([*command, *libraries, "-o", library, *flags], check=True, capture_output=True)
+    sources = ROOT / "tests/kernels/parallel.cpp", ROOT / "csrc/parallel.cpp", "-ldl", "-lpthread"
+    options = "-std=c++17", "-O1", "-fPIC", "-shared", f"-I{ROOT}/csrc", "-o", library, *flags
+    subprocess.run([*compiler, *options, *sources], check=True, capture_output=True)
     return library
-
-
-def alone(code: str) -> subprocess.CompletedProcess[str]:
-    """Runs Python without the libraries that torch would load."""
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
 
 
 @pytest.fixture(scope="module", params=COMPILERS)
@@ -115,19 +109,25 @@ for huge in (True, False, True):
 
 
 def test_without_a_runtime_there_is_one_thread(library: Path) -> None:
-    done = alone(f"""{IDS}
+    done = process(
+        "-c",
+        f"""{IDS}
 library = ctypes.CDLL({str(library)!r})
 print(library.has_runtime(), library.threads_used(9, 2), len(threads()))
-""")
+""",
+    )
     assert done.stdout == "0 1 1\n", done.stderr
 
 
 def test_a_runtime_with_clangs_interface_only(tmp_path: Path) -> None:
     library = built(tmp_path, next(iter(COMPILERS.values())), "-DLLVM_RUNTIME")
-    done = alone(f"""{IDS}
+    done = process(
+        "-c",
+        f"""{IDS}
 library = ctypes.CDLL({str(library)!r})
 print(library.has_runtime(), *[library.threads_used(64, count) for count in (1, 2, 3)])
-""")
+""",
+    )
     assert done.stdout == "1 1 2 3\n", done.stderr
 
 
@@ -217,7 +217,9 @@ def test_calls_have_few_parallel_regions(name: str, threads: Callable[[int], Non
 def test_modules_without_a_runtime_warn_once() -> None:
     """Modules search for the runtime at import, here before torch loads it."""
     files = [sys.modules[cpu.load(isa).__name__].__file__ for isa in cpu.supported]
-    done = alone(f"""{IDS}
+    done = process(
+        "-c",
+        f"""{IDS}
 from importlib.util import module_from_spec, spec_from_file_location
 for isa, file in zip({cpu.supported}, {files}):
     name = "pyfused._cpu_" + isa.replace("-", "_")
@@ -231,7 +233,8 @@ torch.ones(1 << 22).exp_()
 before = threads()
 gelu(x.detach())
 print(cpu.native.runtime_file == "", before == threads(), bool(total.isfinite()))
-""")
+""",
+    )
     assert done.stdout == "True True True\n", done.stderr
     assert done.stderr.count("\n") == 1
     assert "the kernels run on one thread" in done.stderr
@@ -239,11 +242,5 @@ print(cpu.native.runtime_file == "", before == threads(), bool(total.isfinite())
 
 @pytest.mark.skipif("g++" not in COMPILERS, reason="needs g++")
 def test_the_program_for_the_thread_sanitizer_compiles() -> None:
-    command = [
-        "g++",
-        "-std=c++17",
-        "-fsyntax-only",
-        f"-I{ROOT}/csrc",
-        ROOT / "tests/kernels/threads.cpp",
-    ]
-    subprocess.run(command, check=True)
+    command = "g++", "-std=c++17", "-fsyntax-only", f"-I{ROOT}/csrc"
+    subprocess.run([*command, ROOT / "tests/kernels/threads.cpp"], check=True)

@@ -1,11 +1,10 @@
-"""Large gradients in recycled memory behave like other tensors."""
+"""Large gradients in recycled memory behave like other tensors; calls need little memory."""
 
 from __future__ import annotations
 
 import functools
 import os
-import subprocess
-import sys
+import re
 import textwrap
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -14,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from processes import python
+from processes import process, python
 from torch import Tensor
 
 from pyfused import functional, memory
@@ -29,6 +28,10 @@ ELEMENTS = 9 * MIB  # as float32, more than RECYCLED_BYTES
 ROOM = 1 << 30
 limits_memory = pytest.mark.skipif(
     "asan" in os.environ.get("LD_PRELOAD", ""), reason="AddressSanitizer needs more memory"
+)
+
+measures_memory = pytest.mark.skipif(
+    not Path("/proc/self/clear_refs").exists(), reason="needs Linux's /proc"
 )
 
 
@@ -117,9 +120,7 @@ def test_pages_of_free_blocks_are_reclaimable() -> None:
 
     def lazily_free() -> int:
         rollup = Path("/proc/self/smaps_rollup").read_text(encoding="utf-8")
-        return next(
-            int(line.split()[1]) << 10 for line in rollup.splitlines() if "LazyFree" in line
-        )
+        return int(re.findall(r"LazyFree: +(\d+)", rollup)[0]) << 10
 
     kept = output()
     before = lazily_free()
@@ -250,9 +251,8 @@ def test_tensors_outlive_the_interpreter() -> None:
             def __del__(self): self.tensor = None
         builtins.late = Late()
     """
-    environment = {**os.environ, "PYFUSED_BACKEND": "cpu"}
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, env=environment)
-    assert (done.returncode, done.stderr) == (0, b"")
+    done = process("-c", code, PYFUSED_BACKEND="cpu")
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 @limits_memory
@@ -277,7 +277,7 @@ def test_no_memory_left() -> None:
 
 
 @limits_memory
-@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's /proc")
+@measures_memory
 def test_memory_of_training() -> None:
     """The address space suffices for one gradient, and the peak grows by one at most.
 
@@ -301,3 +301,99 @@ def test_memory_of_training() -> None:
 def test_a_number_of_bytes_is_not_a_bool(enabled: Any) -> None:
     with pytest.raises(TypeError, match=r"enabled: expected a bool, got .*; pass .* as limit="):
         memory.recycle(enabled)
+
+
+# ---- peak memory of calls, without arguments and results -----------------------------------------
+
+SIZE = 40 * MIB  # bytes of the logits; large compared to other allocations
+SLACK = 5 * MIB
+
+# `measured()` prints the growth of the peak over the resident memory before the call. It makes the
+# call twice, because the first call also makes persistent allocations.
+MEASURED = """
+import ctypes, gc, re
+from pathlib import Path
+import torch
+import pyfused
+from pyfused import functional as F
+
+torch.set_num_threads(1)
+# Freed blocks of this size return to the system. glibc would raise the size after a large block.
+M_MMAP_THRESHOLD = -3
+ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 1 << 20)
+
+def resident(key):
+    return int(re.search(key + r":\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) << 10
+
+def measured(name, call, leaves=()):
+    for before in (None, resident("VmRSS")):
+        gc.collect()
+        pyfused.memory.release()
+        if before is not None:
+            Path("/proc/self/clear_refs").write_text("5")  # resets the peak
+            before = resident("VmRSS")
+        call()
+        for x in leaves:
+            x.grad = None
+    print(name, resident("VmHWM") - before)
+
+rows, classes = 64, (40 << 20) // 64 // 4
+leaf = torch.randn(rows, classes, requires_grad=True)
+target = torch.randint(classes, (rows,))
+grad_output = torch.randn(rows, classes)
+other = grad_output.clone().requires_grad_()
+inputs = [(leaf.detach(), grad_output), (leaf, grad_output), (leaf, other)]
+options = {"mean": {}, "smoothed": {"label_smoothing": 0.1}, "sum": {"reduction": "sum"}}
+for name, options in options.items():
+    measured(name, lambda: F.cross_entropy(leaf, target, **options).backward(), [leaf])
+measured("no gradient", lambda: F.cross_entropy(leaf.detach(), target))
+for wanted, (x, y) in enumerate(inputs):
+    step = lambda: F.mse_loss(x, y).backward() if wanted else F.mse_loss(x, y)
+    measured(f"mse_loss-{wanted}", step, [x, y])
+measured("relu", lambda: F.relu(leaf).backward(grad_output), [leaf])
+del leaf, grad_output, other, inputs, x, y
+
+rows, classes = 1280, 16384  # 80 MiB of logits
+x, w = torch.randn(rows, 8, requires_grad=True), torch.randn(classes, 8, requires_grad=True)
+target, teacher = torch.randint(classes, (rows,)), (torch.randn(rows, 4), torch.randn(classes, 4))
+heads = {
+    "linear_cross_entropy": lambda: F.linear_cross_entropy(x, w, target),
+    "linear_log_probs": lambda: F.linear_log_probs(x, w, target).log_probability.sum(),
+    "linear_kl_div": lambda: F.linear_kl_div(x, w, *teacher),
+}
+for name, head in heads.items():
+    measured(name, lambda: head().backward(), [x, w])
+"""
+
+
+@pytest.fixture(scope="module")
+def growth() -> dict[str, int]:
+    """Returns the bytes that each call needs, measured in one process."""
+    done = python(MEASURED)
+    assert done.returncode == 0, done.stderr
+    return {name: int(size) for name, size in re.findall(r"(.+) (-?\d+)\n", done.stdout)}
+
+
+# The number of tensors of SIZE bytes that a call allocates; a head's logits have twice as many.
+TENSORS: dict[str, float] = {
+    "mean": 1,
+    "smoothed": 1,
+    "sum": 1,
+    "no gradient": 0,
+    "mse_loss-0": 0,
+    "mse_loss-1": 1,
+    "mse_loss-2": 2,
+    "relu": 2,  # its output and the gradient
+    "linear_cross_entropy": 0.5,
+    "linear_log_probs": 0.5,
+    "linear_kl_div": 1,
+}
+
+
+@limits_memory
+@measures_memory
+@pytest.mark.parametrize("name", TENSORS)
+def test_a_call_only_allocates_its_results(name: str, growth: dict[str, int]) -> None:
+    """A head allocates a quarter of the logits, linear_kl_div also for the teacher."""
+    least = 0 if "linear" in name else TENSORS[name]
+    assert least * SIZE - SLACK < growth[name] < TENSORS[name] * SIZE + SLACK

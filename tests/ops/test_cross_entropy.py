@@ -1,32 +1,35 @@
-"""cross_entropy matches torch: values, shapes, dtypes, NaN and infinities."""
+"""cross_entropy: NaN and infinities as in torch, options that torch lacks, and metrics."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from itertools import product
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from compare import DEVICE, FLOATS, assert_matches_torch, evaluate, exactly
-from conftest import ISAS
+from catalogue import Example
+from check_calls import check_call
+from compare import DEVICE, FLOATS, HALF, assert_matches_torch, evaluate, exactly
+from conftest import ISAS, KernelCalls, backend
 from grid import grid
+from layouts import SAME_VALUES
 from samples import target_indices, target_probabilities
 
-from pyfused.functional import (
-    cross_entropy,
-    linear_cross_entropy,
-    linear_log_probs,
-    log_probs,
-    log_softmax,
-)
+from pyfused import functional as fused
+from pyfused.backends import cpu
+from pyfused.functional import cross_entropy, log_probs
+from pyfused.ops.metrics import from_logits
+from pyfused.ops.operators import CROSS_ENTROPY
 
 INF, NAN = float("inf"), float("nan")
 KINDS = ["index", "probabilities"]
 REDUCTIONS = ["none", "mean", "sum"]
 SHAPES = [(5,), (6, 5), (3, 5, 4), (2, 5, 3, 4), (2, 3, 2, 1, 5)]
 check = partial(assert_matches_torch, cross_entropy, F.cross_entropy)
+close = torch.testing.assert_close
 
 
 def problem(shape: tuple[int, ...], kind: str, dtype: torch.dtype = torch.float32) -> Any:
@@ -37,29 +40,10 @@ def problem(shape: tuple[int, ...], kind: str, dtype: torch.dtype = torch.float3
     return logits.requires_grad_(), target_indices(shape, ignored=False)
 
 
-@grid(
-    ignored=[-100, -1, 0, 2, 4, 7, 2**40, -(2**40)],
-    reduction=REDUCTIONS,
-    smoothing=[0.0, 0.1],
-    weighted=[False, False, True, True],
-)
-def test_ignore_index(ignored: int, smoothing: float, weighted: bool, reduction: str) -> None:
-    options = {"ignore_index": ignored, "reduction": reduction, "label_smoothing": smoothing}
-    for shape in SHAPES[1:]:
-        logits, target = problem(shape, "index")
-        if DEVICE != "cpu" and abs(ignored) >> 31 and len(shape) > 2:
-            continue  # torch's kernel reads 32-bit class indices
-        target[torch.rand(target.shape) < 0.3] = ignored
-        got = check(logits, target, torch.rand(shape[1]) if weighted else None, **options)
-        assert not got.gradients[0].movedim(1, -1)[target == ignored].any()
-
-
 @pytest.mark.parametrize("factor", [INF, NAN])
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("reduction", REDUCTIONS)
-def test_gradients_of_ignored_rows_are_zero(
-    reduction: str, dtype: torch.dtype, factor: float
-) -> None:
+def test_ignored_rows_get_no_gradient(reduction: str, dtype: torch.dtype, factor: float) -> None:
     """grad_output scales the gradients of the forward pass, but 0 times NaN is NaN."""
     logits, target = problem((6, 5), "index", dtype)
     target[::2] = -100
@@ -75,7 +59,9 @@ def test_the_mean_of_targets_whose_classes_have_weight_zero(smoothing: float) ->
     logits, target = problem((6, 5), "index")
     weight = torch.ones(5).index_fill(0, target, 0)
     check(logits, target, weight=weight, label_smoothing=smoothing)
-    head = linear_cross_entropy(logits, torch.eye(5), target, weight=weight, label_smoothing=0.1)
+    head = fused.linear_cross_entropy(
+        logits, torch.eye(5), target, weight=weight, label_smoothing=0.1
+    )
     assert head.isnan()
 
 
@@ -99,9 +85,11 @@ def test_losses_of_confident_rows_are_not_negative(classes: int, dtype: torch.dt
     soft_target = torch.softmax(logits + torch.rand(8, classes).to(dtype), 1)
     inputs = [logits, logits.float().view(2, 4, classes).movedim(-1, 1).contiguous()]
     losses = [cross_entropy(x, target.view(x[:, 0].shape), reduction="none") for x in inputs]
-    losses += [cross_entropy(logits, soft_target, reduction="none"), -log_softmax(logits, 1)]
+    losses += [cross_entropy(logits, soft_target, reduction="none"), -fused.log_softmax(logits, 1)]
     found = log_probs(logits, target, return_entropy=True)
-    of_head = linear_log_probs(logits, torch.eye(classes).to(dtype), target, return_entropy=True)
+    of_head = fused.linear_log_probs(
+        logits, torch.eye(classes).to(dtype), target, return_entropy=True
+    )
     losses += [-found[0], found.entropy, -of_head[0], of_head.entropy]
     assert min(loss.min() for loss in losses) >= 0
 
@@ -118,6 +106,8 @@ SPECIAL_ROWS = {
     "all_nan": [NAN] * 5,
     "largest": [3e38, -3e38, 0.0, 1.0, 3e38],
     "equal": [7.0] * 5,
+    "ties": [3.0, 50.0, 1.0, 50.0, -2.0],
+    "certain": [0.5, 1.0, 1e4, -2.0, 3.0],
 }
 
 
@@ -140,46 +130,27 @@ def test_special_values(
         check(logits, target, weight, **options, label_smoothing=smoothing)
 
 
-LAYOUTS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
-    "middle": lambda x: x,
-    "transposed": lambda x: x.movedim(1, -1).contiguous().movedim(-1, 1),
-    "apart": lambda x: torch.stack([x, x], -1)[..., 0],
-    "cut": lambda x: torch.cat([x, x], -1)[..., : x.shape[-1]],
-}
-
-
 @pytest.mark.cpu
 @grid(
     shape=[(1, 2500, 2), (2, 301, 3), (1, 3001, 5), (1, 1100, 16), (1, 700, 44), (3, 40, 50)],
     dtype=FLOATS,
-    layout=LAYOUTS,
-    kind=KINDS,
+    layout=SAME_VALUES,
+    soft=[False, True],
     isa=ISAS,
     smoothing=[0.0, 0.1, 0.1],
 )
 def test_few_positions_beside_many_classes(
-    shape: tuple[int, ...], dtype: torch.dtype, layout: str, kind: str, isa: str, smoothing: float
+    shape: tuple[int, ...], dtype: torch.dtype, layout: str, soft: bool, isa: str, smoothing: float
 ) -> None:
     """Several classes of a position share a vector, whichever the layout of each tensor is."""
-    error = 20 * torch.finfo(dtype).eps
-    for of_logits, of_target in ((layout, "middle"), ("middle", layout)):
-        logits, target = problem(shape, kind, dtype)
-        logits.data[0, 5:7, -1] = -1e4  # masked
-        logits = LAYOUTS[of_logits](logits.detach()).requires_grad_()
-        if kind == "probabilities":
-            target = LAYOUTS[of_target](target).requires_grad_()
-        else:
-            target[0, 0] = -100
-        for reduction in REDUCTIONS:
-            weight = None if reduction == "none" else torch.rand(shape[1], dtype=dtype)
-            args = logits, target, weight
-            options = {"reduction": reduction, "label_smoothing": smoothing}
-            got = evaluate(cross_entropy, *args, **options)
-            exact = evaluate(F.cross_entropy, *args, convert=exactly, **options)
-            close = partial(torch.testing.assert_close, rtol=error, atol=error)
-            close(got.value.double(), exact.value)
-            for ours, ideal in zip(got.gradients, exact.gradients, strict=True):
-                close(ours.double(), ideal)
+    for reduction, moved in product(REDUCTIONS, ("input", "target")):
+        weight = () if reduction == "none" else ("weight",)
+        options = {"reduction": reduction, "label_smoothing": smoothing}
+        call = Example(CROSS_ENTROPY, "", options, weight, soft).call(dtype, shape)
+        call.given["input"].data[0, 5:7, -1] = -1e4  # masked
+        x = call.given[moved]
+        call.given[moved] = SAME_VALUES[layout](x.detach()).requires_grad_(x.requires_grad)
+        check_call(call)
 
 
 JUMPS = [5, 7, 10, 50, 87, 88, 89, 100, 130, 200, 300, 700, 750, 1500, 1e4, 1e9, 1e10, 1e30, 3e38]
@@ -207,7 +178,7 @@ def test_a_large_gradient_in_new_and_in_recycled_memory(classes: int) -> None:
     for _ in range(3):
         got = evaluate(cross_entropy, logits, target)
         gradient = got.gradients[0].double()
-        torch.testing.assert_close(gradient, expected.gradients[0], rtol=1e-5, atol=0)
+        close(gradient, expected.gradients[0], rtol=1e-5, atol=0)
 
 
 @grid(value=[NAN, INF, -INF, 0.0, -1.0, 5.0], reduction=REDUCTIONS)
@@ -242,12 +213,145 @@ def test_smoothing_of_zero_and_below(smoothing: float, target_kind: str) -> None
     check(*problem((4, 5), target_kind), label_smoothing=smoothing)
 
 
-@grid(logits_dtype=FLOATS, target_dtype=FLOATS, reduction=REDUCTIONS)
-def test_probabilities_of_another_dtype_promote(
-    logits_dtype: torch.dtype, target_dtype: torch.dtype, reduction: str
+@grid(path=["kernels", "torch"], name=["cross_entropy", "linear_cross_entropy", "linear_log_probs"])
+def test_classes_in_uint8_are_not_ignored(name: str, path: str) -> None:
+    """In uint8, -100 is 156, which is a class."""
+    index, options = torch.arange(150, 160), dict[str, Any](temperature=2.0)
+    if path == "torch":  # torch's operators compute the call
+        options["temperature"] = torch.tensor(2.0, requires_grad=True)
+    args = torch.randn(10, 256), torch.randn(256, 256)
+    args = args if name.startswith("linear") else args[:1]
+    found = [getattr(fused, name)(*args, x, **options) for x in (index, index.to(torch.uint8))]
+    torch.testing.assert_close(found[1], found[0])
+
+
+# ---- options that torch lacks --------------------------------------------------------------------
+
+
+@grid(
+    shape=[(6, 5), (6, 300), (6, 5000), (2, 150, 3)],
+    dtype=HALF,
+    probabilities=[False, False, True, True],
+    isa=ISAS,
+)
+def test_scaled_logits_are_not_rounded(
+    shape: tuple[int, ...], dtype: torch.dtype, probabilities: bool, isa: str
 ) -> None:
-    logits, target = problem((4, 5), "probabilities")
-    logits = logits.detach().to(logits_dtype).requires_grad_()
-    target = target.to(target_dtype).requires_grad_()
-    for smoothing, weight in ((0.0, None), (0.1, None), (0.1, torch.rand(5))):
-        check(logits, target, weight, reduction=reduction, label_smoothing=smoothing)
+    """Scaled logits are float32 for any input dtype; so is the loss if loss_dtype is float32."""
+    input = (torch.rand(shape) * 2 - 1).to(dtype).requires_grad_()
+    target = input.detach().argmax(1)
+    if probabilities:
+        target = F.one_hot(target, shape[1]).movedim(-1, 1).to(dtype)
+    options: dict[str, Any] = {"scale": 30.0, "reduction": "none"}
+    loss = fused.cross_entropy(input, target, loss_dtype=torch.float32, **options)
+    exact = input.detach().double().requires_grad_()
+    wide_target = target.double() if probabilities else target
+    expected = F.cross_entropy(30 * exact, wide_target, reduction="none")
+    close(loss.double(), expected, rtol=1e-5, atol=1e-5)
+    (of_loss,) = torch.autograd.grad(loss.sum(), input)
+    (of_expected,) = torch.autograd.grad(expected.sum(), exact)
+    error = torch.finfo(dtype).eps
+    close(of_loss.double(), of_expected, rtol=error, atol=error)
+    _, metrics = fused.cross_entropy_with_metrics(input, target, **options)
+    close(metrics.log_probability.double(), -expected.detach(), rtol=1e-5, atol=1e-5)
+    assert (metrics.log_probability <= 0).all()
+    assert metrics.correct.all()
+
+
+@pytest.mark.cpu
+@pytest.mark.thresholds
+def test_the_size_of_a_head_is_its_number_of_logits(kernel_calls: KernelCalls) -> None:
+    x, target = torch.randn(8, 4), torch.arange(8)
+    for classes in (10, 70_000):
+        assert not kernel_calls
+        fused.linear_cross_entropy(x, torch.randn(classes, 4), target)
+    assert kernel_calls
+
+
+@pytest.mark.thresholds
+@pytest.mark.parametrize("rows", [4, 8000])  # computed by torch and by a kernel
+def test_an_ignored_row_with_an_infinite_factor(rows: int) -> None:
+    x, target, factor = torch.randn(rows, 5), torch.arange(rows) % 5, torch.ones(rows)
+    target[1], factor[1] = -100, torch.inf
+    loss = fused.cross_entropy(x, target, token_weight=factor, denominator=3.0)
+    close(loss, F.cross_entropy(x, target, reduction="sum") / 3)
+
+
+@pytest.mark.interpreted
+@pytest.mark.parametrize("denominator", [3.5, 2.0**63, 2.0**64, 1e30])
+def test_denominators_of_any_size(denominator: float) -> None:
+    """A whole number may exceed 64 bits."""
+    x, target = torch.randn(6, 5, requires_grad=True), torch.arange(6) % 5
+    loss = fused.cross_entropy(x, target, denominator=denominator)
+    exact = F.cross_entropy(x.double(), target, reduction="sum") / denominator
+    close(loss.double(), exact, rtol=1e-5, atol=0)
+    gradients = [torch.autograd.grad(value, x)[0] for value in (loss, exact)]
+    close(*gradients, rtol=1e-4, atol=0)
+
+
+# ---- metrics -------------------------------------------------------------------------------------
+
+MANY = 40_000 if backend is cpu else 2_000  # more classes than a tile, in several programs
+
+
+# Differences of the largest numbers overflow, after which Triton's kernel has no entropy.
+OF_METRICS = [name for name in SPECIAL_ROWS if backend is cpu or name != "largest"]
+
+
+@pytest.mark.interpreted
+@grid(name=OF_METRICS, classes=[6, 91, 400, 3000, MANY], isa=ISAS)
+def test_special_logits(name: str, classes: int, isa: str, kernel_calls: KernelCalls) -> None:
+    """Metrics follow torch's argmax and logsumexp: the first of ties, and NaN above all numbers."""
+    input = torch.full((2, classes), -INF if name == "all_minus_infinity" else -3.0)
+    input[0], input[1, -5:] = -3.0, torch.tensor(SPECIAL_ROWS[name])
+    target = torch.tensor([0, classes - 3])
+    _, metrics = fused.cross_entropy_with_metrics(input, target, z_loss=0.125)
+    assert kernel_calls["cross_entropy"] == 1
+    exact = input.double()
+    lse, log_p = exact.logsumexp(1).float(), exact.log_softmax(1)
+    entropy = torch.special.entr(log_p.exp()).sum(1).float()
+    assert metrics.prediction.equal(input.argmax(1))
+    assert metrics.correct.equal(input.argmax(1) == target)
+    if not input.isposinf().any():  # else it is NaN, like the loss
+        close(metrics.log_sum_exp, lse, equal_nan=True)
+    found = metrics.log_probability, metrics.entropy
+    close(found, (log_p[[0, 1], target].float(), entropy), equal_nan=True)
+
+
+@pytest.mark.parametrize("small", [False, pytest.param(True, marks=pytest.mark.thresholds)])
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_ignored_rows_and_scaled_logits(dtype: torch.dtype, small: bool) -> None:
+    """Scaled logits are not rounded."""
+    input, target = torch.randn(6, 5).to(dtype), torch.tensor([0, 1, 2, -100, 4, 0])
+    input[3, 0] = 5.0  # the prediction is the class that stands for an ignored target
+    found = fused.cross_entropy_with_metrics(input, target, temperature=0.7)[1]
+    assert [x[3].item() for x in found] == [0, 0, -100, False, 0]
+    exact = fused.cross_entropy_with_metrics(input.double(), target, temperature=0.7)[1]
+    wide = torch.float64 if dtype is torch.float64 else torch.float32
+    assert [x.dtype for x in found if x.is_floating_point()] == [wide] * 3
+    assert not any(x.requires_grad for x in found)
+    for x, y in zip(found, exact, strict=True):
+        close(x, y.to(x.dtype), rtol=3e-6, atol=3e-6)
+
+
+METRICS_LAYOUTS: dict[str, Callable[[], torch.Tensor]] = {
+    "few classes": lambda: torch.randn(203, 10),
+    "columns": lambda: torch.randn(10, 203).t(),
+    "images": lambda: torch.randn(3, 50, 7, 9),
+    "few positions": lambda: torch.randn(1, 701, 2),
+    "one position": lambda: torch.randn(2000, 1).t()[:, :1001],
+    "sliced rows": lambda: torch.randn(9, 800)[:, ::2],
+}
+
+
+@pytest.mark.interpreted
+@grid(name=METRICS_LAYOUTS, dtype=FLOATS, isa=ISAS)
+def test_metrics_of_layouts(name: str, dtype: torch.dtype, isa: str) -> None:
+    """One kernel computes the loss and the metrics; of ties, the first class counts."""
+    input = METRICS_LAYOUTS[name]().mul(4).round().div(4).to(dtype)  # with ties
+    target = torch.randint(-1, input.shape[1], input.select(1, 0).shape)
+    loss, found = fused.cross_entropy_with_metrics(input, target, ignore_index=-1)
+    close(loss, fused.cross_entropy(input, target, ignore_index=-1))
+    expected = from_logits(input.double(), target, -1)
+    for x, y in zip(found, expected, strict=True):
+        close(x, y.to(x.dtype), rtol=3e-6, atol=3e-6)

@@ -1,4 +1,4 @@
-"""linear_cross_entropy compared with cross_entropy of materialised logits."""
+"""linear_cross_entropy compared with cross_entropy of all logits, and its loop over blocks."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from catalogue import TORCH
 from compare import products
 from conftest import KernelCalls, backend
 from grid import grid
@@ -17,27 +16,8 @@ from torch import Tensor
 import pyfused
 from pyfused import functional as fused
 from pyfused.backends import cpu
-
-materialised = TORCH.linear_cross_entropy
-
-
-class HeadCase:
-    """Arguments of a call: rows of 6 features; a third of the targets are ignored."""
-
-    def __init__(
-        self,
-        rows: int = 12,
-        classes: int = 70,
-        dtype: torch.dtype = torch.float32,
-        probabilities: bool = False,
-    ) -> None:
-        self.input, self.head = (
-            torch.randn(shape).to(dtype).requires_grad_() for shape in ((rows, 6), (classes, 6))
-        )
-        self.target = torch.randint(0, classes, (rows,))
-        self.target[1::3] = -100
-        if probabilities:
-            self.target = torch.randn(rows, classes).softmax(1).to(dtype)
+from pyfused.ops.chunk_sizes import BlockSize
+from pyfused.ops.head_loop import HeadLoop, Layer, rows_that_count
 
 
 @pytest.mark.parametrize("count", [60, 0])
@@ -53,16 +33,15 @@ def test_no_unnecessary_matrix_products(
 
     If all rows are ignored, one is computed.
     """
-    given = HeadCase(rows=90)
-    tensors = {"input": given.input.detach(), "head": given.head.detach(), "bias": torch.randn(70)}
-    rows = 90 if backend.ASYNCHRONOUS else count or 1
-    if not count:
-        given.target.fill_(-100)
+    shapes = {"input": (90, 6), "head": (70, 6), "bias": (70,)}
+    tensors = {name: torch.randn(shape) for name, shape in shapes.items()}
+    target, rows = torch.randint(70, (90,)), 90 if backend.ASYNCHRONOUS else count or 1
+    target[: 90 - count] = -100
     if wanted:
         tensors[wanted].requires_grad_()
     input, head, bias = tensors.values()
     with products() as found:
-        result = function(input, head, given.target, linear_bias=bias, memory_budget=1 << 20)
+        result = function(input, head, target, linear_bias=bias, memory_budget=1 << 20)
         if wanted:
             getattr(result, "log_probability", result).sum().backward()
     gradient = {"input": [(rows, 70, 6)], "head": [(70, rows, 6)]}
@@ -73,20 +52,18 @@ def test_no_unnecessary_matrix_products(
 @pytest.mark.parametrize("options", [{}, {"softcap": 2.0}, {"token_weight": 0.5}])
 def test_logits_no_larger_than_the_weight_are_kept(rows: int, options: dict[str, Any]) -> None:
     """Unreduced losses compute their gradients in backward, which may run twice."""
-    given = HeadCase(rows=rows)
-    given.target.clamp_(min=0)  # none is ignored
+    input, head = (torch.randn(n, 6, requires_grad=True) for n in (rows, 70))
+    leaves, grad, target = (input, head), torch.rand(rows), torch.randint(0, 70, (rows,))
     if "token_weight" in options:
         options = {"token_weight": torch.full((rows,), 0.5)}
-    leaves, grad = (given.input, given.head), torch.rand(rows)
-    logits = given.input @ given.head.t()
-    best = fused.cross_entropy(logits, given.target, reduction="none", **options)
+    best = fused.cross_entropy(input @ head.t(), target, reduction="none", **options)
     expected = torch.autograd.grad(best, leaves, grad)
     with products() as found:
-        loss = fused.linear_cross_entropy(*leaves, given.target, reduction="none", **options)
+        loss = fused.linear_cross_entropy(*leaves, target, reduction="none", **options)
         first = torch.autograd.grad(loss, leaves, grad, retain_graph=True)
     assert len(found) == (3 if rows == 6 else 4)
     with torch.autograd.graph.save_on_cpu():
-        hooked = fused.linear_cross_entropy(*leaves, given.target, reduction="none", **options)
+        hooked = fused.linear_cross_entropy(*leaves, target, reduction="none", **options)
     for got in (first, *(torch.autograd.grad(x, leaves, grad) for x in (loss, hooked))):
         torch.testing.assert_close(got, expected)
 
@@ -133,9 +110,10 @@ def test_blocks_of_classes_equal_whole_rows(
         options = options | {"weight": torch.rand(192)}
     logits, head = row[None].clone().requires_grad_(), row[:, None].clone().requires_grad_()
     expected = fused.cross_entropy_with_metrics(logits, target, **options, scale=0.5)
+    budget = 1 if backend is cpu else 64 * 4  # bytes: blocks of 64 classes
     kernel_calls.clear()
     got = fused.linear_cross_entropy_with_metrics(
-        torch.ones(1, 1), head, target, **options, scale=0.5, memory_budget=1
+        torch.ones(1, 1), head, target, **options, scale=0.5, memory_budget=budget
     )
     assert kernel_calls["row_state"] > 1
     torch.testing.assert_close((got[0], *got[1]), (expected[0], *expected[1]), equal_nan=True)
@@ -201,3 +179,69 @@ def test_only_valid_calls_warn_about_the_memory_of_their_logits() -> None:
             fused.linear_cross_entropy(input, head, target, softcap=learnt, **options)
     with pytest.warns(RuntimeWarning, match="need 32 MiB for the logits: softcap is a tensor"):
         fused.linear_cross_entropy(input, head, target, softcap=learnt)
+
+
+# ---- the loop over blocks of logits --------------------------------------------------------------
+
+N, CLASSES, FEATURES = 7, 11, 3
+
+
+@pytest.mark.cpu
+@grid(
+    size=[BlockSize(N), BlockSize(3), BlockSize(3, 4), BlockSize(100, 100)],
+    dtype=[torch.float32, torch.bfloat16],
+    needs=[(True, True, True), (True, False, False), (False, True, False)],
+)
+def test_blocks_cover_all_logits_once(
+    size: BlockSize, dtype: torch.dtype, needs: tuple[bool, ...]
+) -> None:
+    """Small integers are exact in every dtype, so the order of sums has no effect."""
+    shapes = (N, FEATURES), (CLASSES, FEATURES), (CLASSES,)
+    layer = Layer(*[torch.randint(-3, 4, shape).to(dtype) for shape in shapes])
+    grads = torch.randint(-3, 4, (N, CLASSES)).to(dtype)
+    found, seen = torch.zeros(N, CLASSES, dtype=dtype), torch.zeros(N, CLASSES)
+
+    def step(logits: Tensor, rows: slice, classes: slice) -> Tensor:
+        found[rows, classes] = logits
+        seen[rows, classes] += 1
+        return logits.copy_(grads[rows, classes])
+
+    gradients = HeadLoop(cpu, dtype, lambda _: size, needs).run(layer, step)
+    x, weight, bias = layer
+    assert found.equal(x @ weight.t() + bias)
+    assert seen.eq(1).all()
+    expected = grads @ weight, grads.t() @ x, grads.sum(0)
+    for gradient, best, need in zip(gradients, expected, needs, strict=True):
+        assert gradient is None if not need else torch.equal(gradient, best)
+
+
+@pytest.mark.cpu
+def test_memory_holds_the_logits_of_the_first_block() -> None:
+    """A backward pass reuses the last logits of a forward pass, whose rows come in reverse."""
+    layer = Layer(torch.randn(N, FEATURES), torch.randn(CLASSES, FEATURES), None)
+    loop, firsts, kept = HeadLoop(cpu, torch.float32, lambda _: BlockSize(3), (False,) * 3), [], []
+
+    def step(logits: Tensor, rows: slice, _: slice) -> None:
+        firsts.append((rows.start, float(logits[0, 0])))
+        kept[:] = [logits.flatten()]
+
+    assert loop.run(layer, step, backwards=True) == (None, None, None)
+    assert [start for start, _ in firsts] == [6, 3, 0]
+    kept[0][0] = 5.0
+    loop.run(layer, step, logits=kept[0])
+    assert firsts[3:] == [(0, 5.0), firsts[1], firsts[0]]
+
+
+@pytest.mark.cpu
+@pytest.mark.parametrize("valid", [[True] * 4, [False, True, True, False], [False] * 4])
+def test_rows_are_selected_and_scattered(valid: list[bool]) -> None:
+    mask, values = torch.tensor(valid), torch.arange(8.0).view(4, 2) + 1
+    rows = rows_that_count(mask, cpu)
+    taken = rows.take(values)
+    assert taken.shape[0] == (sum(valid) or 1)  # one row if none counts
+    assert rows.counts is None or not rows.counts.any()
+    computed = mask if any(valid) else torch.arange(4) == 0
+    expected = values.where(computed[:, None], 0)
+    assert rows.spread(taken).equal(expected)
+    assert rows.spread(rows.take(values.t(), 1), 1).equal(expected.t())
+    assert rows.take(None) is None is rows.spread(None)

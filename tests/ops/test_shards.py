@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 import torch.distributed as dist
-from compare import Recording
+from compare import Recording, flattened, outcome
 from processes import run_checks
 from torch import Tensor
 from torch.autograd import forward_ad
@@ -84,18 +84,9 @@ def check(**cases: Any) -> Any:
     return register
 
 
-def flat(found: Any) -> list[Tensor]:
-    if isinstance(found, Tensor):
-        return [found]
-    return [tensor for part in found if part is not None for tensor in flat(part)]
-
-
 def error_of(call: Any) -> str:
-    try:
-        call()
-    except (IndexError, RuntimeError, TypeError, ValueError) as error:
-        return f"{type(error).__name__}: {error}"
-    return "no error"
+    error = outcome(call)
+    return f"{type(error).__name__}: {error}"
 
 
 # ---- calls ---------------------------------------------------------------------------------------
@@ -160,7 +151,7 @@ class Case(NamedTuple):
 
     def results(self, leaves: dict[str, Tensor], **shard: Any) -> list[Tensor]:
         given = leaves | {"target": self.tensors()[1]} | self.options | shard
-        return flat(getattr(functional, self.name)(**given))
+        return flattened(getattr(functional, self.name)(**given))
 
     def outcome(self, classes: slice, **shard: Any) -> tuple[list[Tensor], list[list[Tensor]]]:
         """Returns the results, the gradients, and the second derivatives, also by grad_output."""
@@ -185,10 +176,6 @@ WEIGHT, TOKEN_WEIGHT = torch.linspace(0.5, 2, CLASSES), torch.linspace(0, 1, ROW
 TOKEN_WEIGHT[[1, 4]] = 0
 WEIGHTED: dict[str, Any] = {"weight": WEIGHT.double(), "token_weight": TOKEN_WEIGHT}
 RESULTS, LOGIT_METRICS = {"return_entropy": True, "return_lse": True}, {"return_metrics": True}
-OPTIONS: dict[str, Any] = {"scale": 0.5, "z_loss": 0.1, "reduction": "none"}
-IN_BLOCKS = OPTIONS | {"softcap": 4.0, "memory_budget": 4000}
-OF_LOGITS = {"softcap": 4.0, "temperature": 0.5, **RESULTS, **LOGIT_METRICS}
-METRICS = {"return_entropy": True, "return_lse": True}, {"return_metrics": True}
 OPTIONS: dict[str, Any] = {"scale": 0.5, "z_loss": 0.1, "reduction": "none"}
 IN_BLOCKS = OPTIONS | {"softcap": 4.0, "memory_budget": 4000}
 OF_LOGITS = {"softcap": 4.0, "temperature": 0.5, **RESULTS, **LOGIT_METRICS}
@@ -291,13 +278,10 @@ def modes_and_compilers(process: Process, case: str) -> None:
 
 
 TOTAL = 5 * SIZE
+SUPPORTED = "RuntimeError: weight: expected a tensor that the kernels support with a shard"
 BAD: dict[str, tuple[Any, dict[str, Any], str]] = {
     "weight": (TOTAL, {"weight": torch.ones(3)}, "RuntimeError: weight: expected shape"),
-    "constant": (
-        TOTAL,
-        {"weight": torch.ones(TOTAL, requires_grad=True)},
-        "RuntimeError: weight: expected a tensor that the kernels support with a shard",
-    ),
+    "constant": (TOTAL, {"weight": torch.ones(TOTAL, requires_grad=True)}, SUPPORTED),
     "gamma": (None, {"gamma": 2.0}, "ValueError: gamma: expected 0.0 with a shard, got 2.0"),
     "negative": (-1, {}, "ValueError: classes: expected"),
     "no_shard": (None, {"shard": 0}, "TypeError: shard: expected a VocabShard, got int"),
@@ -313,10 +297,8 @@ def bad_input(process: Process, case: Any) -> None:
     classes, options, expected = case
     shard, target = VocabShard(5 * process.rank, classes), torch.tensor([0, 1])
     process.sent()
-    error = error_of(
-        lambda: cross_entropy(torch.zeros(2, 5), **{"target": target, "shard": shard} | options)
-    )
-    assert error.startswith(expected)
+    given: Any = {"target": target, "shard": shard} | options
+    assert error_of(lambda: cross_entropy(torch.zeros(2, 5), **given)).startswith(expected)
     assert process.sent() == ([], [])
 
 

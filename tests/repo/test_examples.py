@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -89,10 +90,7 @@ def distillation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 
 
 def test_distillation_has_equal_losses(
-    distillation: ModuleType,
-    kernels_forced: None,
-    kernel_calls: KernelCalls,
-    capsys: pytest.CaptureFixture[str],
+    distillation: Any, kernels_forced: None, kernel_calls: KernelCalls, capsys: Any
 ) -> None:
     distillation.main()  # exits if losses differ, or the student does not learn
     printed = capsys.readouterr().out
@@ -126,10 +124,7 @@ def test_candidates_and_blocks_of_a_recommender(recommender: ModuleType) -> None
 
 @pytest.mark.parametrize("way", ["torch", "pyfused", "in-batch", "sampled"])
 def test_a_recommender_learns(
-    recommender: ModuleType,
-    way: str,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    recommender: Any, way: str, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
     monkeypatch.setattr(sys, "stdin", ["1e-9"] + ["0.5"] * 2)  # the first is one step
     recommender.work(way, 1000)

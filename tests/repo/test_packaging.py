@@ -20,6 +20,7 @@ from typing import Any
 import grid
 import machines
 import pytest
+from processes import process
 
 import pyfused
 from pyfused.backends import cpu
@@ -30,18 +31,10 @@ MODULES = [f"pyfused._cpu_{isa.replace('-', '_')}" for isa in cpu.BUILT]
 pytestmark = pytest.mark.slow
 
 
-def run(
-    *arguments: str | Path, folder: Path, path: Sequence[Path] = (), **environment: str
-) -> subprocess.CompletedProcess[str]:
+def run(*arguments: Any, folder: Path, path: Sequence[Path] = (), **environment: str) -> Any:
     """Runs Python in `folder`, with the modules in `path` before all others."""
-    return subprocess.run(
-        [sys.executable, *arguments],
-        cwd=folder,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(map(str, path)), **environment},
-        text=True,
-        capture_output=True,
-        check=False,
-    )
+    before = os.pathsep.join(map(str, path))
+    return process(*arguments, cwd=folder, **{"PYTHONPATH": before} | environment)
 
 
 # ---- the sdist and the wheel ---------------------------------------------------------------------
@@ -62,9 +55,8 @@ def dist(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "torch.py").write_text("raise ImportError('the build may not need torch')")
     unwanted = shutil.ignore_patterns(".*", "build", "dist", "*.egg-info", "*.so", "*.pyd")
     shutil.copytree(ROOT, tree, ignore=unwanted)
-    built = run(
-        "-m", "build", "--no-isolation", "--outdir", dist, tree, folder=folder, path=[folder]
-    )
+    command = "-m", "build", "--no-isolation", "--outdir", dist, tree
+    built = run(*command, folder=folder, path=[folder])
     assert built.returncode == 0, built.stdout + built.stderr
     return dist
 
@@ -117,9 +109,7 @@ def site(dist: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def run_installed(
-    *arguments: str, site: Path, **environment: str
-) -> subprocess.CompletedProcess[str]:
+def run_installed(*arguments: str, site: Path, **environment: str) -> Any:
     """Runs Python without .pth files, which would import the editable install instead."""
     path = [site, *(Path(sysconfig.get_path(lib)) for lib in ("purelib", "platlib"))]
     return run("-S", *arguments, folder=site, path=path, **environment)

@@ -1,4 +1,4 @@
-"""A user's program, which test_types.py checks with mypy --strict, and does not run."""
+"""A user's program, which test_names.py checks with mypy --strict, and does not run."""
 
 from __future__ import annotations
 
