@@ -99,6 +99,14 @@ def one_of(
         raise _error(name, f"{', '.join(others)} or {last}", repr(value), error)
 
 
+def choice(name: str, value: Any, values: Sequence[Any]) -> None:
+    """Checks one of several words, or a bool, whose place no other value takes in torch."""
+    if isinstance(values[0], str):
+        one_of(name, value, values, RuntimeError)
+    elif type(value) is not bool:
+        raise _error(name, "a bool", f"{type(value).__name__} {value!r}", TypeError)
+
+
 def reduction(value: Any) -> None:
     if value not in REDUCTIONS:
         one_of("reduction", value, REDUCTIONS)

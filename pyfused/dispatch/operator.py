@@ -305,8 +305,8 @@ class SpecializedOperator(Operator):
 
     def check_choices(self, options: Options) -> None:
         for parameter, value in zip(self.parameters, options, strict=False):
-            if isinstance(parameter, Choice) and isinstance(parameter.values[0], str):
-                checks.one_of(parameter.name, value, parameter.values, RuntimeError)
+            if isinstance(parameter, Choice):
+                checks.choice(parameter.name, value, parameter.values)
 
 
 def grad_enabled() -> bool:

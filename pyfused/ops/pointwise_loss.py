@@ -472,7 +472,7 @@ class PointwiseLoss(TensorLoss):
             *weights, options = rest
             weight: Any = weights[0] if weights else None
             is_valid = type(weight) in PLAIN and weight.shape == input.shape
-            is_valid = weight is None or (is_valid and options.reduction in REDUCTIONS)
+            is_valid = weight is None or (is_valid and options.reduction in tuple(REDUCTIONS))
             if not is_unobserved(input, target) or input.shape == target.shape or not is_valid:
                 return function(input, target, *rest)
             message = _BROADCASTING.format(target.shape, input.shape)

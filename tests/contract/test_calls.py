@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from catalogue import EXAMPLES, Example
+from catalogue import Example, every_family
 from compare import python_calls
 from conftest import KernelCalls
 from processes import python
@@ -25,10 +25,7 @@ OTHER = torch.linspace(-3, 1, 30).reshape(6, 5)
 
 # ---- caches --------------------------------------------------------------------------------------
 
-PLAIN = {e.id: e for e in EXAMPLES.values() if not e.name}
-
-
-@pytest.mark.parametrize("example", PLAIN.values(), ids=PLAIN)
+@every_family
 def test_caches_are_bounded(example: Example) -> None:
     """Memory does not grow with the number of shapes, and of values of a number."""
 

@@ -193,7 +193,7 @@ def test_errors_of_functions_that_torch_lacks(code: str, words: str, size: str) 
 def wrong_values(value: Any) -> Iterator[Any]:
     """Yields a tensor in other shapes, or values of other types, dtypes and devices."""
     if not isinstance(value, Tensor):
-        yield from ("a", None, 1.5, 0.0, -1.0, -(2**70), NAN)
+        yield from ("a", ["mean"], None, 1.5, 0.0, -1.0, -(2**70), NAN)
         return
     yield from (value.long() if value.is_floating_point() else value.float(), value.cfloat())
     yield from (value > 0, [1.0], None, 1, value.numpy(), value.to("meta"))
@@ -212,7 +212,7 @@ def wrong_calls(example: Example) -> Iterator[tuple[str, dict[str, Any]]]:
         if options(example.op).get("dim", 0) is None:
             given.setdefault("dim", -1 if isinstance(example.op, Divergence) else 1)
         for name, value in (options(example.op) | given).items():
-            if name not in (*DEPRECATED, "dtype", "inplace") and not isinstance(value, bool):
+            if name not in (*DEPRECATED, "dtype", "inplace", "with_metrics"):
                 yield from ((name, given | {name: wrong}) for wrong in wrong_values(value))
 
 
