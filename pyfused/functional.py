@@ -185,7 +185,7 @@ def cross_entropy(
         RuntimeError, ValueError: A shape, dtype or option is invalid.
     """
     op = operators.CROSS_ENTROPY
-    small = left_to_torch(op, (input,), size_average, reduce)
+    small = left_to_torch(op, (input,), size_average, reduce, reduction=reduction)
     if (
         small
         and softcap is token_weight is denominator is loss_dtype is shard is None

@@ -50,7 +50,8 @@ class Limits(NamedTuple):
 
     Attributes:
         from_elements: The size for all other calls.
-        few_classes: For rows of few contiguous classes, which torch does not vectorise.
+        few_classes: For rows of few contiguous classes, which torch does not vectorise. If this is
+            set, `unreduced` is for few classes at other strides.
         without_gradient: For calls without a gradient, where torch's forward pass is faster or
             slower than its backward pass.
         unreduced: For losses that are not reduced, which write one more output.
@@ -114,7 +115,7 @@ ON_CPU: dict[str, Limits] = {
     "gelu": Limits(PAGES),  # torch calls oneDNN
     "mish": Limits(SMALL),
     "Activation": Limits(MEDIUM),  # on an Intel Xeon, 0.75 times as fast as torch at 2^14
-    "cross_entropy": Limits(MEDIUM, few_classes=SMALL),
+    "cross_entropy": Limits(MEDIUM, few_classes=SMALL, unreduced=8 * MEDIUM),
     "log_softmax": Limits(LARGE, few_classes=SMALL),
     "logsigmoid": Limits(MEDIUM),
     "PointwiseLoss": Limits(MEDIUM, unreduced=PAGES),
@@ -131,7 +132,7 @@ ON_CPU: dict[str, Limits] = {
 # softmax and cross-entropy process fewer bytes per second, so their limits do not double.
 HALVES = {torch.bfloat16: 2, torch.float16: 8}
 ON_CPU_OF_HALVES: dict[str, Limits] = {
-    "cross_entropy": Limits(MEDIUM, few_classes=SMALL),
+    "cross_entropy": Limits(MEDIUM, few_classes=SMALL, unreduced=8 * MEDIUM),
     "log_softmax": Limits(LARGE, few_classes=SMALL),
     "softmax": Limits(LARGE, few_classes=SMALL),
 }
@@ -267,15 +268,19 @@ def _is_fast_in_torch(op: Operator, dtype: torch.dtype) -> bool:
 def limit_of(op: Any, tensors: Tensors, reduction: str | None, dim: Any, found: Limits) -> int:
     """Returns which of an operator's limits applies to a call."""
     input = tensors[0]
+    if found.few_classes is not None:
+        is_strided = input.layout is torch.strided and not input.is_nested
+        if not is_strided or type(dim) is not int or not -input.dim() <= dim < input.dim():
+            return found.from_elements
+        few = VECTOR // min(input.element_size(), 4) - 1 if input.is_cpu else FEW_ON_GPU
+        if input.size(dim) > few:
+            return found.from_elements
+        if input.stride(dim) == 1 and (not input.is_cpu or dim % input.dim() == input.dim() - 1):
+            return found.few_classes
     if found.unreduced is not None and reduction == "none":
         return found.unreduced
     if found.without_gradient is not None and op.needs_no_gradient(tensors):
         return found.without_gradient
-    if found.few_classes is None or input.layout is not torch.strided or input.is_nested:
-        return found.from_elements  # others have no strides
-    if type(dim) is int and -input.dim() <= dim < input.dim() and input.stride(dim) == 1:
-        few = VECTOR // min(input.element_size(), 4) - 1 if input.is_cpu else FEW_ON_GPU
-        return found.few_classes if input.size(dim) <= few else found.from_elements
     return found.from_elements
 
 

@@ -25,6 +25,7 @@ OTHER = torch.linspace(-3, 1, 30).reshape(6, 5)
 
 # ---- caches --------------------------------------------------------------------------------------
 
+
 @every_family
 def test_caches_are_bounded(example: Example) -> None:
     """Memory does not grow with the number of shapes, and of values of a number."""

@@ -69,6 +69,22 @@ def test_few_classes(is_few: bool) -> None:
         assert runs_torch("softmax", columns, -2) == slow
 
 
+@pytest.mark.parametrize(("reduction", "limit"), [("mean", FIRST), ("none", SECOND)])
+@pytest.mark.parametrize("order", [torch.contiguous_format, torch.channels_last])
+def test_few_classes_of_images(
+    order: torch.memory_format, reduction: str, limit: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torch vectorises them; the reduction decides in the function and in dispatch."""
+    monkeypatch.setattr(OPERATORS["cross_entropy"], "least", (0, 0))
+    for rows in (limit // 64 - 1, limit // 64):
+        x = torch.zeros(1, 2, 32, rows).to(memory_format=order)
+        target = torch.zeros(1, 32, rows, dtype=torch.int64)
+        by_torch = rows * 64 < limit
+        assert runs_torch("cross_entropy", x, target, reduction=reduction) is by_torch
+        loss = fused.cross_entropy(x.requires_grad_(), target, reduction=reduction)
+        assert ("Fused" not in type(loss.grad_fn).__name__) is by_torch
+
+
 @pytest.mark.parametrize("needs_grad", [False, True])
 def test_calls_without_gradients(needs_grad: bool) -> None:
     x = torch.zeros(FIRST, requires_grad=needs_grad)
