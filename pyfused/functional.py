@@ -1,6 +1,7 @@
 """Fused counterparts of ``torch.nn.functional``: same names, arguments, results and errors.
 
 The following applies to all functions; docstrings describe only what is specific to a function.
+Arguments that they do not name are those of torch's function.
 
 Dtypes
     float32, float64, bfloat16 and float16. Half precision is computed in float32 and rounded once.
@@ -739,15 +740,6 @@ def nll_loss(
     """Returns the negative log-likelihood of class indices, ``-weight[target] * input[target]``.
 
     :func:`cross_entropy` fuses this loss with :func:`log_softmax`.
-
-    Args:
-        input: Log-probabilities, of shape (C), (N, C) or (N, C, d1, ..., dk).
-        target: Class indices in [0, C) or ``ignore_index``, of shape (), (N) or (N, d1, ..., dk),
-            int64, or uint8 if the input has two dimensions.
-        weight: A factor for each class, of shape (C) and the input's dtype.
-        ignore_index: Rows with this target have loss and gradient 0, and the mean excludes them.
-        reduction: ``"mean"`` divides by the sum of ``weight[target]`` over the rows that are not
-            ignored.
     """
     op = operators.NLL_LOSS
     if small := left_to_torch(op, (input,), size_average, reduce, reduction=reduction):
@@ -775,18 +767,8 @@ def triplet_margin_loss(
     """Returns the triplet loss: anchors should be closer to positives than to negatives.
 
     With ``d(x, y) = ||x - y + eps||_p``, the loss of a row is
-    ``max(0, margin + d(anchor, positive) - d(anchor, negative))``.
-
-    Args:
-        anchor: Embeddings, of shape (D), (N, D) or (..., D).
-        positive: Embeddings of the anchor's class, with the same number of dimensions; they
-            broadcast.
-        negative: Embeddings of another class, shaped like ``positive``.
-        margin: How much farther away the negative should be than the positive; more than 0.
-        p: The exponent of the norm. Kernels support 1 and 2.
-        eps: Added to each difference.
-        swap: Whether to use the distance between negative and positive instead of the distance
-            between negative and anchor, if it is smaller.
+    ``max(0, margin + d(anchor, positive) - d(anchor, negative))``. Kernels support a
+    ``p`` of 1 and of 2.
     """
     op = operators.TRIPLET_MARGIN_LOSS
     if small := left_to_torch(
@@ -816,12 +798,6 @@ def cosine_embedding_loss(
 
     With ``cos = x1 . x2 / sqrt((x1 . x1 + 1e-12) (x2 . x2 + 1e-12))``, the loss of a row is
     ``1 - cos`` for target 1, ``max(0, cos - margin)`` for target -1, and 0 for other targets.
-
-    Args:
-        input1: Embeddings, of shape (D) or (N, D).
-        input2: Embeddings with the same number of dimensions; they broadcast.
-        target: 1 or -1 for each row, of shape () or (N) and any dtype.
-        margin: The cosine below which pairs with target -1 have no loss.
     """
     op = operators.COSINE_EMBEDDING_LOSS
     if small := left_to_torch(
@@ -867,9 +843,6 @@ def l1_loss(
     """Returns the absolute error, ``weight * |input - target|``.
 
     The gradient is 0 where input and target are equal.
-
-    Args:
-        input, target, reduction, weight: As in :func:`mse_loss`.
     """
     op = elementwise.L1_LOSS
     # With a weight, torch's function ignores it if a default device is set.
@@ -893,11 +866,6 @@ def smooth_l1_loss(
 
     With ``d = |input - target|``, the loss of an element is ``d ** 2 / (2 * beta)`` where
     ``d < beta``, else ``d - beta / 2``.
-
-    Args:
-        input, target: As in :func:`mse_loss`.
-        beta: The error below which the loss is quadratic; 0.0 gives :func:`l1_loss`, and a negative
-            number raises a RuntimeError.
     """
     op = elementwise.SMOOTH_L1_LOSS
     if small := left_to_torch(op, (input, target), size_average, reduce, reduction=reduction):
@@ -916,12 +884,6 @@ def huber_loss(
 
     With ``d = |input - target|``, the loss of an element is ``weight`` times ``d ** 2 / 2`` where
     ``d < delta``, else ``delta * (d - delta / 2)``: ``delta`` times :func:`smooth_l1_loss`.
-
-    Args:
-        input, target: As in :func:`mse_loss`.
-        reduction: ``"mean"`` divides by the number of elements, also with ``weight``.
-        delta: The error below which the loss is quadratic; more than 0.
-        weight: A factor for each element, of the input's shape.
     """
     op = elementwise.HUBER_LOSS
     if small := left_to_torch(op, (input, target), reduction=reduction):
@@ -941,12 +903,6 @@ def binary_cross_entropy(
 
     The loss of an element is ``-weight * (target * log(input) + (1 - target) * log(1 - input))``,
     where logarithms are at least -100.
-
-    Args:
-        input: Probabilities of the positive class, 0.0 to 1.0, of any shape.
-        target: Probabilities of the positive class, 0.0 to 1.0, of the input's shape.
-        weight: A factor for each element, of a shape that broadcasts to the input's.
-        reduction: ``"mean"`` divides by the number of elements, also with ``weight``.
 
     Raises:
         RuntimeError: A probability is out of range (on GPUs its loss is NaN instead), ``weight``
@@ -973,13 +929,6 @@ def binary_cross_entropy_with_logits(
     With ``p = pos_weight``, the loss of an element is
     ``weight * -(p * target * log_sigmoid(input) + (1 - target) * log_sigmoid(-input))``.
 
-    Args:
-        input: Logits, of any shape.
-        target: Probabilities of the positive class, 0.0 to 1.0, of the input's shape.
-        weight: A factor for each element, of a shape that broadcasts to the input's.
-        reduction: ``"mean"`` divides by the number of elements, also with ``weight``.
-        pos_weight: A factor for the positive class, of a shape that broadcasts to the input's.
-
     Returns:
         The loss, of the target's dtype, or float32 under autocast.
 
@@ -1005,14 +954,6 @@ def kl_div(
     """Returns the Kullback-Leibler divergence of log-probabilities from a target distribution.
 
     The divergence of an element is ``target * (log(target) - input)``, or 0 where the target is 0.
-
-    Args:
-        input: Log-probabilities, of any shape.
-        target: Probabilities or log-probabilities, of a shape that broadcasts with the input's.
-        reduction: ``"batchmean"`` divides the sum by the size of the first dimension, which gives
-            the mean divergence. torch warns about ``"mean"``, which divides by the number of
-            elements.
-        log_target: Whether ``target`` holds log-probabilities.
     """
     op = elementwise.KL_DIV
     # A mean warns, and the warning has to name the line of the call.
@@ -1037,16 +978,9 @@ def poisson_nll_loss(
     """Returns the negative log-likelihood of counts under Poisson distributions.
 
     The loss of an element is ``exp(input) - target * input``, or, if ``log_input`` is False,
-    ``input - target * log(input + eps)``.
-
-    Args:
-        input: Logarithms of the rates, or the rates themselves, of any shape.
-        target: Counts, of a shape that broadcasts with the input's.
-        log_input: Whether ``input`` holds logarithms.
-        full: Adds Stirling's approximation of ``log(target!)`` where the target is more than 1.
-            Elsewhere it adds nothing to the target's gradient; torch, and so a small call, returns
-            NaN at targets of 0 or less.
-        eps: Added to the rates before taking the logarithm.
+    ``input - target * log(input + eps)``. ``full`` adds Stirling's approximation of
+    ``log(target!)`` where the target is more than 1. Elsewhere it adds nothing to the target's
+    gradient; torch, and so a small call, returns NaN at targets of 0 or less.
     """
     op = elementwise.POISSON_NLL_LOSS
     if small := left_to_torch(op, (input, target), size_average, reduce, reduction=reduction):
@@ -1074,14 +1008,6 @@ def gaussian_nll_loss(
     With ``v = max(var, eps)``, the loss of an element is
     ``(log(v) + (input - target) ** 2 / v) / 2``; ``var`` gets the gradient of ``v``.
 
-    Args:
-        input: Expectations, of any shape.
-        target: Samples, of a shape that broadcasts with the input's.
-        var: Variances, of the input's shape, of this shape without the last dimension, or with one
-            dimension of size 1; or one float for all elements.
-        full: Adds the constant ``log(2 * pi) / 2``.
-        eps: The smallest variance, for stability.
-
     Raises:
         ValueError: A variance is negative (on GPUs its loss is NaN instead), or the shape of
             ``var`` is invalid.
@@ -1102,10 +1028,6 @@ def soft_margin_loss(
     """Returns the logistic loss for the classes -1 and 1, ``log(1 + exp(-target * input))``.
 
     Unlike torch's operator, it stays finite where the exponential overflows.
-
-    Args:
-        input: Scores, of any shape.
-        target: The classes, -1 or 1, of the input's shape.
     """
     op = elementwise.SOFT_MARGIN_LOSS
     if small := left_to_torch(op, (input, target), size_average, reduce, reduction=reduction):
@@ -1125,12 +1047,6 @@ def hinge_embedding_loss(
 
     The loss of an element is ``input`` where the target is 1 and ``max(0, margin - input)`` where
     it is -1. For other targets it is the sum of both.
-
-    Args:
-        input: Distances, of any shape.
-        target: 1 for similar and -1 for dissimilar pairs, of a shape that broadcasts with the
-            input's.
-        margin: The distance beyond which dissimilar pairs have no loss.
     """
     op = elementwise.HINGE_EMBEDDING_LOSS
     if small := left_to_torch(op, (input, target), size_average, reduce, reduction=reduction):
@@ -1150,12 +1066,6 @@ def margin_ranking_loss(
     """Returns the ranking loss of pairs of scores; the target says which should be higher.
 
     The loss of an element is ``max(0, -target * (input1 - input2) + margin)``.
-
-    Args:
-        input1, input2: Scores, of shapes that broadcast, with the same number of dimensions.
-        target: 1 where ``input1`` should be higher, -1 where ``input2`` should, of a shape that
-            broadcasts with theirs.
-        margin: How much higher it should be.
     """
     op = elementwise.MARGIN_RANKING_LOSS
     if small := left_to_torch(
@@ -1304,11 +1214,7 @@ def relu(input: Tensor, inplace: bool = False) -> Tensor:
 
 
 def leaky_relu(input: Tensor, negative_slope: float = 0.01, inplace: bool = False) -> Tensor:
-    """Returns ``input`` where it is positive, elsewhere ``negative_slope * input``.
-
-    Args:
-        negative_slope: The slope below 0.
-    """
+    """Returns ``input`` where it is positive, elsewhere ``negative_slope * input``."""
     op = elementwise.LEAKY_RELU
     if inplace is not False or (small := left_to_torch(op, (input,))):
         return F.leaky_relu(input, negative_slope, inplace)
@@ -1376,11 +1282,7 @@ def sigmoid(input: Tensor) -> Tensor:
 
 
 def elu(input: Tensor, alpha: float = 1.0, inplace: bool = False) -> Tensor:
-    """Returns ``input`` where it is positive, elsewhere ``alpha * (exp(input) - 1)``.
-
-    Args:
-        alpha: The result at minus infinity is ``-alpha``.
-    """
+    """Returns ``input`` where it is positive, elsewhere ``alpha * (exp(input) - 1)``."""
     op = elementwise.ELU
     if inplace is not False or (small := left_to_torch(op, (input,))):
         return F.elu(input, alpha, inplace)
@@ -1396,11 +1298,7 @@ def selu(input: Tensor, inplace: bool = False) -> Tensor:
 
 
 def celu(input: Tensor, alpha: float = 1.0, inplace: bool = False) -> Tensor:
-    """Returns ``input`` where it is positive, elsewhere ``alpha * (exp(input / alpha) - 1)``.
-
-    Args:
-        alpha: The result at minus infinity is ``-alpha``; not 0.
-    """
+    """Returns ``input`` where it is positive, elsewhere ``alpha * (exp(input / alpha) - 1)``."""
     op = elementwise.CELU
     if inplace is not False or (small := left_to_torch(op, (input,))):
         return F.celu(input, alpha, inplace)
@@ -1416,13 +1314,7 @@ def mish(input: Tensor, inplace: bool = False) -> Tensor:
 
 
 def softplus(input: Tensor, beta: float = 1.0, threshold: float = 20.0, **others: Any) -> Tensor:
-    """Returns ``log(1 + exp(beta * input)) / beta``.
-
-    Args:
-        beta: The sharpness of the bend at 0.
-        threshold: The result is ``input`` where ``beta * input`` is above this value.
-        others: As in :func:`gelu`.
-    """
+    """Returns ``log(1 + exp(beta * input)) / beta``."""
     op = elementwise.SOFTPLUS
     if others or (small := left_to_torch(op, (input,))):
         return F.softplus(input, beta, threshold, **others)
