@@ -148,9 +148,9 @@ class CrossEntropyColumns : Columns<T, kColumns, kTileClasses> {
       }
       for (int64_t b = 0; b < kColumns; ++b) {
         weighted[b] += double(part[b]);
-        const double of_line = double(c) + double(line[b]);
-        const double found = kFolds && fold > 1 ? of_line * fold + b / positions : of_line;
-        if (line[b] < A(k)) index[b] = std::min(index[b], found);
+        const int64_t lane = kFolds && fold > 1 ? b / positions : 0;
+        const int64_t found = (c + int64_t(line[b])) * fold + lane;
+        if (line[b] < A(k)) index[b] = std::min(index[b], double(found));
       }
     });
     Base::reload_with(0);
