@@ -27,7 +27,7 @@ from pyfused.ops.embedding import (
     triplet_fallback_reason,
 )
 from pyfused.ops.log_probs import LogProbsLoss, LogProbsOperator
-from pyfused.ops.softmax import Softmax, softmax_fallback_reason
+from pyfused.ops.softmax import Softmax
 from pyfused.types import Choice, CrossEntropyOptions, DivergenceOptions, LogProbsOptions, Scalar
 
 CLASSES = Operand("target", differentiated=False, indices=True)
@@ -180,10 +180,8 @@ LINEAR_TOPK_KL_DIV = Divergence(
 
 # ---- along one dimension -------------------------------------------------------------------------
 
-SOFTMAX = Softmax(name="softmax", module="Softmax", fallback_reason=softmax_fallback_reason)
-LOG_SOFTMAX = Softmax(
-    name="log_softmax", module="LogSoftmax", fallback_reason=softmax_fallback_reason
-)
+SOFTMAX = Softmax(name="softmax", module="Softmax")
+LOG_SOFTMAX = Softmax(name="log_softmax", module="LogSoftmax")
 
 # ---- heads in compiled programs ------------------------------------------------------------------
 

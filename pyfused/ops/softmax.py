@@ -30,6 +30,20 @@ class Softmax(Operator):
         function = getattr(F, self.name)
         self.torch = lambda input, options: function(input, options.dim, dtype=options.dtype)
 
+    def method_of(self, tensors: Tensors, options: Options) -> Any:
+        (input,), (dim, dtype) = tensors, options
+        if type(dim) is not int:
+            return "dim is not given" if dim is None else f"dim is a {type(dim).__name__}"
+        if not -input.dim() <= dim < input.dim():
+            return "dim is out of range"
+        is_strided = input.is_cpu and dim % input.dim() != input.dim() - 1
+        by_avx2 = cpu.capability == "x86-64-v3" and sizes.FORCED is None
+        if by_avx2 and is_strided and input.dtype is torch.bfloat16:
+            # With AVX2, calls take 0.7 to 1.3 times as long as torch's; torch's code for AVX-512 is
+            # even faster.
+            return "the kernels for AVX2 are no faster along strided bfloat16 classes"
+        return self.fused if dtype is None or dtype in DTYPES else f"dtype is {dtype}"
+
     def fused(self, tensors: Tensors, options: Options) -> Tensor:
         (input,), dtype = tensors, options.dtype
         if dtype is None:
@@ -60,19 +74,3 @@ class Softmax(Operator):
         else:
             grad_input = grad - y.exp() * grad.sum(dim, keepdim=True)
         return (grad_input.to(output.dtype),)
-
-
-def softmax_fallback_reason(input: Tensor, options: Options) -> str | None:
-    """Returns why torch's operator has to compute these arguments, None if a kernel can."""
-    dim, dtype = options
-    if type(dim) is not int:
-        return "dim is not given" if dim is None else f"dim is a {type(dim).__name__}"
-    if not -input.dim() <= dim < input.dim():
-        return "dim is out of range"
-    is_strided = input.is_cpu and dim % input.dim() != input.dim() - 1
-    by_avx2 = cpu.capability == "x86-64-v3" and sizes.FORCED is None
-    if by_avx2 and is_strided and input.dtype is torch.bfloat16:
-        # With AVX2, calls take 0.7 to 1.3 times as long as torch's, whose code for AVX-512 takes
-        # 0.5 to 0.9 times as long as these kernels.
-        return "the kernels for AVX2 are no faster along strided bfloat16 classes"
-    return None if dtype is None or dtype in DTYPES else f"dtype is {dtype}"

@@ -57,7 +57,7 @@ CALLS: dict[str, tuple[Callable[[Tensor], Tensor], int]] = {
     "softcap": (lambda x: fused.cross_entropy(x, CLASSES, softcap=5.0), 67),
     "nll_loss": (lambda x: fused.nll_loss(x, CLASSES), 38),
     "gelu": (lambda x: fused.gelu(x).sum(), 25),
-    "softmax": (lambda x: fused.softmax(x, 1).sum(), 26),
+    "softmax": (lambda x: fused.softmax(x, 1).sum(), 25),
     "log_probs": (lambda x: fused.log_probs(x, CLASSES)[0].sum(), 47),
     "kl_div_with_logits": (lambda x: fused.kl_div_with_logits(x, OTHER), 45),
     "linear_cross_entropy": (lambda x: fused.linear_cross_entropy(x, OTHER, CLASSES), 95),
