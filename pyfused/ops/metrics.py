@@ -71,7 +71,8 @@ def _from_rows(results: Tensor, prediction: Tensor, target: Tensor, ignore_index
     else:
         label, shape = target.flatten(), target.shape
         valid = label != ignore_index
-    log_p, entropy, lse = results.where(valid, 0)
+    # Unlike the items of unbind, they can be changed in place.
+    log_p, entropy, lse = (results[i].where(valid, 0) for i in range(len(RESULTS)))
     correct = (prediction == label) & valid
     fields = log_p, lse, prediction.where(valid, ignore_index), correct, entropy
     return Metrics(*[x.reshape(shape) for x in fields])
