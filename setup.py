@@ -58,10 +58,10 @@ KNOWN = X86_64 if PLATFORM.endswith(("x86_64", "amd64")) else ELSEWHERE
 def chosen() -> list[str]:
     """Returns the names in PYFUSED_ISAS; by default the oldest, and the newest of this machine."""
     if names := os.environ.get("PYFUSED_ISAS"):
-        chosen = [*KNOWN] if names == "all" else names.split(",")
-        if not {*chosen} <= KNOWN.keys():
+        named = [*KNOWN] if names == "all" else names.split(",")
+        if not {*named} <= KNOWN.keys():
             sys.exit(f"PYFUSED_ISAS: expected all or names of {', '.join(KNOWN)}, got {names!r}")
-        return [name for name in KNOWN if name in chosen]
+        return [name for name in KNOWN if name in named]
     try:
         found = re.search("^flags[^:]*:(.*)", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
     except OSError:

@@ -1,7 +1,7 @@
 """Fused counterparts of ``torch.nn.functional``: same names, arguments, results and errors.
 
 The following applies to all functions; docstrings describe only what is specific to a function.
-Arguments that they do not name are those of torch's function.
+For the other arguments, see torch's function of the same name.
 
 Dtypes
     float32, float64, bfloat16 and float16. Half precision is computed in float32 and rounded once.

@@ -196,6 +196,11 @@ if _PRODUCTS not in (None, "half", "float32"):
     raise ImportError(f"PYFUSED_HALF_PRODUCTS: expected half or float32, got {_PRODUCTS!r}")
 
 
+def least_seconds(compute: Callable[[], Any]) -> float:
+    """Returns this thread's CPU time for a function, the least of five."""
+    return min(timeit.repeat(compute, timer=time.thread_time, number=1, repeat=5))
+
+
 @cache
 def product_dtype(dtype: torch.dtype) -> torch.dtype:
     if dtype.itemsize > 2 or _PRODUCTS == "half":
@@ -216,8 +221,7 @@ def _products_are_fast(dtype: torch.dtype) -> bool:
 
     def seconds(rows: int, dtype: torch.dtype) -> float:
         x, weight = (torch.ones(n, 512, dtype=dtype, device="cpu") for n in (rows, 1024))
-        multiply = partial(torch.mm, x, weight.t(), out=x.new_empty(rows, 1024))
-        return min(timeit.repeat(multiply, timer=time.thread_time, number=1, repeat=5))
+        return least_seconds(partial(torch.mm, x, weight.t(), out=x.new_empty(rows, 1024)))
 
     threads = torch.get_num_threads()
     torch.set_num_threads(1)

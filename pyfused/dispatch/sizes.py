@@ -15,10 +15,9 @@ from __future__ import annotations
 import math
 import os
 import sys
-import timeit
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 import torch
@@ -257,12 +256,8 @@ def _is_fast_in_torch(op: Operator, dtype: torch.dtype) -> bool:
     if cpu.MISSING or active_mode():
         return True  # unknown
     x = torch.linspace(-4, 4, SMALL, dtype=dtype, device="cpu")
-
-    def seconds(compute: Callable[[], Any]) -> float:
-        compute()
-        return min(timeit.repeat(compute, number=1, repeat=5))
-
-    return seconds(lambda: op.torch(x, ())) < 2 * seconds(lambda: op.forward((x,), (), ()))
+    by_torch, by_kernel = partial(op.torch, x, ()), partial(op.forward, (x,), (), ())
+    return cpu.least_seconds(by_torch) < 2 * cpu.least_seconds(by_kernel)
 
 
 def limit_of(op: Any, tensors: Tensors, reduction: str | None, dim: Any, found: Limits) -> int:

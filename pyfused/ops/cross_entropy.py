@@ -195,9 +195,8 @@ def empty_state(tensors: Tensors, options: CrossEntropyOptions) -> Tensor | None
     """
     input, target, _, token_weight, _ = tensors
     is_scaled = options.scale / options.temperature != 1
-    if is_scaled or token_weight is not None or target.is_floating_point():
-        return None
-    if backend_of(input).ASYNCHRONOUS:
+    has_factors = token_weight is not None or target.is_floating_point()
+    if is_scaled or has_factors or backend_of(input).ASYNCHRONOUS:
         return None
     state: Tensor = input.new_empty((len(RESULTS) + 2, target.numel()), dtype=torch.float64)
     return state

@@ -22,6 +22,7 @@ from torch import Tensor
 from pyfused.backends import Backend
 from pyfused.layout import accumulate_dtype
 from pyfused.ops.chunk_sizes import CLASSES_GPU, TILE, BlockSize
+from pyfused.torch_internals import graph_is_retained, saved_tensors_hooks
 from pyfused.types import Gradients
 
 # Computes the gradient of a block's logits, which may overwrite them, or returns None. It takes the
@@ -76,7 +77,7 @@ class HeadLoop:
                 of the logits is 0, and the weight's gradient uses 0 for the features, which may be
                 NaN.
             logits: The memory of the blocks, which holds the logits of the first one; None to
-                allocate it.
+                allocate it. It is copied if another backward pass may read it.
             backwards: Whether the blocks of rows come in reverse order.
         """
         n, total, sums = layer.input.shape[0], layer.weight.shape[0], None
@@ -85,6 +86,8 @@ class HeadLoop:
         classes_at_once = max(1, min(classes_at_once or total, total))
         padding = -total % CLASSES_GPU if self.pads and classes_at_once == total else 0
         memory, is_computed = logits, logits is not None
+        if memory is not None and graph_is_retained():
+            memory = memory.clone()
         if memory is None:
             size = rows_at_once * (classes_at_once + padding)
             memory = self.backend.empty((size,), self.dtype, layer.input)
@@ -241,8 +244,13 @@ def multiply(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> Non
         torch.addmm(bias, x, weight.t(), out=out)
 
 
-def memory_of(logits: Tensor) -> Tensor:
-    """Returns the memory of a block of all classes, with its padding, for `HeadLoop.run`."""
+def memory_of(logits: Tensor) -> Tensor | None:
+    """Returns the memory of a block of all classes, with its padding, which `HeadLoop.run` takes.
+
+    Returns None if hooks for saved tensors are active, as it must not overwrite what they return.
+    """
+    if saved_tensors_hooks(True) is not None:
+        return None
     return logits.as_strided((logits.shape[0] * logits.stride(0),), (1,))
 
 

@@ -18,7 +18,6 @@ from pyfused.layout import accumulate_dtype
 from pyfused.ops.elementwise import SOFTCAP
 from pyfused.ops.head_loop import HeadLoop, Layer, memory_of
 from pyfused.ops.rows import RowOperator
-from pyfused.torch_internals import graph_is_retained, saved_tensors_hooks
 from pyfused.types import Gradients, Outputs
 
 # The loss of each row of a block, or their sum; the gradients of the logits, which may overwrite
@@ -85,10 +84,6 @@ class HeadBlocks:
         kept: Tensor | None = None
         n, features = input.shape
         keeps_logits = keeps_logits and n <= self.size.rows and n <= features
-        if saved_tensors_hooks(True) is not None:  # backward must not overwrite what hooks return
-            keeps_logits = False
-        if logits is not None and graph_is_retained():  # another pass may read them
-            logits = logits.clone()
         results = list[Any]()
         sliced = row_operands if self.size.rows < input.shape[0] else []
 

@@ -17,7 +17,6 @@ from torch import Tensor
 from pyfused.backends import backend_of
 from pyfused.layout import feature_rows
 from pyfused.ops.head_loop import HeadLoop, Layer, memory_of, rows_that_count
-from pyfused.torch_internals import graph_is_retained, saved_tensors_hooks
 from pyfused.types import STATE_FIELDS, ClassRange, Gradients, RowBlock, RowOptions
 
 # The state, of shape (fields, *target.shape); its first fields in the accumulation dtype, or None;
@@ -133,8 +132,6 @@ class HeadRows:
         all_classes, backend = self.layer.weight.shape[0], self.loop.backend
         state = self.target.new_empty((fields, self.target.shape[0]), dtype=torch.float64)
         saved: Tensor | None = None
-        if saved_tensors_hooks(True) is not None:  # backward must not overwrite what hooks return
-            keeps_logits = False
 
         def step(logits: Tensor, rows: slice, classes: slice) -> None:
             nonlocal saved
@@ -156,8 +153,6 @@ class HeadRows:
         if rows.indices is not None:
             state, grad_results = rows.take(state, 1), rows.take(grad_results, 1)
         state, grad_results = state.contiguous(), grad_results.contiguous()
-        if logits is not None and graph_is_retained():  # another pass may read them
-            logits = logits.clone()
 
         def step(logits: Tensor, rows: slice, classes: slice) -> Tensor:
             block = self.block(logits, rows, classes)
