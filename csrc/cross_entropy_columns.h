@@ -159,9 +159,10 @@ class CrossEntropyColumns : Columns<T, kColumns, kTileClasses> {
     for (int64_t b = 0; b < positions; ++b) {
       const bool valid =
           !ce.ignored(first + b) && std::isfinite(double(max[b])) && std::isfinite(double(sum[b]));
-      const RowResults row(double(max[b]), double(sum[b]), weighted[b],
-                           double(rows.target_logit[b]));
-      ce.write_results(first + b, row, double(max[b]), valid ? index[b] : -1);
+      ce.write_results(first + b,
+                       {double(max[b]), double(sum[b]), weighted[b], double(rows.target_logit[b])});
+      ce.predictions[first + b] = double(max[b]);
+      ce.predictions[ce.positions() + first + b] = valid ? index[b] : -1;
     }
   }
 

@@ -193,10 +193,8 @@ template <class T, bool kInPlace> class RowBlock {
   }
 
   PYFUSED_NOINLINE void write_results(const Normalizer<T>& state, int64_t i) const {
-    const double* const at = ce.predictions + first + i;
-    const RowResults row(double(state.pivot), state.sum, state.weighted,
-                         double(rows.target_logit[i]));
-    ce.write_results(first + i, row, at[0], at[ce.positions()]);
+    ce.write_results(
+        first + i, {double(state.pivot), state.sum, state.weighted, double(rows.target_logit[i])});
   }
 
   // smooth_weight prob_weight weight_c (lse - x_c)

@@ -46,14 +46,11 @@ template <class T> struct CrossEntropyBatch : CrossEntropy<T> {
     return this->token_weights ? scale * double(this->token_weights[position]) : scale;
   }
 
-  // Writes the results of a position, and the prediction.
-  void write_results(int64_t position, const RowResults& row, double largest, double index) const {
+  void write_results(int64_t position, const RowResults& row) const {
     const int64_t n = this->positions();
     this->row_results[position] = row.log_p;
     this->row_results[n + position] = row.entropy;
     this->row_results[2 * n + position] = row.lse;
-    this->predictions[position] = largest;
-    this->predictions[n + position] = index;
   }
 
   // Multiplies n losses by the token weights, and writes them with Reduction::none. Returns their
