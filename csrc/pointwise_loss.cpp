@@ -46,8 +46,12 @@ template <class Formula, class A> struct PointwiseBuffers {
   typename Formula::template Registers<A> registers;
 };
 
+// The elements of a block of each operand in columns; null for other operands.
+template <class A> using Gathered = std::array<const A*, kOperands>;
+
 template <class Formula, class T>
 void pointwise_chunk(const Formula& formula, const PointwiseLoss<T>& p,
+                     const Gathered<Accumulate<T>>& gathered,
                      PointwiseBuffers<Formula, Accumulate<T>>& buffers, Sum& sum, int64_t first,
                      int64_t n, bool streams) {
   using A = Accumulate<T>;
@@ -58,8 +62,9 @@ void pointwise_chunk(const Formula& formula, const PointwiseLoss<T>& p,
   LossChunk<A> chunk{n, {}, A(1 / p.denominator), summed, value, {}};
   for (int k = 0; k < kOperands; ++k) {
     const Operand<T>& operand = p.operands[k];
-    chunk.operands[k] =
-        operand.data ? elements(operand, p.order, first, n, read[k]) : chunk.operands[0];
+    if (gathered[k]) chunk.operands[k] = gathered[k] + first % kLossBlock;
+    else if (operand.data) chunk.operands[k] = elements(operand, p.order, first, n, read[k]);
+    else chunk.operands[k] = chunk.operands[0];
     T* const gradient = p.gradients[k];
     if (!gradient) continue;
     chunk.gradients[k] = streams ? written[k] : staged(gradient + first, written[k]);
@@ -87,16 +92,27 @@ void pointwise_loss(const Formula& formula, const PointwiseLoss<T>& p) {
   using A = Accumulate<T>;
   using Buffers = PointwiseBuffers<Formula, A>;
   const bool streams = size_t(p.n) * sizeof(T) >= kStreamBytes;
+  const auto in_columns = [](const Operand<T>& operand) { return operand.in_columns(); };
+  const int64_t gathers = std::count_if(p.operands.begin(), p.operands.end(), in_columns);
   const auto run = [&](int64_t first, int64_t end, auto workspace) {
     Buffers& buffers = workspace.make();
+    A* memory = reinterpret_cast<A*>(&buffers + 1);
+    Gathered<A> gathered{};
+    for (int k = 0; gathers && k < kOperands; ++k) {
+      if (!p.operands[k].in_columns()) continue;
+      gather_columns(p.operands[k], p.order, first, end - first, memory);
+      gathered[k] = memory;
+      memory += kLossBlock;
+    }
     Sum sum;
     for (; first < end; first += Formula::kChunk) {
-      pointwise_chunk(formula, p, buffers, sum, first, std::min(Formula::kChunk, end - first),
-                      streams);
+      pointwise_chunk(formula, p, gathered, buffers, sum, first,
+                      std::min(Formula::kChunk, end - first), streams);
     }
     return sum.value();
   };
-  const double loss = sum_of_blocks<T, Buffers>(p.n, kLossBlock, p.threads, run);
+  const size_t bytes = sizeof(Buffers) + gathers * kLossBlock * sizeof(A);
+  const double loss = sum_of_blocks<T, Buffers>(p.n, kLossBlock, p.threads, run, bytes);
   if (p.reduced) *p.reduced = A(loss / p.denominator);
 }
 

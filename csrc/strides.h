@@ -7,6 +7,7 @@
 #include <type_traits>
 #include <vector>
 
+#include "transpose.h"
 #include "vec.h"
 
 namespace pyfused {
@@ -28,6 +29,7 @@ template <class T> struct Operand {
   Sizes row_steps;
 
   bool in_rows() const { return !row_steps.empty(); }
+  bool in_columns() const { return in_rows() && step > 1 && row_steps.back() == 1; }
 
   const T* row(const Order& order, int64_t index) const {
     const T* at = data;
@@ -130,7 +132,35 @@ const To* gather(const Operand<T>& o, const Order& order, int64_t first, int64_t
   return buffer;
 }
 
-// The same, without a call for the elements of a contiguous tensor.
+// The same for an operand in columns. Rows that follow each other are read together, because lines
+// of the cache hold elements of several rows.
+template <class T>
+void gather_columns(const Operand<T>& o, const Order& order, int64_t first, int64_t n,
+                    Accumulate<T>* to) {
+  const int64_t columns = order.columns;
+  for (int64_t m; n > 0; first += m, to += m, n -= m) {
+    const int64_t row = first / columns, column = first % columns;
+    const T* const from = o.row(order, row) + column * o.step;
+    const int64_t rows = std::min(n / columns, order.outer.back() - row % order.outer.back());
+    if (column > 0 || rows < 2) {
+      m = std::min(n, columns - column);
+      gather(from, o.step, to, m);
+      continue;
+    }
+    m = rows * columns;
+#ifdef PYFUSED_HAS_REGISTERS
+    if constexpr (kTransposes<T>) {
+      load_transposed<true>(from, o.step, to, columns, rows, columns);
+      continue;
+    }
+#endif
+    for (int64_t c = 0; c < columns; ++c) {
+      for (int64_t r = 0; r < rows; ++r) to[r * columns + c] = widen(from[c * o.step + r]);
+    }
+  }
+}
+
+// The same as `gather`, without a call for the elements of a contiguous tensor.
 template <class T, class To>
 PYFUSED_INLINE const To* elements(const Operand<T>& o, const Order& order, int64_t first, int64_t n,
                                   To* buffer) {

@@ -95,8 +95,9 @@ void load_transposed(const T* from, int64_t stride, float* tile, int64_t columns
     const RowMask positions = first_of_row(std::min<int64_t>(kSquare, n - b));
     for (int i = 0; i < kSquare; ++i) {
       if (i >= wide) continue;
-      if (kPacked) store_row(rows[i], to + i * columns, positions);
-      else row_of_tile(to + i * columns) = rows[i];
+      if (!kPacked) row_of_tile(to + i * columns) = rows[i];
+      else if (b + kSquare <= n) store_row(rows[i], to + i * columns, EveryLane{});
+      else store_row(rows[i], to + i * columns, positions);
     }
   });
 }

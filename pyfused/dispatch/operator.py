@@ -176,10 +176,11 @@ class Operator(ABC):
 
     def needs_no_gradient(self, tensors: Tensors) -> bool:
         """Returns whether a call needs no gradient."""
-        return not grad_enabled() or not any(
-            operand.differentiated and getattr(x, "requires_grad", False)
-            for operand, x in zip(self.operands, tensors, strict=False)
-        )
+        if grad_enabled():
+            for x in tensors:
+                if isinstance(x, Tensor) and x.requires_grad:
+                    return False
+        return True
 
     def elements(self, tensors: Tensors) -> int:
         """Returns the number of elements of the logits, or of the broadcast operands."""

@@ -90,18 +90,18 @@ class Limits(NamedTuple):
 VECTOR = 64 if torch.backends.cpu.get_cpu_capability() == "AVX512" else 32
 FEW = VECTOR // 4 - 1  # classes in float32; twice as many in half precision
 ON_CPU: dict[str, Limits] = {
-    "cosine_embedding_loss": Limits(ALWAYS, without_gradient=2 * SMALL, unreduced=2 * SMALL),
-    "gaussian_nll_loss": Limits(ALWAYS),
-    "hinge_embedding_loss": Limits(ALWAYS, without_gradient=SMALL, unreduced=2 * TINY),
+    "cosine_embedding_loss": Limits(ALWAYS, without_gradient=4 * SMALL, unreduced=4 * SMALL),
+    "gaussian_nll_loss": Limits(ALWAYS, unreduced=SMALL),
+    "hinge_embedding_loss": Limits(ALWAYS, without_gradient=2 * TINY, unreduced=2 * TINY),
+    "hinge_loss": Limits(ALWAYS, unreduced=SMALL),
     "kl_div_with_logits": Limits(ALWAYS),
     "log_cosh_loss": Limits(ALWAYS),
     "log_probs": Limits(ALWAYS),
-    "quantile_loss": Limits(ALWAYS, unreduced=SMALL),
+    "quantile_loss": Limits(ALWAYS),
     "sigmoid_focal_loss": Limits(ALWAYS),
-    "softcap": Limits(SMALL),
+    "softcap": Limits(4 * TINY),
     "softsign": Limits(2 * SMALL),
-    "hinge_loss": Limits(ALWAYS, without_gradient=SMALL, unreduced=4 * SMALL),
-    "triplet_margin_loss": Limits(ALWAYS, without_gradient=2 * SMALL, unreduced=4 * SMALL),
+    "triplet_margin_loss": Limits(ALWAYS, without_gradient=4 * SMALL, unreduced=4 * SMALL),
     "LongFormula": Limits(TINY),  # 3 to 4 times as fast as torch from this size on
     "Formula": Limits(SMALL),
     **dict.fromkeys(LINEAR, Limits(2 * MEDIUM)),  # the elements of heads are logits
@@ -117,7 +117,8 @@ ON_CPU: dict[str, Limits] = {
     "cross_entropy": Limits(MEDIUM, few_classes=SMALL, unreduced=8 * MEDIUM),
     "log_softmax": Limits(LARGE, few_classes=SMALL),
     "logsigmoid": Limits(MEDIUM),
-    "PointwiseLoss": Limits(MEDIUM, unreduced=PAGES),
+    "l1_loss": Limits(MEDIUM, unreduced=PAGES),
+    "PointwiseLoss": Limits(2 * MEDIUM, without_gradient=4 * MEDIUM, unreduced=PAGES),
     "softmax": Limits(2 * LARGE, few_classes=SMALL),
     "Gated": Limits(LARGE),
     "silu": Limits(2 * LARGE, without_gradient=4 * LARGE),

@@ -23,6 +23,7 @@ from torch_reference import torch_function
 
 from pyfused import functional
 from pyfused import functional as fused
+from pyfused.backends import DTYPES
 from pyfused.formula_compiler import trace
 from pyfused.formula_compiler.program import Program
 from pyfused.functional import gaussian_nll_loss
@@ -187,6 +188,25 @@ def test_operands_are_not_copied(layout: str, other: str) -> None:
             torch.autograd.grad(functional.huber_loss(x, y), x)
             torch.autograd.grad(functional.gelu(x), x, y)
         assert not found
+
+
+@pytest.mark.cpu
+@grid(dtype=DTYPES)
+def test_transposed_operands_of_several_blocks(dtype: torch.dtype) -> None:
+    """A block of 16,384 elements starts and ends within rows, has one row, or thousands."""
+    for shape in ((300, 130), (4, 40, 500), (3, 2, 20000), (20000, 2), (90, 1, 257)):
+        for swapped in itertools.product((False, True), repeat=3):
+            same = [(torch.rand(shape) + 0.1).to(dtype).requires_grad_() for _ in range(3)]
+            values = zip(swapped, (x.detach() for x in same), strict=True)
+            moved = [x.mT.contiguous().mT if swap else x.clone() for swap, x in values]
+            moved = [x.requires_grad_() for x in moved]
+            losses = [functional.gaussian_nll_loss(*each) for each in (same, moved)]
+            if swapped[0]:  # the order of the elements, and so of the sum
+                torch.testing.assert_close(*losses)
+            else:
+                assert torch.equal(*losses)
+            gradients = zip(*map(torch.autograd.grad, losses, (same, moved)), strict=True)
+            assert all(torch.equal(expected, got) for expected, got in gradients)
 
 
 @pytest.mark.filterwarnings("ignore:Using a target size")
