@@ -79,7 +79,8 @@ def add_classes(maximum, total, weighted, x):
     pivot = finite_or_zero(higher)
     by = tl.where(maximum == -float("inf"), 0.0, maximum - pivot)
     decay = exp_nonpositive(maximum - pivot)[:, None]
-    weighted = (weighted + by[:, None] * total) * decay
+    # Where decay is 0, the product may overflow.
+    weighted = tl.where(decay == 0.0, 0.0, (weighted + by[:, None] * total) * decay)
     y = x - pivot[:, None]
     e = exp_nonpositive(y)
     return higher, total * decay + e, weighted + tl.where(e == 0.0, 0.0, e * y)

@@ -94,6 +94,19 @@ def test_losses_of_confident_rows_are_not_negative(classes: int, dtype: torch.dt
     assert min(loss.min() for loss in losses) >= 0
 
 
+@pytest.mark.interpreted
+@pytest.mark.parametrize("low", [-1e4, -3e38])
+def test_entropy_of_a_row_whose_maximum_comes_last(low: float) -> None:
+    """Of the classes before it, the sum of the differences to the maximum overflows."""
+    logits = torch.full((2, 9000), low)
+    logits[:, -1] = 3e38
+    logits.requires_grad_()
+    found = log_probs(logits, torch.zeros(2, dtype=torch.int64), return_entropy=True)
+    (gradient,) = torch.autograd.grad(found.entropy.sum(), logits)
+    assert not found.entropy.any()
+    assert not gradient.any()
+
+
 SPECIAL_ROWS = {
     "one_minus_infinity": [-INF, 0.5, 1.0, -2.0, 3.0],
     "only_one_finite": [-INF, 0.5, -INF, -INF, -INF],
