@@ -185,19 +185,23 @@ class DivergenceLoss(RowLoss):
         dtype = backend_of(tensors[3]).product_dtype(tensors[3].dtype)
         return (1 if options.teacher_softcap is None else 3) * dtype.itemsize
 
-    def prepared(self, tensors: Tensors) -> Tensors:
-        input, *student, teacher_input, weight, bias, token_weight, denominator = tensors
+    def prepared(self, tensors: Tensors, rows: int) -> Tensors:
+        """Replaces the denominator by the memory of a block of the teacher's logits.
+
+        glibc before 2.39 would not reuse the memory of one block for the next.
+        """
+        input, *student, teacher_input, weight, bias, token_weight, _ = tensors
         dtype = backend_of(input).product_dtype(teacher_input.dtype)
         teacher = Layer(teacher_input.to(dtype), weight, bias)
         teacher_layer = teacher.input, *prepared(teacher, slice(None), dtype)
-        input = _masked(input, token_weight)
-        return input, *student, *teacher_layer, token_weight, denominator
+        memory = backend_of(input).empty((rows * weight.shape[0],), dtype, input)
+        return _masked(input, token_weight), *student, *teacher_layer, token_weight, memory
 
     def block(
         self, logits: Tensor, inputs: Tensors, grad_output: Any, options: Options, outputs: Outputs
     ) -> BlockResult:
-        input, weight, bias, token_weight, _ = inputs
-        teacher_logits = backend_of(logits).empty(logits.shape, input.dtype, logits)
+        input, weight, bias, token_weight, memory = inputs
+        teacher_logits = memory[: logits.numel()].view(logits.shape)
         multiply(input, weight, bias, teacher_logits)
         tensors = logits, teacher_logits, token_weight, None
         loss, (gradient,) = divergence_kernel(tensors, options, outputs, grad_output)
@@ -219,7 +223,7 @@ class TopKLoss(DivergenceLoss):
     def bytes_per_logit(self, _tensors: Tensors, _options: Options) -> int:
         return 0
 
-    def prepared(self, tensors: Tensors) -> Tensors:
+    def prepared(self, tensors: Tensors, _rows: int) -> Tensors:
         input, weight, bias, indices, log_probs, token_weight, denominator = tensors
         invalid = self.check(tensors)
         if backend_of(input).ASYNCHRONOUS:  # raising would synchronise, so the row's loss is NaN
@@ -248,7 +252,8 @@ class Divergence(RowOperator):
     strategy = "row by row"
     flattens = True
 
-    def check_values(self, tensors: Tensors, _: Options) -> None:
+    def check_values(self, tensors: Tensors, options: Options) -> None:
+        super().check_values(tensors, options)
         if isinstance(self.loss, TopKLoss):
             self.loss.check(tensors)
 

@@ -68,8 +68,8 @@ class RowLoss:
             return ALL_ROWS
         return rows_that_count(token_weight != 0, backend_of(token_weight))
 
-    def prepared(self, tensors: Tensors) -> Tensors:
-        """Returns the tensors of the rows to compute in the form that blocks take."""
+    def prepared(self, tensors: Tensors, _rows: int) -> Tensors:
+        """Returns the tensors of the rows to compute in the form that blocks of rows take."""
         return tensors
 
     def divisor(self, tensors: Tensors, options: Options, all_count: bool = False) -> Any:
