@@ -328,14 +328,28 @@ def test_metrics() -> None:
     assert not hasattr(model, "pyfused_metrics")
 
 
+@pytest.mark.thresholds
+def test_metrics_of_few_logits() -> None:
+    """A loss with metrics is fused at every size, also of a few rows; others have no metrics."""
+    model: Any = pyfused.convert(Model(), head="head", metrics=True)
+    assert_close(results(model), results(Model()))
+    assert model.pyfused_metrics is not None
+    logits = model(X).flatten(0, 1)
+    F.cross_entropy(logits[:2], TARGET[:2])
+    assert len(model.pyfused_metrics[0]) == 2
+    with pytest.warns(RuntimeWarning, match="an earlier loss of the same rows"):
+        F.cross_entropy(logits, TARGET)
+    assert model.pyfused_metrics is None
+
+
 def test_memory_budget(monkeypatch: pytest.MonkeyPatch) -> None:
     """The budget of the last call of convert reaches every loss, and changes no results."""
     budgets: list[int | None] = []
     run = lazy_logits.run
 
-    def recorded(op: Any, tensors: Any, options: Any) -> Any:
+    def recorded(op: Any, tensors: Any, options: Any, small: bool) -> Any:
         budgets.append(options.memory_budget)
-        return run(op, tensors, options)
+        return run(op, tensors, options, small)
 
     monkeypatch.setattr(lazy_logits, "run", recorded)
     expected, model = results(Model()), Model()
