@@ -198,8 +198,9 @@ def plan_conversion(model: Module, *, head: str | None = None) -> Conversion:
             rows.append((name, f"{kind}({possible[name]})", left[-1].reason))
             continue
         else:
-            reason = _reason_to_leave(module)
+            reason = heads.already_fused(module) or _reason_to_leave(module)
             replacement = f"pyfused.nn.{kind}" if type(module) in FUSED else ""
+            replacement += ", but torch computes it in place" * getattr(module, "inplace", False)
         if reason:
             left.append(Unconverted(name, kind, reason))
             rows.append((name, kind, f"left: {reason}"))

@@ -35,10 +35,10 @@ from torch.autograd.graph import get_gradient_edge
 from torch.nn import functional as F
 
 from pyfused import torch_internals
-from pyfused.dispatch import reasons
+from pyfused.dispatch import reasons, report
 from pyfused.dispatch.operator import requires_grad
 from pyfused.dispatch.run import decide, run
-from pyfused.ops.operators import LINEAR_CROSS_ENTROPY
+from pyfused.ops.operators import LINEAR_CROSS_ENTROPY, OPERATORS
 from pyfused.torch_internals import PLAIN, DisableTorchFunctionSubclass, tree_map_only, version_of
 from pyfused.types import BOTH, PREDICTION
 
@@ -355,6 +355,8 @@ class _Value:
             return "target holds class probabilities; linear_cross_entropy, by name, takes them"
         if not self.is_target(target):
             return "target is not a plain int64 tensor on the device of the logits"
+        if not target.numel():
+            return "it has no rows"
         if weight is not None and not (self.is_constant(weight, dtype) and weight.dim() == 1):
             return f"weight is not a plain {dtype} tensor without a gradient"
         if call.hooks != torch_internals.saved_tensors_hooks(True):
@@ -395,7 +397,8 @@ class _Value:
         """Returns whether a tensor has a class index for each row."""
         if type(target) not in PLAIN or target.dtype is not torch.int64:
             return False
-        return target.shape == self.numbers.shape and target.device == self.call.device
+        fits: bool = target.shape == self.numbers.shape
+        return fits and target.device == self.call.device
 
     def is_constant(self, tensor: Any, dtype: torch.dtype) -> bool:
         """Returns whether a tensor has a number for each class, in a dtype."""
@@ -644,6 +647,8 @@ class LazyLogits(Tensor):
         result = function(*args, **kwargs)
         if reason:  # only now, as the arguments were valid
             call.warn(f"{name}, because {reason}. {_COST}")
+            if report.active and function is original:
+                report.counted(OPERATORS[name], args, (), reason, function)
         return tensor if is_lazy and result is args[0] else result
 
     def __repr__(self) -> str:  # type: ignore[override]

@@ -110,18 +110,42 @@ def test_converting_again_changes_the_options() -> None:
     model: Any = Model()
     with pytest.raises(ValueError, match=r"head: expected the name .* one of \['head'\], got 'x'"):
         pyfused.convert(model, head="x")
+    with pytest.raises(ValueError, match=r"got 'emb', a torch\.nn\.modules\.sparse\.Embedding$"):
+        pyfused.convert(model, head="emb")
     assert pyfused.plan_conversion(model, head="head").swapped == (".",)
     pyfused.convert(model, head="head")
     pyfused.convert(model)
     pyfused.convert(model, evaluation=True, metrics=True)
     assert type(model.eval()(X, TARGET)[0]) is LazyLogits
     assert model.pyfused_metrics is not None
-    assert pyfused.plan_conversion(model).left[0] == (".", "Model", "is already converted")
+    plan = pyfused.plan_conversion(model, head="head")
+    assert plan.left[0] == (".", "Model", "is already converted")
+    assert "head  Linear  left: is already fused with its loss: linear_cross" in str(plan)
     pyfused.convert(model)
     assert type(model(X, TARGET)[0]) is Tensor
     assert pyfused.revert(model) == (".",)
     assert type(model.head) is nn.Linear
     assert vars(model.head).keys() == vars(Model().head).keys()
+
+
+def test_heads_that_cannot_be_converted() -> None:
+    model = Model()
+    register_parametrization(model.head, "weight", nn.Identity())
+    with pytest.raises(ValueError, match=r"but Model has none, got 'head', a subclass, torch"):
+        pyfused.convert(model, head="head")
+
+
+def test_a_report_names_heads_that_were_never_called() -> None:
+    class Uncalled(Model):
+        def forward(self, x: Tensor) -> Any:  # type: ignore[override]
+            return F.linear(self.emb(x), self.head.weight)
+
+    model = pyfused.convert(Uncalled(), head="head")
+    with pyfused.report() as report:
+        model(X)
+    assert "never called: head of Uncalled" in str(report)
+    model.head(model.emb(X))
+    assert "never called" not in str(report)
 
 
 def test_a_head_that_was_replaced_after_the_conversion() -> None:

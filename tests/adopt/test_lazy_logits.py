@@ -466,9 +466,10 @@ def test_torchs_errors(call: Callable[[Tensor], Any]) -> None:
     for model in (Model(), pyfused.convert(Model(), head="head")):
         logits = model(X).flatten(0, 1)
         kinds = RuntimeError, TypeError, IndexError, ValueError
-        with warnings.catch_warnings(), pytest.raises(kinds) as raised:
+        with warnings.catch_warnings():
             warnings.simplefilter("error")  # an error of the arguments is not preceded by a warning
-            call(logits)
+            with pytest.raises(kinds) as raised:
+                call(logits)
         errors.append((raised.type, str(raised.value).partition("\n")[0]))
         results.append([F.cross_entropy(logits, TARGET), logits * torch.tensor(2.0)])
     assert errors[0] == errors[1]
@@ -496,6 +497,7 @@ REASONS: dict[str, Callable[[Tensor], Any]] = {
         F.cross_entropy(x, TARGET),
     ),
     "arguments are deprecated": lambda x: F.cross_entropy(x, TARGET, reduce=True),
+    "it has no rows": lambda x: F.cross_entropy(x[:0], TARGET[:0]),
     "no kernels": lambda x: F.cross_entropy(x, TARGET),
 }
 
@@ -508,9 +510,11 @@ def test_the_warning_says_why_a_loss_is_not_fused(
     if reason == "no kernels":
         monkeypatch.setattr("pyfused.backends.cpu.MISSING", reason)
     logits = pyfused.convert(Model(), head="head")(X).flatten(0, 1)
-    with pytest.warns(RuntimeWarning, match=f"by cross_entropy, because .*{reason}") as warned:
+    warning = f"by cross_entropy, because .*{reason}"
+    with pyfused.report() as report, pytest.warns(RuntimeWarning, match=warning) as warned:
         REASONS[reason](logits)
     assert "needs no logits" not in str(warned[0].message)
+    assert reason in str(report)
 
 
 @pytest.mark.filterwarnings("ignore:pyfused.convert")
