@@ -109,7 +109,7 @@ def convert(
             and in inference mode, for losses without logits.
         metrics: Whether each call of a language model sets its attribute ``pyfused_metrics`` to the
             :class:`~pyfused.ops.metrics.Metrics` of its last cross-entropy, from the same pass, or
-            to None if that cross-entropy was not fused.
+            to None if that cross-entropy was not fused. Losses of few logits are fused, too.
         memory_budget: The bytes for the logits that a fused loss has in memory at once, as in
             :func:`pyfused.functional.linear_cross_entropy`; None for the default.
 

@@ -130,10 +130,9 @@ def _mark_as_called(model_name: str) -> bool:
 
 def _uncalled_heads() -> str:
     """Returns a line for reports with the converted heads that were never called."""
-    names = ", ".join([name for head, name in [*_uncalled.values()] if head() is not None])
-    return (
-        f"a loss is fused only if the model calls its head; never called: {names}" if names else ""
-    )
+    heads = [(head(), name) for head, name in [*_uncalled.values()]]
+    names = ", ".join([name for head, name in heads if head is not None and MARK in vars(head)])
+    return names and f"converted heads that were never called, unless by compiled programs: {names}"
 
 
 reasons_of_torch.append(_uncalled_heads)
