@@ -200,7 +200,8 @@ def plan_conversion(model: Module, *, head: str | None = None) -> Conversion:
         else:
             reason = heads.already_fused(module) or _reason_to_leave(module)
             replacement = f"pyfused.nn.{kind}" if type(module) in FUSED else ""
-            replacement += ", but torch computes it in place" * getattr(module, "inplace", False)
+            if replacement and getattr(module, "inplace", False):
+                replacement += ", but torch computes it in place"
         if reason:
             left.append(Unconverted(name, kind, reason))
             rows.append((name, kind, f"left: {reason}"))

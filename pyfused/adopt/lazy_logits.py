@@ -352,7 +352,7 @@ class _Value:
         if self.log != _LOSSES[function]:
             return f"log_softmax {'precedes' if self.log else 'does not precede'} it"
         if isinstance(target, Tensor) and target.is_floating_point():
-            return "target holds class probabilities; linear_cross_entropy, by name, takes them"
+            return "target holds class probabilities; call linear_cross_entropy for these"
         if not self.is_target(target):
             return "target is not a plain int64 tensor on the device of the logits"
         if not target.numel():
