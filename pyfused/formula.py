@@ -502,7 +502,12 @@ class Formula:
             try:
                 named = self.__signature__.bind(*operands, **named).arguments  # slow: microseconds
             except TypeError as error:
-                raise TypeError(f"{self.__name__}: {error}") from None
+                values = self.__signature__.parameters.values()
+                expected = inspect.Signature([x.replace(annotation=x.empty) for x in values])
+                raise TypeError(
+                    f"{self.__name__}: {error}: expected {self.__name__}{expected}, got "
+                    f"{len(operands)} positional arguments and the keywords {[*named]}"
+                ) from None
             operands = tuple([named.pop(name) for name in self.operands])
         for name, x in zip(self.operands, operands, strict=True):
             if isinstance(x, Tensor) and x.dtype in _INTEGERS:

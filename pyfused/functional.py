@@ -378,6 +378,9 @@ def linear_cross_entropy(
             label_smoothing=label_smoothing,
             options=options,
         )
+    for name, x in (("input", input), ("linear_weight", linear_weight)):
+        if not isinstance(x, Tensor) and not hasattr(x, "__torch_function__"):
+            checks.tensor(name, x)  # torch's error names neither the argument nor the type
     tensor, number = (denominator, None) if isinstance(denominator, Tensor) else (None, denominator)
     tensors = input, linear_weight, linear_bias, target, weight, token_weight, tensor
     loss_options = op.options(

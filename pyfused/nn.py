@@ -158,6 +158,15 @@ class _Module(torch.nn.Module):
         package = "pyfused." if type(self).__module__ == __name__ else ""
         return package + super().__repr__()
 
+    def __prepare_scriptable__(self) -> Any:
+        """Raises when torch.jit.script begins to compile the module, unless it is a subclass."""
+        if type(self).__module__ == __name__:
+            raise RuntimeError(
+                "torch.jit.script: expected modules of torch.nn, got pyfused.nn."
+                f"{type(self).__name__}. If pyfused.convert has made it, call pyfused.revert(model)"
+            )
+        return self
+
 
 def keep_in_graphs(module: torch.nn.Module) -> None:
     """Makes torch.fx keep a module as a node of its graphs, like the modules of torch.nn."""

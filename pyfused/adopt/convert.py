@@ -109,7 +109,7 @@ def convert(
             and in inference mode, for losses without logits.
         metrics: Whether each call of a language model sets its attribute ``pyfused_metrics`` to the
             :class:`~pyfused.ops.metrics.Metrics` of its last cross-entropy, from the same pass, or
-            to None if that cross-entropy was not fused.
+            to None if that cross-entropy was not fused. Losses of few logits are fused, too.
         memory_budget: The bytes for the logits that a fused loss has in memory at once, as in
             :func:`pyfused.functional.linear_cross_entropy`; None for the default.
 
@@ -198,8 +198,10 @@ def plan_conversion(model: Module, *, head: str | None = None) -> Conversion:
             rows.append((name, f"{kind}({possible[name]})", left[-1].reason))
             continue
         else:
-            reason = _reason_to_leave(module)
+            reason = heads.already_fused(module) or _reason_to_leave(module)
             replacement = f"pyfused.nn.{kind}" if type(module) in FUSED else ""
+            if replacement and getattr(module, "inplace", False):
+                replacement += ", but torch computes it in place"
         if reason:
             left.append(Unconverted(name, kind, reason))
             rows.append((name, kind, f"left: {reason}"))

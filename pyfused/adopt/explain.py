@@ -5,9 +5,11 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Callable
+from difflib import get_close_matches
 from types import SimpleNamespace
 from typing import Any
 
+import torch.nn.functional
 from torch.nn import Module
 
 import pyfused.functional as functional
@@ -73,9 +75,13 @@ def _callable(op: Any) -> tuple[Callable[..., Any], str]:
         library = str(getattr(op, "__module__", None)).partition(".")[0]
         if name in functional.__all__ and (op is name or library in _LIBRARIES):
             return getattr(functional, name), name
+    hint = ". torch computes all others"
+    if isinstance(op, str) and not hasattr(torch.nn.functional, op):
+        longer = [name for name in functional.__all__ if name.startswith(op)]
+        close = longer or get_close_matches(op, functional.__all__)
+        hint = f". Did you mean {' or '.join(close)}?" if close else ""
     raise ValueError(
-        "op: expected a function of pyfused.functional or a module of pyfused.nn, got "
-        f"{op!r}. torch computes all others"
+        f"op: expected a function of pyfused.functional or a module of pyfused.nn, got {op!r}{hint}"
     )
 
 

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import sys
+import weakref
 from typing import Any, NamedTuple
 
 import torch
@@ -20,6 +21,7 @@ from pyfused.adopt.lazy_logits import HeadCall, active_autocast, tell
 from pyfused.adopt.subclass import MARK
 from pyfused.backends import takes_triton
 from pyfused.dispatch.operator import needs_grad
+from pyfused.dispatch.report import reasons_of_torch
 from pyfused.dispatch.run import head_elements
 from pyfused.dispatch.sizes import COMPILED, converted_limit
 from pyfused.ops.operators import LINEAR_CROSS_ENTROPY
@@ -50,7 +52,7 @@ def _of_head(kind: Any) -> dict[str, Any]:
 
     def forward(head: Any, input: Tensor) -> Any:
         options = vars(head).get(MARK)
-        if options is not None and options.metrics:
+        if options is not None and _mark_as_called(options.model_name) and options.metrics:
             head.pyfused_metrics = None
         if options is None or not (head.training or options.evaluation):
             return kind.forward(head, input)
@@ -113,6 +115,27 @@ def _reason(head: Any, input: Tensor, weight: Tensor, bias: Tensor | None) -> st
     if not valid or input.numel() == 0 or input.shape[-1:] != weight.shape[-1:]:
         return SILENT
     return None
+
+
+# A reference to a head that no call has used yet, and its description, by the name of its model.
+_uncalled: dict[str, tuple[weakref.ref[Any], str]] = {}
+
+
+@torch_internals.called_while_tracing
+def _mark_as_called(model_name: str) -> bool:
+    """Notes that the head of a model is called, and returns True."""
+    _uncalled.pop(model_name, None)
+    return True
+
+
+def _uncalled_heads() -> str:
+    """Returns a line for reports with the converted heads that were never called."""
+    heads = [(head(), name) for head, name in [*_uncalled.values()]]
+    names = ", ".join([name for head, name in heads if head is not None and MARK in vars(head)])
+    return names and f"converted heads that were never called, unless by compiled programs: {names}"
+
+
+reasons_of_torch.append(_uncalled_heads)
 
 
 def reason_to_leave(head: Any) -> str | None:
@@ -185,10 +208,15 @@ def reason_to_leave_model(model: Any, name: str | None) -> str | None:
         ValueError: There is no head of this name.
     """
     if name is not None:
-        names = [each for each, module in model.named_modules() if _may_be_head(module)]
+        modules = [*model.named_modules()]
+        names = [each for each, module in modules if _may_be_head(module)]
         if name not in names:
-            known = f"one of {names[-5:]}" if names else "but it has none"
-            raise ValueError(f"head: expected the name of a torch.nn.Linear, {known}, got {name!r}")
+            known = f"one of {names[-5:]}" if names else f"but {type(model).__name__} has none"
+            got = repr(name)
+            for kind in [type(module) for each, module in modules if each == name]:
+                is_a = "a subclass," if issubclass(kind, Linear) else "a"
+                got += f", {is_a} {kind.__module__}.{kind.__name__}"
+            raise ValueError(f"head: expected the name of a torch.nn.Linear, {known}, got {got}")
     found = _heads_of(model, name or vars(model).get(MARK))
     if is_converted(model) and MARK in vars(found[0]):
         return ALREADY
@@ -203,8 +231,19 @@ def _may_be_head(module: Any) -> bool:
 
 def description(model: Any, name: str | None) -> str:
     """Describes what replaces the head of a model and its loss."""
-    head = _heads_of(model, name or vars(model).get(MARK))[0]
+    return _description(_heads_of(model, name or vars(model).get(MARK))[0])
+
+
+def _description(head: Any) -> str:
     return f"linear_cross_entropy({head.in_features} -> {head.out_features})"
+
+
+def already_fused(module: Any) -> str | None:
+    """Returns a description of a module if it is a converted head, None if it is not."""
+    is_head = subclass.is_fused(module, _of_head) and MARK in vars(module)
+    if not is_head or reason_to_leave(module) is not None:
+        return None
+    return f"is already fused with its loss: {_description(module)}"
 
 
 def is_converted(model: Any) -> bool:
@@ -228,6 +267,9 @@ def fuse(model: Any, name: str | None, options: Options) -> None:
     subclass.fuse(model, _of_model, name)
     options = options._replace(model_name=type(model).__name__)
     for head in _heads_of(model, name):
+        if MARK not in vars(head):
+            where = f"{name or 'the head'} of {options.model_name}"
+            _uncalled[options.model_name] = weakref.ref(head), where
         subclass.fuse(head, _of_head, options)
         vars(head)["pyfused_metrics"] = None
 

@@ -35,10 +35,10 @@ from torch.autograd.graph import get_gradient_edge
 from torch.nn import functional as F
 
 from pyfused import torch_internals
-from pyfused.dispatch import reasons
+from pyfused.dispatch import reasons, report
 from pyfused.dispatch.operator import requires_grad
-from pyfused.dispatch.run import fallback_reason, run
-from pyfused.ops.operators import LINEAR_CROSS_ENTROPY
+from pyfused.dispatch.run import decide, run
+from pyfused.ops.operators import LINEAR_CROSS_ENTROPY, OPERATORS
 from pyfused.torch_internals import PLAIN, DisableTorchFunctionSubclass, tree_map_only, version_of
 from pyfused.types import BOTH, PREDICTION
 
@@ -58,8 +58,9 @@ _GRAD_FN = getattr(Tensor, "grad_fn").__get__  # noqa: B009
 _OF_NODES = {_GRAD_FN, *(getattr(Tensor, name).__get__ for name in ("grad", "output_nr"))}
 _OF_NODES |= {Tensor.register_hook, Tensor.retain_grad, Tensor.register_post_accumulate_grad_hook}
 _BACKWARD = {torch.autograd.grad, torch.autograd.backward, Tensor.backward}
+_COST = "This takes time, and memory for all logits."
 _ADVICE = (
-    "This takes time, and memory for all logits. One cross_entropy of each row needs no logits, "
+    f"{_COST} One cross_entropy of each row needs no logits, "
     "and its argmax is known afterwards. For other losses, call "
     "pyfused.functional.linear_log_probs, or linear_cross_entropy(z_loss=...) for a z-loss. Or "
     "call pyfused.revert(model)"
@@ -154,26 +155,31 @@ class HeadCall:
             "GPUs, this needs pyfused.convert(model, metrics=True)"
         )
 
-    def compute(self, reader: str) -> None:
+    def compute(self, reader: str, warns: bool = True) -> None:
         """Computes all lazy tensors of this call, because an operator reads one of them.
 
         Several threads may do so; the first result of each tensor counts.
         """
         if not self.computed:
             self.check(reader)
-            fused = bool(self.is_fused.any())
-            if fused or self.needs_grad:
-                when = " after a loss that has not computed them" if fused else ""
-                why = f"its logits are read by {reader}{when}. {_ADVICE}"
-                tell(self.options.model_name, why)
+            if warns:
+                fused = " after a loss that has not computed them" * bool(self.is_fused.any())
+                self.warn(f"{reader}{fused}. {_ADVICE}")
         for reference in [*self.values]:  # before an operator changes one of them in place
             if (value := reference()) is not None:
                 value.compute()
         self.computed = True
         self.values.clear()
 
+    def warn(self, reader: str) -> None:
+        if self.needs_grad or self.is_fused.any():
+            tell(self.options.model_name, f"its logits are read by {reader}")
+
     def run(self, value: _Value, index: Any, *operands: Any, **options: Any) -> Any:
-        """Returns the results of the fused loss of some rows, None if torch has to compute it."""
+        """Returns the results of the fused loss of some rows, or why torch has to compute it.
+
+        It is fused for few rows, too, as torch's loss would need the logits of all rows.
+        """
         op, (hidden, weight, bias) = LINEAR_CROSS_ENTROPY, self.inputs
         options |= {"with_metrics": self.records, "memory_budget": self.options.memory_budget}
         autocast = torch.autocast(self.device.type, self.autocast, self.autocast is not None)
@@ -184,7 +190,8 @@ class HeadCall:
             if value.constant is not None:
                 bias = value.constant if bias is None else bias + value.constant
             call = (x, weight, bias, *operands), op.options(**options)
-            return None if fallback_reason(op, *call) else run(op, *call)
+            method, _ = decide(op, *call, small=False)
+            return method if isinstance(method, str) else run(op, *call, small=False)
 
     def moved(self, x: Tensor) -> Tensor:
         """Returns a tensor on the device of the logits, without waiting for it."""
@@ -329,28 +336,41 @@ class _Value:
         reduction: str = "mean",
         label_smoothing: float = 0.0,
     ) -> Any:
-        """Returns the result of torch's function, None unless it is the first loss of its rows."""
+        """Returns the result of torch's function, or a str: why it has to read the logits.
+
+        Raises:
+            IndexError: A class index is out of range.
+        """
         call, dtype = self.call, self.example.dtype
         if dtype is not torch.float64 and torch.is_autocast_enabled(call.device.type):
             dtype = torch.float32
         call.check("cross_entropy")
         index = self.index()
         rows = index if self.numbers.is_cpu else slice(None)  # reading them would synchronise
+        if self.dim != 1:
+            return "dimension 1 does not hold the classes"
+        if self.log != _LOSSES[function]:
+            return f"log_softmax {'precedes' if self.log else 'does not precede'} it"
+        if isinstance(target, Tensor) and target.is_floating_point():
+            return "target holds class probabilities; call linear_cross_entropy for these"
+        if not self.is_target(target):
+            return "target is not a plain int64 tensor on the device of the logits"
+        if not target.numel():
+            return "it has no rows"
+        if weight is not None and not (self.is_constant(weight, dtype) and weight.dim() == 1):
+            return f"weight is not a plain {dtype} tensor without a gradient"
+        if call.hooks != torch_internals.saved_tensors_hooks(True):
+            return "hooks for saved tensors, as of a checkpoint, contain only one of head and loss"
+        if call.is_fused[rows].any():
+            return "an earlier loss of the same rows is fused; call linear_log_probs for others"
         if not (
-            self.dim == 1
-            and self.log == _LOSSES[function]
-            and type(ignore_index) is int
-            and self.is_target(target, ignore_index)
-            and (weight is None or (weight.dim() == 1 and self.is_constant(weight, dtype)))
+            type(ignore_index) is int
             and size_average is reduce is None
             and reduction in ("none", "mean", "sum")
             and type(label_smoothing) in (int, float)
             and 0 <= label_smoothing <= 1
-            # A checkpoint of the loss alone has other hooks.
-            and call.hooks == torch_internals.saved_tensors_hooks(True)
-            and not call.is_fused[rows].any()
         ):
-            return None
+            return "some of its arguments are deprecated or invalid"
         result = call.run(
             *(self, index, target, weight, None, None),
             ignore_index=ignore_index,
@@ -360,8 +380,8 @@ class _Value:
             softcap=self.cap,
             loss_dtype=dtype,
         )
-        if result is None:
-            return None
+        if isinstance(result, str):
+            return result
         loss, *records = result if call.records else (result,)
         if call.records:
             call.record(self, index, records[-1], target != ignore_index)
@@ -373,14 +393,12 @@ class _Value:
             node.register_prehook(partial(_start_backward, call.ended, call.hooks_of_grad))
         return loss
 
-    def is_target(self, target: Any, ignore_index: int) -> bool:
-        """Returns whether a tensor has a class index for each row, on CPUs one in range."""
+    def is_target(self, target: Any) -> bool:
+        """Returns whether a tensor has a class index for each row."""
         if type(target) not in PLAIN or target.dtype is not torch.int64:
             return False
-        if target.shape != self.numbers.shape or target.device != self.call.device:
-            return False
-        invalid = (target < 0) | (target >= self.example.shape[self.dim])
-        return not target.is_cpu or not (invalid & (target != ignore_index)).any()
+        fits: bool = target.shape == self.numbers.shape
+        return fits and target.device == self.call.device
 
     def is_constant(self, tensor: Any, dtype: torch.dtype) -> bool:
         """Returns whether a tensor has a number for each class, in a dtype."""
@@ -596,11 +614,17 @@ class LazyLogits(Tensor):
         with DisableTorchFunctionSubclass():
             if original in _LAZY or (is_lazy and function in _METADATA):
                 return function(*args, **kwargs)
-            if is_lazy and original in _LOSSES and tensor.value.has_rules(tensor):
-                result = tensor.value.cross_entropy(original, *args[1:], **kwargs)
-                if result is not None:
-                    return result
-            name = _name_of(function)
+            name, reason = _name_of(function), ""
+            if is_lazy and original in _LOSSES:
+                call = tensor.value.call
+                if call.options.metrics:
+                    call.head.pyfused_metrics = None
+                if tensor.value.has_rules(tensor):
+                    result = tensor.value.cross_entropy(original, *args[1:], **kwargs)
+                    if not isinstance(result, str):
+                        return result
+                    reason = result
+                    call.compute(name, warns=False)
             if is_lazy and function in _OF_NODES:
                 if tensor.value.call.bypassed and tensor.requires_grad:
                     if function is Tensor.register_hook:
@@ -621,6 +645,10 @@ class LazyLogits(Tensor):
             view = partial(_view_of, reader=name)
             args, kwargs = tree_map_only(LazyLogits, view, (args, kwargs))
         result = function(*args, **kwargs)
+        if reason:  # only now, as the arguments were valid
+            call.warn(f"{name}, because {reason}. {_COST}")
+            if report.active and function is original:
+                report.counted(OPERATORS[name], args, (), reason, function)
         return tensor if is_lazy and result is args[0] else result
 
     def __repr__(self) -> str:  # type: ignore[override]

@@ -34,6 +34,13 @@ class Fused:
             original.__class__ = Fused  # which has no finaliser
         return _restored, (function, args, kind._original, kind._members_of[0]), *state
 
+    def __prepare_scriptable__(self) -> Any:
+        """Raises when torch.jit.script begins to compile the module."""
+        raise RuntimeError(
+            "torch.jit.script: expected a model without conversions of pyfused.convert, got a "
+            f"converted {type(self).__name__}. Call pyfused.revert(model)"
+        )
+
 
 def _restored(function: Any, args: Any, kind: Any, members_of: MembersOf) -> Any:
     """Returns a module whose class is the subclass again, for pickle and copy."""

@@ -53,7 +53,7 @@ def test_converted_and_unconverted_modules(kernel_calls: KernelCalls) -> None:
     assert plan.swapped == SWAPPED
     assert plan.left == (("layers.3", "MyReLU", "is a subclass of torch.nn.ReLU"),)
     assert str(plan).splitlines() == [
-        "activation  ReLU              replaced by pyfused.nn.ReLU",
+        "activation  ReLU              replaced by pyfused.nn.ReLU, but torch computes it in place",
         "layers.1    ReLU              replaced by pyfused.nn.ReLU",
         "layers.3    MyReLU            left: is a subclass of torch.nn.ReLU",
         "criterion   CrossEntropyLoss  replaced by pyfused.nn.CrossEntropyLoss",
@@ -135,7 +135,7 @@ LEFT: dict[str, tuple[Callable[[], nn.Module], str]] = {
 def test_losses_and_activations_that_are_left(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     make, reason = LEFT[name]
     monkeypatch.setattr(nn.Tanh, "forward", lambda _, x: x)
-    model = nn.Sequential(nn.MultiheadAttention(2, 1), nn.Dropout(), make(), nn.ReLU())
+    model = nn.Sequential(nn.MultiheadAttention(2, 1), nn.Dropout(inplace=True), make(), nn.ReLU())
     plan = pyfused.plan_conversion(model)
     assert plan.swapped == ("3",)
     assert [(left.name, left.reason) for left in plan.left] == [("2", reason)]
@@ -206,6 +206,18 @@ def test_an_argument_that_is_not_a_module(function: Any) -> None:
     for wrong in (None, nn.ReLU, torch.ones(2)):
         with pytest.raises(TypeError, match=r"model: expected a torch\.nn\.Module, got \w+"):
             function(wrong)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("head", ["head", None])
+def test_a_converted_model_is_not_scripted(head: Any) -> None:
+    model = nn.Sequential()
+    model.add_module("head", nn.Linear(8, 40) if head else nn.ReLU())
+    pyfused.convert(model, head=head)
+    with pytest.raises(RuntimeError, match=r"torch.jit.script: expected .* pyfused.revert\(model"):
+        torch.jit.script(model)
+    pyfused.revert(model)
+    torch.jit.script(model)
 
 
 @pytest.mark.parametrize("where", ["whole", "part", "in place"])

@@ -146,3 +146,11 @@ UNKNOWN = "rellu", "layer_norm", nn.functional.layer_norm, nn.Linear(2, 2), len,
 def test_an_unknown_operator(op: Any) -> None:
     with pytest.raises(ValueError, match=r"op: expected a function (?s:.*), got (?s:.*)"):
         pyfused.explain(op, X)
+
+
+def test_the_closest_names_of_an_unknown_name() -> None:
+    for name, words in (("crossentropy", "mean cross_entropy or"), ("mse", "mean mse_loss")):
+        with pytest.raises(ValueError, match=words):
+            pyfused.explain(name, X)
+    with pytest.raises(ValueError, match=r"got 'layer_norm'\. torch computes all others"):
+        pyfused.explain("layer_norm", X)

@@ -110,18 +110,44 @@ def test_converting_again_changes_the_options() -> None:
     model: Any = Model()
     with pytest.raises(ValueError, match=r"head: expected the name .* one of \['head'\], got 'x'"):
         pyfused.convert(model, head="x")
+    with pytest.raises(ValueError, match=r"got 'emb', a torch\.nn\.modules\.sparse\.Embedding$"):
+        pyfused.convert(model, head="emb")
     assert pyfused.plan_conversion(model, head="head").swapped == (".",)
     pyfused.convert(model, head="head")
     pyfused.convert(model)
     pyfused.convert(model, evaluation=True, metrics=True)
     assert type(model.eval()(X, TARGET)[0]) is LazyLogits
     assert model.pyfused_metrics is not None
-    assert pyfused.plan_conversion(model).left[0] == (".", "Model", "is already converted")
+    plan = pyfused.plan_conversion(model, head="head")
+    assert plan.left[0] == (".", "Model", "is already converted")
+    assert "head  Linear  left: is already fused with its loss: linear_cross" in str(plan)
     pyfused.convert(model)
     assert type(model(X, TARGET)[0]) is Tensor
     assert pyfused.revert(model) == (".",)
     assert type(model.head) is nn.Linear
     assert vars(model.head).keys() == vars(Model().head).keys()
+
+
+def test_heads_that_cannot_be_converted() -> None:
+    model = Model()
+    register_parametrization(model.head, "weight", nn.Identity())
+    with pytest.raises(ValueError, match=r"but Model has none, got 'head', a subclass, torch"):
+        pyfused.convert(model, head="head")
+
+
+def test_a_report_names_heads_that_were_never_called() -> None:
+    class Uncalled(Model):
+        def forward(self, x: Tensor) -> Any:  # type: ignore[override]
+            return F.linear(self.emb(x), self.head.weight)
+
+    model = pyfused.convert(Uncalled(), head="head")
+    with pyfused.report() as report:
+        model(X)
+    assert "never called, unless by compiled programs: head of Uncalled" in str(report)
+    pyfused.revert(model)
+    assert "never called" not in str(report)
+    pyfused.convert(model, head="head").head(model.emb(X))
+    assert "never called" not in str(report)
 
 
 def test_a_head_that_was_replaced_after_the_conversion() -> None:
@@ -328,14 +354,28 @@ def test_metrics() -> None:
     assert not hasattr(model, "pyfused_metrics")
 
 
+@pytest.mark.thresholds
+def test_metrics_of_few_logits() -> None:
+    """A loss with metrics is fused at every size, also of a few rows; others have no metrics."""
+    model: Any = pyfused.convert(Model(), head="head", metrics=True)
+    assert_close(results(model), results(Model()))
+    assert model.pyfused_metrics is not None
+    logits = model(X).flatten(0, 1)
+    F.cross_entropy(logits[:2], TARGET[:2])
+    assert len(model.pyfused_metrics[0]) == 2
+    with pytest.warns(RuntimeWarning, match="an earlier loss of the same rows"):
+        F.cross_entropy(logits, TARGET)
+    assert model.pyfused_metrics is None
+
+
 def test_memory_budget(monkeypatch: pytest.MonkeyPatch) -> None:
     """The budget of the last call of convert reaches every loss, and changes no results."""
     budgets: list[int | None] = []
     run = lazy_logits.run
 
-    def recorded(op: Any, tensors: Any, options: Any) -> Any:
+    def recorded(op: Any, tensors: Any, options: Any, small: bool) -> Any:
         budgets.append(options.memory_budget)
-        return run(op, tensors, options)
+        return run(op, tensors, options, small)
 
     monkeypatch.setattr(lazy_logits, "run", recorded)
     expected, model = results(Model()), Model()

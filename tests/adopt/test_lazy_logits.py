@@ -446,8 +446,6 @@ def test_dtypes(of_model: Any, of_loss: Any, casts: bool, losses: list[Tensor]) 
 # Wrong arguments of losses and of an operator, whose errors are torch's.
 WRONG: list[Callable[[Tensor], Any]] = [
     lambda x: F.cross_entropy(x, TARGET.int()),
-    lambda x: F.cross_entropy(x, TARGET.index_fill(0, TARGET[3], 40)),
-    lambda x: F.cross_entropy(x, TARGET.index_fill(0, TARGET[3], -1), ignore_index=3),
     lambda x: F.cross_entropy(x, TARGET[1:]),
     lambda x: F.cross_entropy(x, TARGET, torch.ones(1, 40)),
     lambda x: F.cross_entropy(x, TARGET, torch.ones(39)),
@@ -467,12 +465,56 @@ def test_torchs_errors(call: Callable[[Tensor], Any]) -> None:
     errors, results = [], []
     for model in (Model(), pyfused.convert(Model(), head="head")):
         logits = model(X).flatten(0, 1)
-        with pytest.raises((RuntimeError, TypeError, IndexError, ValueError)) as raised:
-            call(logits)
+        kinds = RuntimeError, TypeError, IndexError, ValueError
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")  # an error of the arguments is not preceded by a warning
+            with pytest.raises(kinds) as raised:
+                call(logits)
         errors.append((raised.type, str(raised.value).partition("\n")[0]))
         results.append([F.cross_entropy(logits, TARGET), logits * torch.tensor(2.0)])
     assert errors[0] == errors[1]
     assert_close(results[1], results[0])
+
+
+def test_class_indices_out_of_range(losses: list[Tensor]) -> None:
+    """The error names the first index and its position; the loss can be computed afterwards."""
+    logits = pyfused.convert(Model(), head="head")(X)
+    for wrong, options in ((40, {}), (-1, {"ignore_index": 3})):
+        target = PLACES.clone()
+        target[1:, 2] = wrong
+        with pytest.raises(IndexError, match=rf"target: .*\[0, 40\).* got {wrong} .*\(1, 2\)"):
+            F.cross_entropy(logits.transpose(1, 2), target, **options)
+    losses.clear()
+    assert_close(F.cross_entropy(logits.transpose(1, 2), PLACES), Model()(X, TARGET)[1])
+    assert losses
+
+
+REASONS: dict[str, Callable[[Tensor], Any]] = {
+    "target holds class probabilities": lambda x: F.cross_entropy(x, torch.full((64, 40), 0.025)),
+    "target is not a plain int64 tensor": lambda x: F.cross_entropy(x, TARGET.byte()),
+    "an earlier loss of the same rows is fused": lambda x: (
+        F.cross_entropy(x, TARGET),
+        F.cross_entropy(x, TARGET),
+    ),
+    "arguments are deprecated": lambda x: F.cross_entropy(x, TARGET, reduce=True),
+    "it has no rows": lambda x: F.cross_entropy(x[:0], TARGET[:0]),
+    "no kernels": lambda x: F.cross_entropy(x, TARGET),
+}
+
+
+@pytest.mark.filterwarnings("ignore:size_average")
+@pytest.mark.parametrize("reason", REASONS)
+def test_the_warning_says_why_a_loss_is_not_fused(
+    reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if reason == "no kernels":
+        monkeypatch.setattr("pyfused.backends.cpu.MISSING", reason)
+    logits = pyfused.convert(Model(), head="head")(X).flatten(0, 1)
+    warning = f"by cross_entropy, because .*{reason}"
+    with pyfused.report() as report, pytest.warns(RuntimeWarning, match=warning) as warned:
+        REASONS[reason](logits)
+    assert "needs no logits" not in str(warned[0].message)
+    assert reason in str(report)
 
 
 @pytest.mark.filterwarnings("ignore:pyfused.convert")

@@ -634,12 +634,17 @@ def test_invalid_arguments(n: int) -> None:
     assert torch.equal(wing(target=target, input=input), wing(input, target))
     shape = "weight: expected a shape that broadcasts to"
     wrong: tuple[tuple[Any, dict[str, Any], str], ...] = (
-        ((input, target), {"omga": 1.0}, r"wing.*omga"),
+        (
+            (input, target),
+            {"omga": 1.0},
+            r"'omga': expected wing\(input, target, \*, omega=10.*reduction=",
+        ),
         ((input,), {}, r"wing.*target"),
         ((input, target), {"reduction": "avg"}, "reduction: expected 'none', 'mean' or 'sum'"),
         ((input, target[:7]), {}, "size of tensor"),
         *[((input, target), {"weight": torch.rand(s)}, shape) for s in ((3, n), (1, n), (3,))],
         ((input, target), {"weight": 2.0}, "weight: expected a Tensor, got float"),
+        ((input,) * 5, {}, r"too many .* expected wing\(.*\), got 5 positional arguments"),
     )
     for arguments, named, words in wrong:
         for reduction in ("none", "mean", "sum"):
