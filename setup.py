@@ -107,18 +107,18 @@ def cost(source: str) -> int:
     return SECONDS.get(Path(source).stem, 4)
 
 
-def wait_for(costs: dict[Future[str], int]) -> None:
+def wait_for(costs: dict[Future[tuple[str, float]], int], jobs: int) -> None:
     """Waits for the object files, and prints a line every 15 seconds."""
     start, pending = time.monotonic(), {*costs}
     while pending:
-        done, pending = wait(pending, timeout=15, return_when=FIRST_EXCEPTION)
-        for future in done:
-            future.result()  # raises the error of a compiler
-        seconds, total = time.monotonic() - start, sum(costs.values())
-        finished = total - sum(costs[x] / (2 if x.running() else 1) for x in pending)
-        left = seconds * (total / max(finished, 1) - 1)
-        count = len(costs) - len(pending)
-        say(f"Compiled {count} of {len(costs)} files in {seconds:.0f} s, about {left:.0f} s left")
+        _, pending = wait(pending, timeout=15, return_when=FIRST_EXCEPTION)
+        took = {x: x.result()[1] for x in costs if x not in pending}  # raises a compiler's error
+        compiled = [x for x, duration in took.items() if duration]  # others were up to date
+        pace = sum(took.values()) / sum(costs[x] for x in compiled) if compiled else 1.0
+        each, seconds = [costs[x] for x in (*compiled, *pending)], time.monotonic() - start
+        left = max(0, pace * max(sum(each) / jobs, *each, 0) - seconds)
+        done = f"{len(took)} of {len(costs)} files in {seconds:.0f} s"
+        say(f"Compiled {done}, about {left:.0f} s left")
 
 
 class BuildKernels(build_ext):
@@ -142,7 +142,7 @@ class BuildKernels(build_ext):
             quick = QUICK if is_gcc and OPTIMIZATION and name in QUICK_ISAS else ""
             extension.extra_compile_args = f"{COMMON[kind]} {quick} {isa[kind]}".split()
         # setuptools initialises MSVC lazily, which is not thread-safe.
-        jobs = self.parallel or (os.cpu_count() if kind == "unix" else 1)
+        jobs = self.parallel or (os.cpu_count() if kind == "unix" else 1) or 1
         say(f"Compiling the kernels with {command[0]} for the instruction sets {', '.join(ISAS)}")
         files = [
             (extension, source)
@@ -154,10 +154,11 @@ class BuildKernels(build_ext):
         with ThreadPoolExecutor(jobs) as pool:
             futures = [pool.submit(self.compile_source, *file) for file in files]
             try:
-                wait_for({x: cost(source) for x, (_, source) in zip(futures, files, strict=True)})
+                costs = (cost(source) for _, source in files)
+                wait_for(dict(zip(futures, costs, strict=True)), jobs)
             finally:  # after an error, the rest is not compiled
                 pool.shutdown(cancel_futures=True)
-        objects = [(*file, x.result()) for file, x in zip(files, futures, strict=True)]
+        objects = [(*file, x.result()[0]) for file, x in zip(files, futures, strict=True)]
         for extension in self.extensions:
             made = [x for by, source, x in objects if by is extension or source in SHARED]
             extension.sources, extension.extra_objects, extension.depends = [], made, made
@@ -176,8 +177,8 @@ class BuildKernels(build_ext):
             f"pyfused needs {missing}. Set PYFUSED_NO_EXTENSION=1 to install without CPU kernels."
         )
 
-    def compile_source(self, extension: Extension, source: str) -> str:
-        """Compiles a source if necessary; returns the object file.
+    def compile_source(self, extension: Extension, source: str) -> tuple[str, float]:
+        """Compiles a source if necessary; returns the object file, and the seconds it took.
 
         Object files are in separate folders for each instruction set, compiler and set of flags.
         """
@@ -187,14 +188,16 @@ class BuildKernels(build_ext):
         command = [*getattr(self.compiler, "compiler_so_cxx", ()), *flags]
         folder = Path(self.build_temp, f"{extension.name}-{zlib.crc32(repr(command).encode()):08x}")
         (object_file,) = self.compiler.object_filenames([source], output_dir=str(folder))
-        if outdated(Path(object_file)):
-            self.compiler.compile(
-                [source],
-                output_dir=str(folder),
-                include_dirs=extension.include_dirs,
-                extra_postargs=flags,
-            )
-        return object_file
+        if not outdated(Path(object_file)):
+            return object_file, 0.0
+        start = time.monotonic()
+        self.compiler.compile(
+            [source],
+            output_dir=str(folder),
+            include_dirs=extension.include_dirs,
+            extra_postargs=flags,
+        )
+        return object_file, time.monotonic() - start
 
 
 # With `pip install -v`, only the lines above are shown, not 400 commands and names of copied files.

@@ -675,6 +675,7 @@ class Gain(NamedTuple):
 
 
 HEAD_GPU = "(8192, 1024, 151936)"
+COMPILED_GPU = "linear_cross_entropy, torch.compile"
 
 
 def _gains() -> list[Gain]:
@@ -682,7 +683,7 @@ def _gains() -> list[Gain]:
     found = _newest_steps()
     names = [next(name for name in found if name.startswith(start)) for start, *_ in GAINS]
     rows = {row["way"]: row for row in report.read_csv(H100 / "steps.csv")}
-    on_gpu = "convert", "linear_cross_entropy, torch.compile", f"{CONVERTED[-1]}, eager only"
+    on_gpu = "convert", COMPILED_GPU, f"{CONVERTED[-1]}; compiled: `linear_cross_entropy`"
     ways = "torch", "torch.compile", "pyfused"
     ms, gib, _ = zip(*map(_gpu_heads()["cross-entropy"][HEAD_GPU].get, ways), strict=True)
     tokens, features, classes = map(int, re.findall(r"\d+", HEAD_GPU))
@@ -697,9 +698,9 @@ def _gains() -> list[Gain]:
 def _gain(
     rows: dict[str, dict[str, str]], eager: str, compiled: str, line: str, on: str = ""
 ) -> Gain:
-    row, torch_ms = rows[eager], float(rows[eager]["torch, ms"])
-    ratios = (float(rows[way]["ratio, median"]) for way in ("torch.compile", eager, compiled))
-    ms = torch_ms, *(torch_ms / ratio for ratio in ratios)
+    row = rows[eager]
+    ways = "torch.compile", eager, compiled
+    ms = [float(each) for each in (row["torch, ms"], *(rows[way]["ms"] for way in ways))]
     peaks = row["torch, peak"], rows["torch.compile"]["peak"], row["peak"]
     gib = [int(peak) / 2**30 for peak in peaks]
     return Gain(row["model"] + on, "{dtype}, {batch}".format_map(row), line, ms, gib)
@@ -707,8 +708,8 @@ def _gain(
 
 def gains() -> str:
     """Returns the table of README.md: times and peaks of training steps."""
-    lines = []
-    for name, sizes, line, ms, gib in _gains():
+    lines, rows = [], _gains()
+    for name, sizes, line, ms, gib in rows:
         times = (_ms(ms[way]) for way in (0, 2, 1, 3))
         peaks = (f"{gib[way]:.2f}" for way in (0, 2))
         lines.append([f"{name}, {sizes}", line, *times, *peaks])
@@ -720,7 +721,8 @@ def gains() -> str:
     names = [name for start, *_ in GAINS for name in found if name.startswith(start)]
     *_, on_gpu, _ = _short(report.read_csv(H100 / "steps.csv")[0]["machine"]).split(", ")
     batch = "Batch: samples, sequences x tokens, images x width, or tokens x features."
-    note = f"Medians; peaks without the libraries' memory. {batch}"
+    head = f"Compiled torch takes {rows[-1].gib[1]:.2f} GiB for the head alone."
+    note = f"Medians; peaks without the libraries' memory. {head} {batch}"
     return f"{table}\n\n*{note} {_machines(names, found)} H100: {on_gpu}.*"
 
 
@@ -765,7 +767,9 @@ def all_steps() -> str:
     ]
     peaks = (f"peak, GiB: {way}" for way in ("eager torch", "`keep`", "`convert`"))
     columns = ["model, dtype, batch", "eager torch, ms", *ways.values(), *peaks]
-    caption = f"*Speed-up over eager torch, medians. {NOISE} {_machines([*found], found)}*"
+    caption = (
+        f"*Speed-up over eager torch, medians of ratios. {NOISE} {_machines([*found], found)}*"
+    )
     return f"{report.tabulated(columns, lines, names=1)}\n\n{caption}"
 
 
@@ -903,7 +907,10 @@ def keep_peaks() -> str:
     file = next(report.RESULTS.glob("*/keep.md"))
     lines = [[model, *map("{:.1f}".format, ratios)] for model, *ratios in _keep_ratios(file)]
     columns = ["peak with `keep`, times the peak without", "glibc 2.36", "with the variable"]
-    return f"{report.tabulated(columns, lines, names=1)}\n\n*{_short(_caption(file))}*"
+    kept = next(iter(_newest_steps().values()))["torch, keep"]  # the recommender, as in the file
+    ratio = int(kept["peak"]) / int(kept["torch, peak"])
+    other = f"The first number was {ratio:.1f} on the machine of the training steps."
+    return f"{report.tabulated(columns, lines, names=1)}\n\n*{_short(_caption(file))} {other}*"
 
 
 def _keep_ratios(file: Path) -> list[tuple[str, float, float]]:

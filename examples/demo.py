@@ -213,7 +213,7 @@ def conclude(default: Job, kept: Job) -> str:
     assert loss is not None
     name = "pyfused, linear"
     memory = f", {peak[name] / peak['torch']:.2f} of torch's memory" if peak else ""
-    faster, with_keep = step["torch"] / step[name], step["torch"] / kept_step[name]
+    faster, with_keep = (times["torch"] / times[name] for times in (step, kept_step))
     return (
         f"{name}: {faster:.1f} times as fast ({with_keep:.1f} with keep){memory}.\nIts head takes"
         f" {loss[name] / loss['pyfused']:.2f} of pyfused's time with all logits, for less memory."

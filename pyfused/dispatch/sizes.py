@@ -118,7 +118,7 @@ ON_CPU: dict[str, Limits] = {
     "log_softmax": Limits(LARGE, few_classes=SMALL),
     "logsigmoid": Limits(MEDIUM),
     "l1_loss": Limits(MEDIUM, unreduced=PAGES),
-    "PointwiseLoss": Limits(2 * MEDIUM, without_gradient=4 * MEDIUM, unreduced=PAGES),
+    "PointwiseLoss": Limits(MEDIUM, without_gradient=4 * MEDIUM, unreduced=PAGES),
     "softmax": Limits(2 * LARGE, few_classes=SMALL),
     "Gated": Limits(LARGE),
     "silu": Limits(2 * LARGE, without_gradient=4 * LARGE),

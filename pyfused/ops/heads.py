@@ -66,7 +66,8 @@ class HeadBlocks:
         is_mean, unreduced = options.reduction == "mean", options.reduction == "none"
         block_needs = (any(needs[:3]), *needs[3:]) if needs else ()
         outputs, divisor = Outputs(grad_output is None, block_needs, True), None
-        input, weight, bias, *operands = loss.prepared(self.tensors, min(self.size.rows, len(self.tensors[0])))
+        rows_at_once = min(self.size.rows, len(self.tensors[0]))
+        input, weight, bias, *operands = loss.prepared(self.tensors, rows_at_once)
         if unreduced and rows.indices is not None:
             grad_output = rows.take(grad_output)
         if is_mean:
