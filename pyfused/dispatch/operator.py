@@ -177,8 +177,8 @@ class Operator(ABC):
     def needs_no_gradient(self, tensors: Tensors) -> bool:
         """Returns whether a call needs no gradient."""
         if grad_enabled():
-            for x in tensors:
-                if isinstance(x, Tensor) and x.requires_grad:
+            for operand, x in zip(self.operands, tensors, strict=False):
+                if operand.differentiated and getattr(x, "requires_grad", False):
                     return False
         return True
 

@@ -111,6 +111,16 @@ def test_tanh_is_the_faster_one(monkeypatch: pytest.MonkeyPatch) -> None:
                 assert (limit == sizes.LOGITS) is (dtype not in sizes.HALVES)
 
 
+def test_heads_gain_earlier_where_half_precision_is_slow(monkeypatch: pytest.MonkeyPatch) -> None:
+    head = OPERATORS["linear_cross_entropy"]
+    in_float32 = compute_limits(head, 2, torch.float32)
+    for dtype, factor in sizes.HALVES.items():
+        monkeypatch.setattr(cpu, "_PRODUCTS", "float32")
+        assert compute_limits(head, 2, dtype) == in_float32
+        monkeypatch.setattr(cpu, "_PRODUCTS", "half")
+        assert compute_limits(head, 2, dtype).from_elements == factor * in_float32.from_elements
+
+
 def test_limits_grow_with_threads(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()
     row = sizes.Limits(sizes.MEDIUM, few_classes=sizes.SMALL, unreduced=sizes.PAGES)
