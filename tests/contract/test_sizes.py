@@ -115,9 +115,9 @@ def test_heads_gain_earlier_where_half_precision_is_slow(monkeypatch: pytest.Mon
     head = OPERATORS["linear_cross_entropy"]
     in_float32 = compute_limits(head, 2, torch.float32)
     for dtype, factor in sizes.HALVES.items():
-        monkeypatch.setattr(cpu, "_PRODUCTS", "float32")
+        monkeypatch.setattr(cpu, "product_dtype", lambda _: torch.float32)
         assert compute_limits(head, 2, dtype) == in_float32
-        monkeypatch.setattr(cpu, "_PRODUCTS", "half")
+        monkeypatch.setattr(cpu, "product_dtype", lambda dtype: dtype)
         assert compute_limits(head, 2, dtype).from_elements == factor * in_float32.from_elements
 
 
