@@ -167,7 +167,7 @@ def cross_entropy(
             divides by the sum of ``token_weight * weight[target]``.
         denominator: Replaces the divisor of ``"mean"``, for example with the number of valid
             targets in all micro-batches or processes: a positive number, or a tensor of one
-            element, where 0 gives NaN. Must be None for other reductions.
+            element, where 0 gives inf or NaN. Must be None for other reductions.
         loss_dtype: The dtype of the loss. With half-precision logits, ``torch.float32`` returns the
             loss of ``input.float()`` without making this copy; a bfloat16 loss near 36 would be
             rounded to a multiple of 0.25.
