@@ -958,14 +958,12 @@ def kl_div(
 
     The divergence of an element is ``target * (log(target) - input)``, or 0 where the target is 0.
     """
-    op = elementwise.KL_DIV
-    # A mean warns, and the warning has to name the line of the call.
-    warns = isinstance(reduction, str) and reduction == "mean"
-    if small := left_to_torch(
-        op, (input, target), size_average, reduce, warns, reduction=reduction
-    ):
+    op, options = elementwise.KL_DIV, (log_target, reduction)
+    if small := left_to_torch(op, (input, target), size_average, reduce, reduction=reduction):
+        if isinstance(reduction, str) and reduction == "mean" and size_average is reduce is None:
+            return op.torch(input, target, op.options(*options))  # warns, and names the caller
         return F.kl_div(input, target, size_average, reduce, reduction, log_target)
-    return run(op, (input, target), op.options(log_target=log_target, reduction=reduction), small)
+    return run(op, (input, target), op.options(*options), small)
 
 
 def poisson_nll_loss(
