@@ -44,7 +44,7 @@ demo-quick: $(BUILD) ## demo with fewer steps: under 3 minutes on two cores
 formulas: $(if $(and $(OP),$(wildcard $(BUILD))),,$(BUILD)) $(TOOLS) ## generate C++ from the declarations, and rebuild (OP=mse_loss: try one formula, 1 minute)
 ifdef OP # for the oldest instruction set, which compiles in a third of the time of the newest
 	$(BIN)/python tools/formulas.py csrc
-	PYFUSED_ISAS=$(subst -,_,$(OLDEST)) $(BIN)/python setup.py --quiet build_ext --inplace
+	PYFUSED_ISAS=$(OLDEST) $(BIN)/python setup.py --quiet build_ext --inplace
 	PYFUSED_CPU_CAPABILITY=$(OLDEST) $(BIN)/python -m pytest -n 0 -p no:randomly $(FORMULA_TESTS) -k "$(OP)"
 else
 	$(BIN)/python tools/formulas.py

@@ -64,7 +64,7 @@ KNOWN = X86_64 if PLATFORM.endswith(("x86_64", "amd64")) else ELSEWHERE
 def chosen() -> list[str]:
     """Returns the names in PYFUSED_ISAS; by default the oldest, and the newest of this machine."""
     if names := os.environ.get("PYFUSED_ISAS"):
-        named = [*KNOWN] if names == "all" else names.split(",")
+        named = [*KNOWN] if names == "all" else names.replace("-", "_").split(",")
         if not {*named} <= KNOWN.keys():
             sys.exit(f"PYFUSED_ISAS: expected all or names of {', '.join(KNOWN)}, got {names!r}")
         return [name for name in KNOWN if name in named]
