@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from catalogue import Example, every_family
+from catalogue import Call, Example, every_family
 from compare import python_calls
 from conftest import KernelCalls
 from processes import python
@@ -30,19 +30,21 @@ OTHER = torch.linspace(-3, 1, 30).reshape(6, 5)
 def test_caches_are_bounded(example: Example) -> None:
     """Memory does not grow with the number of shapes, and of values of a number."""
 
-    def calls_of(sizes: range) -> int:
-        for n in sizes:
-            call = example.call(shape=(n, 5))
-            numbers = [name for name, x in call.given.items() if type(x) is float]
-            call.given |= dict.fromkeys(numbers, 0.1 + n / 1e4)
+    calls = [example.call(shape=(n, 5)) for n in range(1, 330)]
+    for n, call in enumerate(calls):
+        numbers = [name for name, x in call.given.items() if type(x) is float]
+        call.given |= dict.fromkeys(numbers, 0.1 + n / 1e4)
+
+    def memory_after(some: list[Call]) -> int:
+        for call in some:
             call.ours()
         gc.collect()
         return tracemalloc.get_traced_memory()[0]
 
     tracemalloc.start()
     try:
-        before = calls_of(range(1, 270))  # fills the caches
-        assert calls_of(range(270, 330)) - before < 1 << 15
+        before = memory_after(calls[:270])  # fills the caches
+        assert memory_after(calls[270:]) - before < 1 << 15
     finally:
         tracemalloc.stop()
 
