@@ -98,10 +98,10 @@ def test_losses_of_confident_rows_are_not_negative(classes: int, dtype: torch.dt
 @pytest.mark.parametrize("low", [-1e4, -3e38])
 def test_entropy_of_a_row_whose_maximum_comes_last(low: float) -> None:
     """Of the classes before it, the sum of the differences to the maximum overflows."""
-    logits = torch.full((2, 9000), low)
+    logits = torch.full((1, 4200), low)
     logits[:, -1] = 3e38
     logits.requires_grad_()
-    found = log_probs(logits, torch.zeros(2, dtype=torch.int64), return_entropy=True)
+    found = log_probs(logits, torch.zeros(1, dtype=torch.int64), return_entropy=True)
     (gradient,) = torch.autograd.grad(found.entropy.sum(), logits)
     assert not found.entropy.any()
     assert not gradient.any()
