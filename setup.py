@@ -12,7 +12,6 @@ import time
 import zlib
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from pathlib import Path
-from subprocess import check_output
 
 import pybind11
 from setuptools import Extension, setup
@@ -29,11 +28,6 @@ COMMON = {
     "-fno-math-errno -fno-trapping-math -ffp-contract=fast -fopenmp-simd",
     "msvc": "/std:c++17 /O2 /EHsc",
 }
-
-# What GCC's -O3 adds to these flags takes a fifth of the time of a build, and speeds up no kernel
-# of x86-64-v2 and v3. It was not measured on other processors.
-QUICK = "-O2 -ftree-vectorize -fvect-cost-model=dynamic -fpeel-loops -funswitch-loops"
-QUICK_ISAS = ("x86_64_v2", "x86_64_v3")
 
 # Clang, unlike GCC, unrolls loops by default, which makes modules a quarter larger. It speeds up
 # exponentials over classes in float64 by 1.3 times, but other kernels by only 0.8 to 1.15 times.
@@ -136,14 +130,12 @@ class BuildKernels(build_ext):
     def build_extensions(self) -> None:
         self.check_compiler()
         kind = "msvc" if self.compiler.compiler_type == "msvc" else "unix"
-        command = getattr(self.compiler, "compiler_so_cxx", None) or ["MSVC"]
-        is_gcc = kind == "unix" and b"Free Software" in check_output([*command, "--version"])
-        for extension, (name, isa) in zip(self.extensions, ISAS.items(), strict=True):
-            quick = QUICK if is_gcc and OPTIMIZATION and name in QUICK_ISAS else ""
-            extension.extra_compile_args = f"{COMMON[kind]} {quick} {isa[kind]}".split()
+        for extension, isa in zip(self.extensions, ISAS.values(), strict=True):
+            extension.extra_compile_args = f"{COMMON[kind]} {isa[kind]}".split()
         # setuptools initialises MSVC lazily, which is not thread-safe.
         jobs = self.parallel or (os.cpu_count() if kind == "unix" else 1) or 1
-        say(f"Compiling the kernels with {command[0]} for the instruction sets {', '.join(ISAS)}")
+        compiler = (getattr(self.compiler, "compiler_so_cxx", None) or ["MSVC"])[0]
+        say(f"Compiling the kernels with {compiler} for the instruction sets {', '.join(ISAS)}")
         files = [
             (extension, source)
             for extension in self.extensions
