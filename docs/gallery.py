@@ -721,8 +721,9 @@ def gains() -> str:
     names = [name for start, *_ in GAINS for name in found if name.startswith(start)]
     *_, on_gpu, _ = _short(report.read_csv(H100 / "steps.csv")[0]["machine"]).split(", ")
     batch = "Batch: samples, sequences x tokens, images x width, or tokens x features."
-    head = f"Compiled torch takes {rows[-1].gib[1]:.2f} GiB for the head alone."
-    note = f"Medians; peaks without the libraries' memory. {head} {batch}"
+    gib = rows[-1].gib[1]
+    head = f"For the head alone: without operands; compiled torch {gib:.2f} GiB."
+    note = f"Medians; peaks without libraries. {head} {batch}"
     return f"{table}\n\n*{note} {_machines(names, found)} H100: {on_gpu}.*"
 
 
