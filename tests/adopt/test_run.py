@@ -395,7 +395,5 @@ def test_run_sets_tunables_unless_there_are_others(
 
 def test_nothing_is_printed_to_stdout_if_stderr_is_closed(tmp_path: Path) -> None:
     command = f'"$0" -m pyfused run {script(tmp_path, "print(42)")} 2>&-'
-    done = subprocess.run(
-        ["bash", "-c", command, sys.executable], stdout=subprocess.PIPE, text=True
-    )
+    done = subprocess.run(["sh", "-c", command, sys.executable], stdout=subprocess.PIPE, text=True)
     assert (done.returncode, done.stdout) == (0, "42\n")

@@ -19,20 +19,14 @@ from torch import Tensor
 from pyfused import functional, memory
 from pyfused.backends import cpu
 
-pytestmark = [
-    pytest.mark.cpu,
-    pytest.mark.skipif(not cpu.RECYCLES, reason="memory is recycled only on Linux"),
-]
+pytestmark = [pytest.mark.cpu, pytest.mark.skipif(not cpu.RECYCLES, reason="needs Linux")]
 MIB = 1 << 20
 ELEMENTS = 9 * MIB  # as float32, more than RECYCLED_BYTES
 ROOM = 1 << 30
 limits_memory = pytest.mark.skipif(
     "asan" in os.environ.get("LD_PRELOAD", ""), reason="AddressSanitizer needs more memory"
 )
-
-measures_memory = pytest.mark.skipif(
-    not Path("/proc/self/clear_refs").exists(), reason="needs Linux's /proc"
-)
+needs_proc = pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs /proc")
 
 
 @pytest.fixture(autouse=True)
@@ -72,9 +66,7 @@ def test_the_next_output_reuses_freed_memory() -> None:
     assert memory.stats() == before._replace(hits=before.hits + 1)
 
 
-@pytest.mark.parametrize(
-    ("factor", "fits"), [(1.0, True), (0.9, True), (0.85, False), (1.1, False)]
-)
+@pytest.mark.parametrize(("factor", "fits"), [(1, True), (0.9, True), (0.85, False), (1.1, False)])
 def test_a_block_is_reused_for_up_to_an_eighth_less(factor: float, fits: bool) -> None:
     elements = 10 * MIB
     del_me = output(elements)
@@ -277,7 +269,7 @@ def test_no_memory_left() -> None:
 
 
 @limits_memory
-@measures_memory
+@needs_proc
 def test_memory_of_training() -> None:
     """The address space suffices for one gradient, and the peak grows by one at most.
 
@@ -391,7 +383,7 @@ TENSORS: dict[str, float] = {
 
 
 @limits_memory
-@measures_memory
+@needs_proc
 @pytest.mark.parametrize("name", TENSORS)
 def test_a_call_only_allocates_its_results(name: str, growth: dict[str, int]) -> None:
     """A head allocates a quarter of the logits, linear_kl_div also for the teacher."""
