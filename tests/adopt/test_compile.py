@@ -29,7 +29,6 @@ from torch_reference import parameters
 import pyfused
 from pyfused import backends
 from pyfused import functional as fused
-from pyfused.adopt.lazy_logits import HeadCall
 from pyfused.dispatch import sizes
 from pyfused.ops.activation import Activation
 from pyfused.ops.custom_operators import NAMESPACE
@@ -367,14 +366,6 @@ PROGRAMS: dict[str, tuple[Callable[[Any, Any], Step], dict[str, Any], bool, int]
 }
 
 
-@pytest.fixture
-def fused_losses(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """Returns a list to which each fused loss of a converted head is added."""
-    found, run = list[Any](), HeadCall.run
-    monkeypatch.setattr(HeadCall, "run", lambda *args, **kw: found.append(0) or run(*args, **kw))
-    return found
-
-
 def outcome_of(step: Step, x: Tensor, model: nn.Module) -> list[Tensor]:
     """Returns the value of a step, and the gradients of the model's parameters."""
     value = step(x)
@@ -386,7 +377,7 @@ def outcome_of(step: Step, x: Tensor, model: nn.Module) -> list[Tensor]:
     ("program", "options", "fuses", "breaks"), PROGRAMS.values(), ids=PROGRAMS.keys()
 )
 def test_a_converted_head_breaks_the_graph_once(
-    program: Any, options: Any, fuses: bool, breaks: int, fused_losses: list[Any]
+    program: Any, options: Any, fuses: bool, breaks: int, losses: list[Tensor]
 ) -> None:
     """Unless the graph has to be whole; there are no more graphs than without the conversion."""
     batches = [torch.randint(C, (rows, LENGTH)) for rows in (4, 4, 3, 2, 4)]
@@ -396,28 +387,28 @@ def test_a_converted_head_breaks_the_graph_once(
     for model in (Tagger(), converted):
         torch.compiler.reset()
         counters.clear()
-        fused_losses.clear()
+        losses.clear()
         step = program(model, partial(torch.compile, backend="aot_eager", **options))
         found = [outcome_of(step, x, model) for x in batches]
         graphs.append(counters["stats"]["unique_graphs"])
     close(found, expected)
-    assert len(fused_losses) == len(batches) * fuses
+    assert len(losses) == len(batches) * fuses
     assert graphs[1] <= graphs[0] * max(breaks, 1)  # autocast is a graph of its own
     compiled = 1 if "dynamic" in options else 2  # the first batch size, and all others
     assert counters["graph_break"].total() == breaks * compiled
 
 
-def test_a_converted_sequential_is_a_whole_graph(fused_losses: list[Any]) -> None:
+def test_a_converted_sequential_is_a_whole_graph(losses: list[Tensor]) -> None:
     """Its class is torch's, whose forward Dynamo does not trace as a frame of its own."""
     model, x = nn.Sequential(nn.Embedding(C, 8), nn.Linear(8, C)), torch.randint(C, (4, LENGTH))
     compiled = torch.compile(pyfused.convert(model, head="1"), fullgraph=True, backend="aot_eager")
     counters.clear()
     loss_of(compiled(x), x).backward()
     assert counters["stats"]["unique_graphs"] == 1
-    assert not fused_losses
+    assert not losses
 
 
-def test_training_and_evaluation_are_compiled_once(fused_losses: list[Any]) -> None:
+def test_training_and_evaluation_are_compiled_once(losses: list[Tensor]) -> None:
     model: Any = pyfused.convert(Tagger(), head="head", metrics=True)
     compiled, x = torch.compile(model, backend="aot_eager"), torch.randint(C, (4, LENGTH))
     frames = set[int]()
@@ -429,7 +420,7 @@ def test_training_and_evaluation_are_compiled_once(fused_losses: list[Any]) -> N
             assert (model.pyfused_metrics is None) == (target is None or not training)
         frames.add(counters["frames"]["total"])
     assert len(frames) == 1
-    assert len(fused_losses) == 3
+    assert len(losses) == 3
 
 
 @pytest.mark.parametrize(("rows", "breaks"), [(3, 0), (4, 1), (None, 0)])
@@ -454,7 +445,7 @@ def test_the_size_of_a_converted_head(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", ["default", "reduce-overhead", "max-autotune-no-cudagraphs"])
-def test_inductor_with_a_converted_head(mode: str, fused_losses: list[Any]) -> None:
+def test_inductor_with_a_converted_head(mode: str, losses: list[Tensor]) -> None:
     x, models = torch.randint(C, (4, LENGTH)), (Tagger(), pyfused.convert(Tagger(), head="head"))
     steps = models[0], torch.compile(models[1], mode=mode)
     outcomes = [
@@ -462,7 +453,7 @@ def test_inductor_with_a_converted_head(mode: str, fused_losses: list[Any]) -> N
         for step, model in zip(steps, models, strict=True)
     ]
     close(*outcomes)
-    assert len(fused_losses) == 1
+    assert len(losses) == 1
 
 
 # ---- sizes and numbers that change ---------------------------------------------------------------

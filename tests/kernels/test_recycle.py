@@ -23,9 +23,7 @@ pytestmark = [pytest.mark.cpu, pytest.mark.skipif(not cpu.RECYCLES, reason="need
 MIB = 1 << 20
 ELEMENTS = 9 * MIB  # as float32, more than RECYCLED_BYTES
 ROOM = 1 << 30
-limits_memory = pytest.mark.skipif(
-    "asan" in os.environ.get("LD_PRELOAD", ""), reason="AddressSanitizer needs more memory"
-)
+no_asan = pytest.mark.skipif("asan" in os.environ.get("LD_PRELOAD", ""), reason="AddressSanitizer")
 needs_proc = pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs /proc")
 
 
@@ -247,7 +245,7 @@ def test_tensors_outlive_the_interpreter() -> None:
     assert (done.returncode, done.stderr) == (0, "")
 
 
-@limits_memory
+@no_asan
 def test_no_memory_left() -> None:
     """Free blocks are released before an allocation fails; then torch raises its error."""
     printed = run("""
@@ -268,7 +266,7 @@ def test_no_memory_left() -> None:
     assert "not enough memory" in printed or "can't allocate memory" in printed
 
 
-@limits_memory
+@no_asan
 @needs_proc
 def test_memory_of_training() -> None:
     """The address space suffices for one gradient, and the peak grows by one at most.
@@ -368,21 +366,14 @@ def growth() -> dict[str, int]:
 
 # The number of tensors of SIZE bytes that a call allocates; a head's logits have twice as many.
 TENSORS: dict[str, float] = {
-    "mean": 1,
-    "smoothed": 1,
-    "sum": 1,
-    "no gradient": 0,
-    "mse_loss-0": 0,
-    "mse_loss-1": 1,
-    "mse_loss-2": 2,
+    "mean": 1, "smoothed": 1, "sum": 1, "no gradient": 0,
+    "mse_loss-0": 0, "mse_loss-1": 1, "mse_loss-2": 2,
     "relu": 2,  # its output and the gradient
-    "linear_cross_entropy": 0.5,
-    "linear_log_probs": 0.5,
-    "linear_kl_div": 1,
-}
+    "linear_cross_entropy": 0.5, "linear_log_probs": 0.5, "linear_kl_div": 1,
+}  # fmt: skip
 
 
-@limits_memory
+@no_asan
 @needs_proc
 @pytest.mark.parametrize("name", TENSORS)
 def test_a_call_only_allocates_its_results(name: str, growth: dict[str, int]) -> None:
