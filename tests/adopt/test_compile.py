@@ -243,11 +243,8 @@ def test_heads_with_float32_weights_under_autocast(op: str) -> None:
     assert all(gradient.dtype == torch.float32 for gradient in got.gradients)
 
 
-OPTIONS = "denominator=tensor", "with_metrics=True"
-WITH_OPTIONS = (
-    *[f"linear_cross_entropy-{x}" for x in OPTIONS],
-    "linear_log_probs-return_entropy=True",
-)
+OPTIONS = "cross_entropy-denominator=tensor", "cross_entropy-with_metrics=True"
+WITH_OPTIONS = [f"linear_{x}" for x in (*OPTIONS, "log_probs-return_entropy=True")]
 
 
 @pytest.mark.parametrize("name", WITH_OPTIONS)
@@ -373,9 +370,7 @@ def outcome_of(step: Step, x: Tensor, model: nn.Module) -> list[Tensor]:
     return [value.detach(), *gradients]
 
 
-@pytest.mark.parametrize(
-    ("program", "options", "fuses", "breaks"), PROGRAMS.values(), ids=PROGRAMS.keys()
-)
+@pytest.mark.parametrize(("program", "options", "fuses", "breaks"), PROGRAMS.values(), ids=PROGRAMS)
 def test_a_converted_head_breaks_the_graph_once(
     program: Any, options: Any, fuses: bool, breaks: int, losses: list[Tensor]
 ) -> None:
@@ -424,10 +419,8 @@ def test_training_and_evaluation_are_compiled_once(losses: list[Tensor]) -> None
 
 
 @pytest.mark.parametrize(("rows", "breaks"), [(3, 0), (4, 1), (None, 0)])
-def test_the_size_of_a_converted_head(
-    rows: int | None, breaks: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Decides about a break; a symbolic size has the value of the call that is traced."""
+def test_sizes_of_heads(rows: int | None, breaks: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They decide about a break; a symbolic size has the value of the call that is traced."""
     monkeypatch.setitem(sizes.COMPILED, "linear_cross_entropy", (4 * LENGTH * C,) * 2)
     model, x = pyfused.convert(Tagger(), head="head"), torch.randint(C, (8, LENGTH))
     counters.clear()

@@ -162,9 +162,7 @@ def test_only_calls_that_depend_on_kept_pages_ask_for_them(
 @pytest.mark.parametrize(
     "name", [o.name for o in OPERATORS.values() if o.in_torch and not o.is_linear]
 )
-def test_the_first_line_of_a_function_agrees_with_dispatch(
-    name: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_first_lines_agree_with_dispatch(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()
     monkeypatch.setattr(memory, "pages_are_kept", lambda: False)
     op = OPERATORS[name]

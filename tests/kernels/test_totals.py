@@ -89,9 +89,7 @@ def test_the_sum_of_no_elements_is_zero() -> None:
 
 
 @pytest.mark.parametrize("default", [True, False])
-def test_only_the_default_stream_shares_counters(
-    default: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_default_streams_share_counters(default: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Shared counters would belong to the memory pool of a CUDA graph, or to several graphs."""
     monkeypatch.setattr(triton, "on_default_stream", lambda _: default)
     first, second = (triton._counters(torch.device("cpu")) for _ in range(2))
