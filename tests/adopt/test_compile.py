@@ -441,11 +441,8 @@ def test_sizes_of_heads(rows: int | None, breaks: int, monkeypatch: pytest.Monke
 def test_inductor_with_a_converted_head(mode: str, losses: list[Tensor]) -> None:
     x, models = torch.randint(C, (4, LENGTH)), (Tagger(), pyfused.convert(Tagger(), head="head"))
     steps = models[0], torch.compile(models[1], mode=mode)
-    outcomes = [
-        outcome_of(lambda x, f=step: f(x, x), x, model)
-        for step, model in zip(steps, models, strict=True)
-    ]
-    close(*outcomes)
+    pairs = zip(steps, models, strict=True)
+    close(*[outcome_of(lambda x, f=step: f(x, x), x, model) for step, model in pairs])
     assert len(losses) == 1
 
 

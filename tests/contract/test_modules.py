@@ -143,10 +143,8 @@ def test_parameters_among_the_options_belong_to_the_module(
 @pytest.mark.parametrize("name", ["weight", "token_weight"])
 def test_weights_move_with_the_module(name: str) -> None:
     weight, x = torch.linspace(0, 1, 6)[: 5 if name == "weight" else 6], X.float()
-    for module in (
-        fused.CrossEntropyLoss(**{name: weight}),
-        fused.LinearCrossEntropyLoss(**HEAD, **{name: weight}),
-    ):
+    given = {name: weight}
+    for module in (fused.CrossEntropyLoss(**given), fused.LinearCrossEntropyLoss(**HEAD, **given)):
         moved = module.double()
         torch.testing.assert_close(moved.state_dict()[name], weight.double())
         assert moved(x.double(), TARGET).dtype == torch.float64

@@ -39,10 +39,8 @@ def test_count(n: int, weighted: int, ignore_index: int) -> None:
     """Ignored and out-of-range targets do not count."""
     target = torch.randint(-1, 9, (n,))
     target[::4] = -100
-    weights = [
-        torch.rand(7) if weighted & 1 else None,
-        torch.rand(n, dtype=torch.float64) if weighted & 2 else None,
-    ]
+    token_weight = torch.rand(n, dtype=torch.float64) if weighted & 2 else None
+    weights = [torch.rand(7) if weighted & 1 else None, token_weight]
     with patch.object(triton, "COUNTED_BY_PROGRAMS", 0):
         targets = target, *weights, ignore_index
         got = triton._divisor(CrossEntropyOptions(), target, n, targets, None, 7)
