@@ -138,9 +138,7 @@ def test_limits_grow_with_threads(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("kept", [True, False])
-def test_only_calls_that_depend_on_kept_pages_ask_for_them(
-    kept: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_calls_that_ask_for_kept_pages(kept: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()
     asked: list[int] = []
     monkeypatch.setattr(memory, "pages_are_kept", lambda: bool(asked.append(1)) or kept)
