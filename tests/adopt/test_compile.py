@@ -128,9 +128,7 @@ def test_deprecated_arguments_cause_no_graph_break() -> None:
 
 @pytest.mark.parametrize("dynamic", [False, True])
 @pytest.mark.parametrize("op", sizes.COMPILED)
-def test_a_large_head_is_an_operator(
-    op: str, dynamic: bool, graphs: Graphs, kernel_calls: KernelCalls
-) -> None:
+def test_large_heads(op: str, dynamic: bool, graphs: Graphs, kernel_calls: KernelCalls) -> None:
     assert hasattr(getattr(torch.ops, NAMESPACE), op)  # saved programs call it by name
     call = EXAMPLES[op].call(shape=(N, C))
     steps = [call.of_first(f, bounded=False) for f in (Call.ours, Call.reference)]

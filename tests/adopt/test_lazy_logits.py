@@ -711,8 +711,6 @@ UNKNOWN: dict[str, Callable[[Tensor], Any]] = {
     "argmin": lambda x: x.argmin(-1),
     "argmax  ": lambda x: (x + torch.linspace(-3, 3, 40)).argmax(-1),
 }
-
-
 # Losses of all rows, after which the largest logits are known.
 LOSSES_OF_ROWS: dict[str, Callable[[Tensor], Tensor]] = {
     "plain": lambda x: F.cross_entropy(x.flatten(0, 1), TARGET),

@@ -34,7 +34,6 @@ NO_KERNEL = (
     r"calls that are too small for every kernel are torch's, and are not counted\n"
 )
 KEPT = r"pyfused: freed memory was .*\n"
-Done = subprocess.CompletedProcess[str]
 
 pytestmark = pytest.mark.thresholds
 
@@ -62,7 +61,7 @@ sys.exit(code)
 """
 
 
-def counted(*arguments: str, folder: Path, **environment: str) -> Done:
+def counted(*arguments: str, folder: Path, **environment: str) -> subprocess.CompletedProcess[str]:
     """Runs the command in a process that has imported torch already."""
     return python(COMMAND.format(folder=str(folder), arguments=arguments), **environment)
 

@@ -106,8 +106,7 @@ KINDS: dict[str, Callable[[Tensor], Tensor]] = {
 
 @every_operator
 @pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
-@pytest.mark.filterwarnings("ignore:Sparse:UserWarning")
-@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
+@pytest.mark.filterwarnings("ignore:Sparse:UserWarning", "ignore:The PyTorch API of nested tensors")
 @pytest.mark.filterwarnings("ignore:.*quantize:DeprecationWarning", "ignore:.*quantize:UserWarning")
 def test_other_kinds_of_tensors(example: Example, kind: Callable[[Tensor], Tensor]) -> None:
     ours, of_torch, x = steps(example)

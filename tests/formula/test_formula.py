@@ -761,15 +761,13 @@ def check_derivatives(formula: Formula, operands: Sequence[Tensor]) -> None:
         inputs = [x for x in leaves if x.requires_grad]
         value = function(*leaves)
         found.append([value])
-        for create_graph in (False, True):
+        for twice in (False, True):
             weights = torch.linspace(-1, 1, value.numel(), dtype=value.dtype).view_as(value)
-            slopes = torch.autograd.grad(
-                value, inputs, weights, create_graph=create_graph, retain_graph=True,
-                allow_unused=True, materialize_grads=True,
-            )  # fmt: skip
+            options: Any = {"create_graph": twice, "materialize_grads": True}
+            slopes = torch.autograd.grad(value, inputs, weights, retain_graph=True, **options)
             found[-1] += slopes
         total = sum(k * slope.sum() for k, slope in enumerate(slopes, 1)) + 0 * value.sum()
-        found[-1] += torch.autograd.grad(total, inputs, allow_unused=True, materialize_grads=True)
+        found[-1] += torch.autograd.grad(total, inputs, materialize_grads=True)
     close(*found, rtol=1e-8, atol=1e-9, equal_nan=True)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import os
 import re
 import textwrap
@@ -36,13 +35,8 @@ def empty_cache() -> Iterator[None]:
     memory.release()
 
 
-@functools.cache
-def ones() -> Tensor:
-    return torch.ones(3 * ELEMENTS)
-
-
 def output(elements: int = ELEMENTS) -> Tensor:
-    return recycled(ones()[:elements])
+    return recycled(torch.ones(elements))
 
 
 def recycled(x: Tensor) -> Tensor:
@@ -151,7 +145,7 @@ def calls() -> dict[str, Callable[[Tensor], Any]]:
 
 @pytest.mark.parametrize("name", calls())
 def test_results_can_be_resized_and_gradients_are_recycled(name: str) -> None:
-    x = ones()[:ELEMENTS].detach().requires_grad_()
+    x = torch.ones(ELEMENTS, requires_grad=True)
     result = calls()[name](x)
     before = memory.stats()
     values, storage = result.detach().clone(), result.untyped_storage()
