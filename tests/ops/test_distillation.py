@@ -113,10 +113,10 @@ def test_weights_of_half_precision_are_converted_in_parts(op: str) -> None:
         arguments["teacher_linear_bias"] = torch.randn(classes)
 
     def step(dtype: torch.dtype) -> list[Tensor]:
-        exact = {}
-        for name, x in arguments.items():
-            wide = x.half().to(dtype) if x.is_floating_point() else x
-            exact[name] = wide.detach().requires_grad_(x.requires_grad)
+        exact = {
+            n: x.half().to(dtype) if x.is_floating_point() else x for n, x in arguments.items()
+        }
+        exact = {n: x.detach().requires_grad_(arguments[n].requires_grad) for n, x in exact.items()}
         loss = getattr(fused, op)(**exact, memory_budget=8 * classes)  # rows one by one
         gradients = torch.autograd.grad(loss, [x for x in exact.values() if x.requires_grad])
         return [loss.detach(), *gradients]
