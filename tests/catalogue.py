@@ -16,22 +16,13 @@ from typing import Any
 import grid
 import interpreter
 import pytest
+import samples
 import torch
 import torch.nn.functional as F
 from compare import DEVICE, FLOATS, HALF
 from conftest import backend
 from layouts import LAYOUTS, SAME_VALUES, Layout, contiguous
-from samples import (
-    DEPRECATED,
-    OF_CLASSES,
-    WITH_OPTIONS,
-    declared,
-    draw,
-    operands,
-    options,
-    predictions,
-    values_of,
-)
+from samples import DEPRECATED, OF_CLASSES, declared, draw, operands, options, values_of
 from torch import Tensor
 from torch_reference import parameters, torch_function
 
@@ -130,7 +121,7 @@ def reference(call: Call, **given: Any) -> Any:
     if getattr(given.get("target"), "dtype", None) is torch.uint8:  # not supported by all options
         given["target"] = given["target"].long()
     name = call.op.name + "_with_metrics" * given.pop("with_metrics", False)
-    in_torch = hasattr(torch.nn.functional, call.op.name) and call.op not in WITH_OPTIONS
+    in_torch = hasattr(torch.nn.functional, call.op.name) and call.op not in samples.WITH_OPTIONS
     return stacked(call, torch_function(call.op, "" if in_torch else name), given)
 
 
@@ -317,7 +308,7 @@ def random_call(op: Operator, seed: int, elements: int, shared: Shared | None = 
         *rows, classes = shape_of(rng, elements, rng.choice([1, 2, 3]))
         classes = 5 if classes == 1 else classes  # torch's value would be a rounding error
         k = rng.randint(1, max(classes // 2, 1))
-        found = predictions((*rows, classes), rng.randint(1, 20), k)
+        found = samples.predictions((*rows, classes), rng.randint(1, 20), k)
         found["logits"] *= rng.choice([1.0, 8.0])
     elif isinstance(op, EmbeddingLoss):
         shape = shape_of(rng, elements, rng.choice([1, 2, 2, 2 if op.has_target else 3]))

@@ -29,7 +29,6 @@ from torch_reference import parameters
 import pyfused
 from pyfused import backends
 from pyfused import functional as fused
-from pyfused.adopt.lazy_logits import HeadCall
 from pyfused.dispatch import sizes
 from pyfused.ops.activation import Activation
 from pyfused.ops.custom_operators import NAMESPACE
@@ -129,9 +128,7 @@ def test_deprecated_arguments_cause_no_graph_break() -> None:
 
 @pytest.mark.parametrize("dynamic", [False, True])
 @pytest.mark.parametrize("op", sizes.COMPILED)
-def test_a_large_head_is_an_operator(
-    op: str, dynamic: bool, graphs: Graphs, kernel_calls: KernelCalls
-) -> None:
+def test_large_heads(op: str, dynamic: bool, graphs: Graphs, kernel_calls: KernelCalls) -> None:
     assert hasattr(getattr(torch.ops, NAMESPACE), op)  # saved programs call it by name
     call = EXAMPLES[op].call(shape=(N, C))
     steps = [call.of_first(f, bounded=False) for f in (Call.ours, Call.reference)]
@@ -244,11 +241,8 @@ def test_heads_with_float32_weights_under_autocast(op: str) -> None:
     assert all(gradient.dtype == torch.float32 for gradient in got.gradients)
 
 
-OPTIONS = "denominator=tensor", "with_metrics=True"
-WITH_OPTIONS = (
-    *[f"linear_cross_entropy-{x}" for x in OPTIONS],
-    "linear_log_probs-return_entropy=True",
-)
+OPTIONS = "cross_entropy-denominator=tensor", "cross_entropy-with_metrics=True"
+WITH_OPTIONS = [f"linear_{x}" for x in (*OPTIONS, "log_probs-return_entropy=True")]
 
 
 @pytest.mark.parametrize("name", WITH_OPTIONS)
@@ -367,14 +361,6 @@ PROGRAMS: dict[str, tuple[Callable[[Any, Any], Step], dict[str, Any], bool, int]
 }
 
 
-@pytest.fixture
-def fused_losses(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """Returns a list to which each fused loss of a converted head is added."""
-    found, run = list[Any](), HeadCall.run
-    monkeypatch.setattr(HeadCall, "run", lambda *args, **kw: found.append(0) or run(*args, **kw))
-    return found
-
-
 def outcome_of(step: Step, x: Tensor, model: nn.Module) -> list[Tensor]:
     """Returns the value of a step, and the gradients of the model's parameters."""
     value = step(x)
@@ -382,11 +368,9 @@ def outcome_of(step: Step, x: Tensor, model: nn.Module) -> list[Tensor]:
     return [value.detach(), *gradients]
 
 
-@pytest.mark.parametrize(
-    ("program", "options", "fuses", "breaks"), PROGRAMS.values(), ids=PROGRAMS.keys()
-)
+@pytest.mark.parametrize(("program", "options", "fuses", "breaks"), PROGRAMS.values(), ids=PROGRAMS)
 def test_a_converted_head_breaks_the_graph_once(
-    program: Any, options: Any, fuses: bool, breaks: int, fused_losses: list[Any]
+    program: Any, options: Any, fuses: bool, breaks: int, losses: list[Tensor]
 ) -> None:
     """Unless the graph has to be whole; there are no more graphs than without the conversion."""
     batches = [torch.randint(C, (rows, LENGTH)) for rows in (4, 4, 3, 2, 4)]
@@ -396,28 +380,28 @@ def test_a_converted_head_breaks_the_graph_once(
     for model in (Tagger(), converted):
         torch.compiler.reset()
         counters.clear()
-        fused_losses.clear()
+        losses.clear()
         step = program(model, partial(torch.compile, backend="aot_eager", **options))
         found = [outcome_of(step, x, model) for x in batches]
         graphs.append(counters["stats"]["unique_graphs"])
     close(found, expected)
-    assert len(fused_losses) == len(batches) * fuses
+    assert len(losses) == len(batches) * fuses
     assert graphs[1] <= graphs[0] * max(breaks, 1)  # autocast is a graph of its own
     compiled = 1 if "dynamic" in options else 2  # the first batch size, and all others
     assert counters["graph_break"].total() == breaks * compiled
 
 
-def test_a_converted_sequential_is_a_whole_graph(fused_losses: list[Any]) -> None:
+def test_a_converted_sequential_is_a_whole_graph(losses: list[Tensor]) -> None:
     """Its class is torch's, whose forward Dynamo does not trace as a frame of its own."""
     model, x = nn.Sequential(nn.Embedding(C, 8), nn.Linear(8, C)), torch.randint(C, (4, LENGTH))
     compiled = torch.compile(pyfused.convert(model, head="1"), fullgraph=True, backend="aot_eager")
     counters.clear()
     loss_of(compiled(x), x).backward()
     assert counters["stats"]["unique_graphs"] == 1
-    assert not fused_losses
+    assert not losses
 
 
-def test_training_and_evaluation_are_compiled_once(fused_losses: list[Any]) -> None:
+def test_training_and_evaluation_are_compiled_once(losses: list[Tensor]) -> None:
     model: Any = pyfused.convert(Tagger(), head="head", metrics=True)
     compiled, x = torch.compile(model, backend="aot_eager"), torch.randint(C, (4, LENGTH))
     frames = set[int]()
@@ -429,14 +413,12 @@ def test_training_and_evaluation_are_compiled_once(fused_losses: list[Any]) -> N
             assert (model.pyfused_metrics is None) == (target is None or not training)
         frames.add(counters["frames"]["total"])
     assert len(frames) == 1
-    assert len(fused_losses) == 3
+    assert len(losses) == 3
 
 
 @pytest.mark.parametrize(("rows", "breaks"), [(3, 0), (4, 1), (None, 0)])
-def test_the_size_of_a_converted_head(
-    rows: int | None, breaks: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Decides about a break; a symbolic size has the value of the call that is traced."""
+def test_sizes_of_heads(rows: int | None, breaks: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They decide about a break; a symbolic size has the value of the call that is traced."""
     monkeypatch.setitem(sizes.COMPILED, "linear_cross_entropy", (4 * LENGTH * C,) * 2)
     model, x = pyfused.convert(Tagger(), head="head"), torch.randint(C, (8, LENGTH))
     counters.clear()
@@ -454,15 +436,12 @@ def test_the_size_of_a_converted_head(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", ["default", "reduce-overhead", "max-autotune-no-cudagraphs"])
-def test_inductor_with_a_converted_head(mode: str, fused_losses: list[Any]) -> None:
+def test_inductor_with_a_converted_head(mode: str, losses: list[Tensor]) -> None:
     x, models = torch.randint(C, (4, LENGTH)), (Tagger(), pyfused.convert(Tagger(), head="head"))
     steps = models[0], torch.compile(models[1], mode=mode)
-    outcomes = [
-        outcome_of(lambda x, f=step: f(x, x), x, model)
-        for step, model in zip(steps, models, strict=True)
-    ]
-    close(*outcomes)
-    assert len(fused_losses) == 1
+    pairs = zip(steps, models, strict=True)
+    close(*[outcome_of(lambda x, f=step: f(x, x), x, model) for step, model in pairs])
+    assert len(losses) == 1
 
 
 # ---- sizes and numbers that change ---------------------------------------------------------------

@@ -84,13 +84,8 @@ def test_skorch_net(kernel_calls: KernelCalls) -> None:
 
 # ---- language models with a fused head -----------------------------------------------------------
 
-NO_DROPOUT = dict.fromkeys(
-    (
-        *("resid_pdrop", "embd_pdrop", "attn_pdrop"),
-        *("hidden_dropout_prob", "attention_probs_dropout_prob"),
-    ),
-    0.0,
-)
+DROPOUTS = "resid_pdrop embd_pdrop attn_pdrop hidden_dropout_prob attention_probs_dropout_prob"
+NO_DROPOUT = dict.fromkeys(DROPOUTS.split(), 0.0)
 
 
 llama = partial(language_models.tiny, "LlamaForCausalLM")

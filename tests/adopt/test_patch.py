@@ -215,8 +215,7 @@ class Forms(nn.Module):
         return [getattr(F, name)(*tensors[name], *options[name]) for name in tensors]
 
 
-CANNOT = "gaussian_nll_loss"  # torch.export fails for torch's function
-EXPORTED = sorted({*NAMES} - {CANNOT})
+EXPORTED = sorted({*NAMES} - {"gaussian_nll_loss"})  # torch.export fails for torch's function
 
 
 @as_users_run_it
@@ -455,9 +454,7 @@ def test_functions_patched_by_others_are_not_patched(monkeypatch: pytest.MonkeyP
 def test_later_patches_by_others_are_not_undone() -> None:
     pyfused.patch()
     ours, F.relu = F.relu, len
-    with pytest.raises(
-        RuntimeError, match=r"pyfused's function at torch\.nn\.functional\.relu, got len"
-    ):
+    with pytest.raises(RuntimeError, match=r"pyfused's function at \S*\.relu, got len"):
         pyfused.unpatch()
     assert F.relu is len
     F.relu = ours

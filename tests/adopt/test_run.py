@@ -34,7 +34,6 @@ NO_KERNEL = (
     r"calls that are too small for every kernel are torch's, and are not counted\n"
 )
 KEPT = r"pyfused: freed memory was .*\n"
-Done = subprocess.CompletedProcess[str]
 
 pytestmark = pytest.mark.thresholds
 
@@ -62,7 +61,7 @@ sys.exit(code)
 """
 
 
-def counted(*arguments: str, folder: Path, **environment: str) -> Done:
+def counted(*arguments: str, folder: Path, **environment: str) -> subprocess.CompletedProcess[str]:
     """Runs the command in a process that has imported torch already."""
     return python(COMMAND.format(folder=str(folder), arguments=arguments), **environment)
 
@@ -395,7 +394,5 @@ def test_run_sets_tunables_unless_there_are_others(
 
 def test_nothing_is_printed_to_stdout_if_stderr_is_closed(tmp_path: Path) -> None:
     command = f'"$0" -m pyfused run {script(tmp_path, "print(42)")} 2>&-'
-    done = subprocess.run(
-        ["bash", "-c", command, sys.executable], stdout=subprocess.PIPE, text=True
-    )
+    done = subprocess.run(["sh", "-c", command, sys.executable], stdout=subprocess.PIPE, text=True)
     assert (done.returncode, done.stdout) == (0, "42\n")

@@ -28,9 +28,7 @@ from torch.utils.checkpoint import checkpoint
 import pyfused
 from pyfused.dispatch import reasons, sizes
 
-pytestmark = [
-    pytest.mark.skipif(torch.__version__ < "2.12", reason="torch 2.11 lacks parts of FSDP2")
-]
+pytestmark = pytest.mark.skipif(torch.__version__ < "2.12", reason="lacks parts of FSDP2")
 
 VOCABULARY, FEATURES, BATCH, LENGTH, STEPS = 1001, 16, 2, 24, 2
 

@@ -22,25 +22,15 @@ import interpreter
 import pytest
 import torch
 import torch.distributed as dist
-from catalogue import (
-    EXAMPLES,
-    SOME,
-    TENSOR_OPTIONS,
-    TRIED,
-    Call,
-    Example,
-    Function,
-    declared,
-    every_example,
-    every_operator,
-    parameters,
-)
+from catalogue import SOME, TENSOR_OPTIONS, TRIED, Call, Example, every_example, every_operator
 from compare import DEVICE, flattened, random_grad_output
 from conftest import KernelCalls
+from samples import declared
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import CheckpointError, checkpoint
+from torch_reference import parameters
 
 import pyfused
 from pyfused import functional as fused
@@ -53,18 +43,17 @@ pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
 close = torch.testing.assert_close
 CHANGED = "modified by an inplace operation"
 ours, of_torch = Call.ours, Call.reference
+Function = Callable[..., Tensor]  # one of these
 
 
-def every_example_and(name: str, first: Any, *others: Any) -> pytest.MarkDecorator:
-    """Parametrises by every example with the first value, and some of them with the others."""
-    cases = [(example, first) for example in TRIED.values()]
+def every_example_and(name: str, first: Any, *others: Any, more: Any = ()) -> pytest.MarkDecorator:
+    """Parametrises by every example, and more, with a value, and some of them with the others."""
+    cases = [(example, first) for example in (*TRIED.values(), *more)]
     cases += [(example, other) for example in SOME.values() for other in others]
     return pytest.mark.parametrize(("example", name), cases, ids=lambda x: getattr(x, "id", str(x)))
 
 
-def gradients(
-    call: Call, function: Function = ours, grad_output: Tensor | None = None
-) -> tuple[Tensor, ...]:
+def gradients(call: Call, function: Function = ours, grad_output: Any = None) -> tuple[Tensor, ...]:
     value = function(call)
     return torch.autograd.grad(value, [*call.leaves.values()], above(value, grad_output))
 
@@ -115,19 +104,6 @@ def test_backward_twice_through_a_retained_graph(example: Example, dtype: torch.
     for x, (version, copy) in zip(tensors, before, strict=True):
         assert x._version == version
         assert torch.equal(x, copy)
-
-
-@pytest.mark.interpreted
-@every_example
-def test_each_gradient_separately(example: Example) -> None:
-    """One argument requires grad, or gradients are computed one by one through a retained graph."""
-    call = example.call()
-    expected, value = dict(zip(call.leaves, gradients(call, of_torch), strict=True)), call.ours()
-    for name, x in reversed(call.leaves.items()):
-        frozen = {other: y.detach() for other, y in call.leaves.items() if other != name}
-        alone = call.ours(**frozen)
-        close(torch.autograd.grad(alone, x, above(alone))[0], expected[name])
-        close(torch.autograd.grad(value, x, above(value), retain_graph=True)[0], expected[name])
 
 
 # ---- without a graph -----------------------------------------------------------------------------
@@ -213,20 +189,12 @@ def one_process() -> Iterator[None]:
     dist.destroy_process_group()
 
 
-EXAMPLES_AND_SHARDS = [
-    *((e, torch.float32) for e in TRIED.values()),
-    *((e, torch.float16) for e in SOME.values()),
-    *((e, torch.float32) for _, e in TENSOR_OPTIONS.values() if "shard" in e.options),
-]
+SHARDED = [e for _, e in TENSOR_OPTIONS.values() if "shard" in e.options]
 
 
-@pytest.mark.parametrize(
-    ("example", "dtype"), EXAMPLES_AND_SHARDS, ids=lambda x: getattr(x, "id", str(x))
-)
+@every_example_and("dtype", torch.float32, torch.float16, more=SHARDED)
 @pytest.mark.usefixtures("one_process")
-def test_modifying_an_argument_before_backward(
-    example: Example, dtype: torch.dtype, kernel_calls: KernelCalls
-) -> None:
+def test_modified_arguments(example: Example, dtype: Any, kernel_calls: KernelCalls) -> None:
     """Backward raises if it reads the argument; else it computes the gradients of the old values.
 
     Where the forward pass computes the gradients, only ``create_graph`` reads saved arguments, as
@@ -310,7 +278,7 @@ def test_saved_tensor_hooks_receive_options(option: str, example: Example) -> No
 @pytest.mark.parametrize("name", ["mse_loss", "cross_entropy", "linear_cross_entropy"])
 def test_saved_tensor_hooks_receive_gradients_of_the_forward_pass(name: str) -> None:
     """Offloading also moves these gradients; the graph holds no other memory."""
-    call = EXAMPLES[name].call()
+    call = SOME[name].call()
     leaves = [*call.leaves.values()]
     expected, taken = torch.autograd.grad(call.ours(), leaves), list[Tensor]()
 
@@ -374,9 +342,7 @@ CHANGES: dict[str, tuple[Callable[[Tensor], Tensor], bool]] = {
 
 @every_example
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
-def test_hooks_that_change_saved_tensors(
-    example: Example, change: tuple[Callable[[Tensor], Tensor], bool]
-) -> None:
+def test_hooks_that_change_saved_tensors(example: Example, change: Any) -> None:
     """Kernels read the memory of saved tensors in the format in which they were saved."""
     function, is_valid = change
     call = example.call(torch.float64 if change is CHANGES["narrower"] else torch.float32)
@@ -422,8 +388,7 @@ def test_hooks_that_raise(example: Example) -> None:
 
 
 @every_operator
-@pytest.mark.filterwarnings("ignore:Anomaly Detection has been enabled")
-@pytest.mark.filterwarnings("ignore:Error detected in")
+@pytest.mark.filterwarnings("ignore:Anomaly Detection has been enabled", "ignore:Error detected in")
 def test_anomaly_mode(example: Example) -> None:
     call = example.call()
     with torch.autograd.detect_anomaly():
@@ -498,7 +463,7 @@ def test_an_argument_that_is_not_differentiated_requires_grad(example: Example, 
 
 @contextlib.contextmanager
 def patched_with_few_frames() -> Iterator[None]:
-    """Patches torch, and limits the recursion depth."""
+    """Patches torch, and limits the recursion depth, as endless recursion would take minutes."""
     before, depth = sys.getrecursionlimit(), len(inspect.stack(0))
     sys.setrecursionlimit(depth + 300)
     try:
@@ -531,7 +496,7 @@ def assert_alike(compute: Callable[[Function], Any]) -> None:
 @pytest.mark.parametrize("name", ["mse_loss", "cross_entropy", "linear_cross_entropy"])
 def test_create_graph_frees_gradients_of_the_forward_pass(name: str) -> None:
     """Later passes compute them again."""
-    call, saved = EXAMPLES[name].call(), list[Any]()
+    call, saved = SOME[name].call(), list[Any]()
     leaves, shape = [*call.leaves.values()], call.first.shape
 
     def pack(x: Tensor) -> Tensor:
@@ -612,11 +577,7 @@ ABOVE: dict[str, Callable[[Function, Tensor], Any]] = {
     "vmap of jvp": lambda gradient, v: torch.vmap(
         lambda v: torch.func.jvp(gradient, (v,), (v * v,))[1]
     )(torch.stack([v, v * v])),
-    "is_grads_batched": lambda gradient, v: gradient(
-        torch.stack([v, v * v]), is_grads_batched=True
-    ),
-    "negated": lambda gradient, v: gradient(torch._neg_view(v)),
-    "zero": lambda gradient, v: gradient(torch._efficientzerotensor(v.shape, dtype=v.dtype)),
+    "is_grads_batched": lambda gradient, v: gradient(torch.stack([v, -v]), is_grads_batched=True),
     "subclass": lambda gradient, v: [*map(Tensor.detach, gradient(v.as_subclass(Subclass)))],
     "dual and create_graph": lambda gradient, v: dual(partial(gradient, create_graph=True), v),
 }

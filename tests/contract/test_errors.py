@@ -130,9 +130,8 @@ def parametrize(wrong: Wrong) -> pytest.MarkDecorator:
     return pytest.mark.parametrize(("code", "words"), wrong.items(), ids=wrong.keys())
 
 
-every_size = pytest.mark.parametrize(
-    "size", ["any size", pytest.param("small", marks=pytest.mark.thresholds)]
-)
+small = pytest.param("small", marks=pytest.mark.thresholds)
+every_size = pytest.mark.parametrize("size", ["any size", small])
 
 
 def called(code: str, functional: Any = fused) -> Any:

@@ -105,9 +105,7 @@ def cross_entropy(z: Tensor, given: dict[str, Any]) -> RowResults:
     return reduced(loss, slope * s.slope, counts, total_weight.sum(), given)
 
 
-def reduced(
-    loss: Tensor, slope: Tensor, counts: Tensor, total: Tensor, given: dict[str, Any]
-) -> RowResults:
+def reduced(loss: Tensor, slope: Tensor, counts: Tensor, total: Tensor, given: Any) -> RowResults:
     reduction, divisor = given.get("reduction", "mean"), 1.0
     if reduction == "mean":
         divisor = total if given.get("denominator") is None else float(given["denominator"])
@@ -353,9 +351,7 @@ def check(name: str, seed: int) -> None:
     assert len(dtypes) == 1, dtypes
 
 
-def assert_near(
-    got: Tensor, exact: Tensor, dtype: torch.dtype, is_gradient: bool, way: str
-) -> None:
+def assert_near(got: Tensor, exact: Tensor, dtype: Any, is_gradient: bool, way: str) -> None:
     exact = exact.double()
     tolerance = {torch.float64: 1e-9, torch.float32: 5e-4}.get(dtype, 4 * torch.finfo(dtype).eps)
     size = exact[exact.isfinite()].abs().amax().item() if exact.isfinite().any() else 0.0

@@ -121,26 +121,21 @@ def test_heads_gain_earlier_where_half_precision_is_slow(monkeypatch: pytest.Mon
         assert compute_limits(head, 2, dtype).from_elements == factor * in_float32.from_elements
 
 
-def test_limits_grow_with_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_limits_grow_with_threads(threads: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()
     row = sizes.Limits(sizes.MEDIUM, few_classes=sizes.SMALL, unreduced=sizes.PAGES)
     assert row.with_threads(1) == row.with_threads(2) == row
     assert row.with_threads(8) == row._replace(from_elements=4 * sizes.MEDIUM)
     assert row.with_threads(1 << 10).from_elements == sizes.LOGITS
-    x, threads = torch.zeros(sizes.MEDIUM), torch.get_num_threads()
-    try:
-        for others, by_torch in ((2, False), (8, True), (2, False)):
-            torch.set_num_threads(others)
-            assert runs_torch("l1_loss", x, x) is by_torch
-            assert sizes.left_to_torch(OPERATORS["l1_loss"], (x, x)) is by_torch
-    finally:
-        torch.set_num_threads(threads)
+    x = torch.zeros(sizes.MEDIUM)
+    for number, by_torch in ((2, False), (8, True), (2, False)):
+        threads(number)
+        assert runs_torch("l1_loss", x, x) is by_torch
+        assert sizes.left_to_torch(OPERATORS["l1_loss"], (x, x)) is by_torch
 
 
 @pytest.mark.parametrize("kept", [True, False])
-def test_only_calls_that_depend_on_kept_pages_ask_for_them(
-    kept: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_calls_that_ask_for_kept_pages(kept: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()
     asked: list[int] = []
     monkeypatch.setattr(memory, "pages_are_kept", lambda: bool(asked.append(1)) or kept)
@@ -162,9 +157,7 @@ def test_only_calls_that_depend_on_kept_pages_ask_for_them(
 @pytest.mark.parametrize(
     "name", [o.name for o in OPERATORS.values() if o.in_torch and not o.is_linear]
 )
-def test_the_first_line_of_a_function_agrees_with_dispatch(
-    name: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_first_lines_agree_with_dispatch(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()
     monkeypatch.setattr(memory, "pages_are_kept", lambda: False)
     op = OPERATORS[name]

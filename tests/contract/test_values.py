@@ -14,23 +14,13 @@ import catalogue
 import interpreter
 import pytest
 import torch
-from catalogue import (
-    EXAMPLES,
-    OF_FAMILIES,
-    SOME,
-    TRIED,
-    Call,
-    Example,
-    every_example,
-    every_operator,
-    ours,
-    parameters,
-)
+from catalogue import SOME, TRIED, Call, Example, every_example, every_operator, ours
 from check_calls import ERRORS, check_call, converted, largest, natively, run
 from compare import DEVICE, FLOATS, HALF, Errors, operators_of_torch
 from conftest import ISAS, KernelCalls, fused_always
 from grid import grid
 from layouts import LAYOUTS, SAME_VALUES, Layout
+from torch_reference import parameters
 
 import pyfused
 from pyfused import nn
@@ -54,10 +44,8 @@ def rearranged(call: Call, layout: Layout, others: Layout | None = None) -> Call
 # ---- values --------------------------------------------------------------------------------------
 
 
-@grid(example=EXAMPLES.values(), dtype=FLOATS)
-def test_values_and_gradients(
-    example: Example, dtype: torch.dtype, kernel_calls: KernelCalls
-) -> None:
+@grid(example=catalogue.EXAMPLES.values(), dtype=FLOATS)
+def test_values_and_gradients(example: Example, dtype: Any, kernel_calls: KernelCalls) -> None:
     """Kernels return torch's dtypes, and are as accurate as torch."""
     call = example.call(dtype)
     check_call(call)
@@ -148,9 +136,7 @@ def check_layout(call: Call) -> None:
 
 
 @grid(example=SOME.values(), layout=LAYOUTS, shape=[(6, 5), (2, 5, 3)])
-def test_layouts(
-    example: Example, layout: str, shape: tuple[int, ...], kernel_calls: KernelCalls
-) -> None:
+def test_layouts(example: Example, layout: str, shape: Any, kernel_calls: KernelCalls) -> None:
     """Results do not depend on strides, which may differ between operands.
 
     Some layouts repeat elements, which a teacher's class indices must not do.
@@ -202,10 +188,11 @@ def test_memory_beyond_a_view_is_neither_read_nor_written(example: Example) -> N
 # ---- threads -------------------------------------------------------------------------------------
 
 
+OF_FAMILIES = catalogue.OF_FAMILIES.values()
+
+
 @pytest.mark.cpu
-@grid(
-    example=OF_FAMILIES.values(), shape=[(203, 700), (7003, 10), (9, 4100)], dtype=FLOATS, isa=ISAS
-)
+@grid(example=OF_FAMILIES, shape=[(203, 700), (7003, 10), (9, 4100)], dtype=FLOATS, isa=ISAS)
 def test_large_calls_are_bitwise_identical_for_every_number_of_threads(
     example: Example, shape: tuple[int, int], dtype: torch.dtype, isa: str, threads: Any
 ) -> None:

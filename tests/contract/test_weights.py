@@ -108,9 +108,7 @@ SIZES = [(60, 30), pytest.param((6, 20), marks=pytest.mark.thresholds, id="small
     [*product((CROSS_ENTROPY, LINEAR_CROSS_ENTROPY), (False, True)), (NLL_LOSS, False)],
     ids=lambda x: getattr(x, "name", str(x)),
 )
-def test_dtypes_of_class_weights(
-    op: Operator, soft: bool, autocast: bool, size: tuple[int, int]
-) -> None:
+def test_dtypes_of_class_weights(op: Operator, soft: bool, autocast: bool, size: Any) -> None:
     """Compares the results with torch's, for all dtypes of the arguments."""
     targets, weights = FLOATS if soft else [torch.int64], (*FLOATS, None)
     for dtype, of_target, of_weight in product(FLOATS, targets, weights):

@@ -172,9 +172,7 @@ IN_HALF: dict[str, Function] = {
     "gelu": gelu,
     "gelu_tanh": gelu_tanh,
 }
-half = pytest.mark.parametrize(
-    "dtype", [torch.float16, torch.bfloat16], ids=["float16", "bfloat16"]
-)
+half = pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 
 
 def every_number(dtype: torch.dtype) -> Tensor:

@@ -24,9 +24,7 @@ from processes import process, python
 
 from pyfused import memory
 
-glibc = pytest.mark.skipif(
-    memory.why_not_kept() is not None, reason=f"keep has no effect: {memory.why_not_kept()}"
-)
+glibc = pytest.mark.skipif(memory.why_not_kept() is not None, reason=str(memory.why_not_kept()))
 MIB = 1 << 20
 
 
@@ -53,6 +51,7 @@ def heap() -> tuple[int, int]:
 
 
 Setting = tuple[bool, float | None]
+drawn_settings = st.tuples(st.booleans(), st.sampled_from([None, 60, 600.0]))
 Call = tuple[memory.Keep, Setting]
 
 
@@ -69,11 +68,7 @@ class Calls(stateful.RuleBasedStateMachine):
     def do(self, function: Callable[..., Any], in_thread: bool) -> Any:
         return self.pool.submit(function).result() if in_thread else function()
 
-    @rule(
-        target=results,
-        setting=st.tuples(st.booleans(), st.sampled_from([None, 60, 600.0])),
-        in_thread=st.booleans(),
-    )
+    @rule(target=results, setting=drawn_settings, in_thread=st.booleans())
     def call(self, setting: Setting, in_thread: bool) -> Call:
         enabled, trim_every = setting
         keep = self.do(lambda: memory.keep(enabled, trim_every=trim_every), in_thread)

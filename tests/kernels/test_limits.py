@@ -21,10 +21,7 @@ from torch import Tensor
 import pyfused
 from pyfused.backends import cpu
 
-pytestmark = [
-    pytest.mark.cpu,
-    pytest.mark.skipif(sys.platform != "linux", reason="needs Linux's resource limits"),
-]
+pytestmark = [pytest.mark.cpu, pytest.mark.skipif(sys.platform != "linux", reason="needs Linux")]
 
 STACK = 128 << 10
 # Rows, columns of few classes, and many classes with contiguous positions.

@@ -26,10 +26,7 @@ COMPILERS = {
 if grid.FULL and find_spec("ziglang"):  # compiles for minutes
     COMPILERS["zig"] = [sys.executable, "-m", "ziglang", "c++"]
 
-pytestmark = [
-    pytest.mark.cpu,
-    pytest.mark.skipif(sys.platform != "linux", reason="only Linux lists a process's threads"),
-]
+pytestmark = [pytest.mark.cpu, pytest.mark.skipif(sys.platform != "linux", reason="needs /proc")]
 
 IDS = """
 import ctypes, os, sys

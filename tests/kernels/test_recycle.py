@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import os
 import re
 import textwrap
@@ -19,20 +18,12 @@ from torch import Tensor
 from pyfused import functional, memory
 from pyfused.backends import cpu
 
-pytestmark = [
-    pytest.mark.cpu,
-    pytest.mark.skipif(not cpu.RECYCLES, reason="memory is recycled only on Linux"),
-]
+pytestmark = [pytest.mark.cpu, pytest.mark.skipif(not cpu.RECYCLES, reason="needs Linux")]
 MIB = 1 << 20
 ELEMENTS = 9 * MIB  # as float32, more than RECYCLED_BYTES
 ROOM = 1 << 30
-limits_memory = pytest.mark.skipif(
-    "asan" in os.environ.get("LD_PRELOAD", ""), reason="AddressSanitizer needs more memory"
-)
-
-measures_memory = pytest.mark.skipif(
-    not Path("/proc/self/clear_refs").exists(), reason="needs Linux's /proc"
-)
+no_asan = pytest.mark.skipif("asan" in os.environ.get("LD_PRELOAD", ""), reason="AddressSanitizer")
+needs_proc = pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs /proc")
 
 
 @pytest.fixture(autouse=True)
@@ -44,13 +35,8 @@ def empty_cache() -> Iterator[None]:
     memory.release()
 
 
-@functools.cache
-def ones() -> Tensor:
-    return torch.ones(3 * ELEMENTS)
-
-
 def output(elements: int = ELEMENTS) -> Tensor:
-    return recycled(ones()[:elements])
+    return recycled(torch.ones(elements))
 
 
 def recycled(x: Tensor) -> Tensor:
@@ -72,9 +58,7 @@ def test_the_next_output_reuses_freed_memory() -> None:
     assert memory.stats() == before._replace(hits=before.hits + 1)
 
 
-@pytest.mark.parametrize(
-    ("factor", "fits"), [(1.0, True), (0.9, True), (0.85, False), (1.1, False)]
-)
+@pytest.mark.parametrize(("factor", "fits"), [(1, True), (0.9, True), (0.85, False), (1.1, False)])
 def test_a_block_is_reused_for_up_to_an_eighth_less(factor: float, fits: bool) -> None:
     elements = 10 * MIB
     del_me = output(elements)
@@ -161,7 +145,7 @@ def calls() -> dict[str, Callable[[Tensor], Any]]:
 
 @pytest.mark.parametrize("name", calls())
 def test_results_can_be_resized_and_gradients_are_recycled(name: str) -> None:
-    x = ones()[:ELEMENTS].detach().requires_grad_()
+    x = torch.ones(ELEMENTS, requires_grad=True)
     result = calls()[name](x)
     before = memory.stats()
     values, storage = result.detach().clone(), result.untyped_storage()
@@ -255,7 +239,7 @@ def test_tensors_outlive_the_interpreter() -> None:
     assert (done.returncode, done.stderr) == (0, "")
 
 
-@limits_memory
+@no_asan
 def test_no_memory_left() -> None:
     """Free blocks are released before an allocation fails; then torch raises its error."""
     printed = run("""
@@ -276,8 +260,8 @@ def test_no_memory_left() -> None:
     assert "not enough memory" in printed or "can't allocate memory" in printed
 
 
-@limits_memory
-@measures_memory
+@no_asan
+@needs_proc
 def test_memory_of_training() -> None:
     """The address space suffices for one gradient, and the peak grows by one at most.
 
@@ -376,22 +360,15 @@ def growth() -> dict[str, int]:
 
 # The number of tensors of SIZE bytes that a call allocates; a head's logits have twice as many.
 TENSORS: dict[str, float] = {
-    "mean": 1,
-    "smoothed": 1,
-    "sum": 1,
-    "no gradient": 0,
-    "mse_loss-0": 0,
-    "mse_loss-1": 1,
-    "mse_loss-2": 2,
+    "mean": 1, "smoothed": 1, "sum": 1, "no gradient": 0,
+    "mse_loss-0": 0, "mse_loss-1": 1, "mse_loss-2": 2,
     "relu": 2,  # its output and the gradient
-    "linear_cross_entropy": 0.5,
-    "linear_log_probs": 0.5,
-    "linear_kl_div": 1,
-}
+    "linear_cross_entropy": 0.5, "linear_log_probs": 0.5, "linear_kl_div": 1,
+}  # fmt: skip
 
 
-@limits_memory
-@measures_memory
+@no_asan
+@needs_proc
 @pytest.mark.parametrize("name", TENSORS)
 def test_a_call_only_allocates_its_results(name: str, growth: dict[str, int]) -> None:
     """A head allocates a quarter of the logits, linear_kl_div also for the teacher."""

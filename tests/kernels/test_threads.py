@@ -106,9 +106,7 @@ def test_the_gil_is_released(name: str, backward: bool, monkeypatch: pytest.Monk
     assert progress == [True, "seen"]
 
 
-def test_threads_are_counted_in_each_call(
-    threads: Threads, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_each_call_counts_threads(threads: Threads, monkeypatch: pytest.MonkeyPatch) -> None:
     """No cache stores the number of threads."""
     given: list[int] = []
     native = cpu.native

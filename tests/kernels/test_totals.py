@@ -39,10 +39,8 @@ def test_count(n: int, weighted: int, ignore_index: int) -> None:
     """Ignored and out-of-range targets do not count."""
     target = torch.randint(-1, 9, (n,))
     target[::4] = -100
-    weights = [
-        torch.rand(7) if weighted & 1 else None,
-        torch.rand(n, dtype=torch.float64) if weighted & 2 else None,
-    ]
+    token_weight = torch.rand(n, dtype=torch.float64) if weighted & 2 else None
+    weights = [torch.rand(7) if weighted & 1 else None, token_weight]
     with patch.object(triton, "COUNTED_BY_PROGRAMS", 0):
         targets = target, *weights, ignore_index
         got = triton._divisor(CrossEntropyOptions(), target, n, targets, None, 7)
@@ -89,9 +87,7 @@ def test_the_sum_of_no_elements_is_zero() -> None:
 
 
 @pytest.mark.parametrize("default", [True, False])
-def test_only_the_default_stream_shares_counters(
-    default: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_default_streams_share_counters(default: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Shared counters would belong to the memory pool of a CUDA graph, or to several graphs."""
     monkeypatch.setattr(triton, "on_default_stream", lambda _: default)
     first, second = (triton._counters(torch.device("cpu")) for _ in range(2))

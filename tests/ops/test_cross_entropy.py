@@ -59,10 +59,8 @@ def test_the_mean_of_targets_whose_classes_have_weight_zero(smoothing: float) ->
     logits, target = problem((6, 5), "index")
     weight = torch.ones(5).index_fill(0, target, 0)
     check(logits, target, weight=weight, label_smoothing=smoothing)
-    head = fused.linear_cross_entropy(
-        logits, torch.eye(5), target, weight=weight, label_smoothing=0.1
-    )
-    assert head.isnan()
+    options: Any = {"weight": weight, "label_smoothing": 0.1}
+    assert fused.linear_cross_entropy(logits, torch.eye(5), target, **options).isnan()
 
 
 @pytest.mark.parametrize("shape", SHAPES[1:])
@@ -87,9 +85,8 @@ def test_losses_of_confident_rows_are_not_negative(classes: int, dtype: torch.dt
     losses = [cross_entropy(x, target.view(x[:, 0].shape), reduction="none") for x in inputs]
     losses += [cross_entropy(logits, soft_target, reduction="none"), -fused.log_softmax(logits, 1)]
     found = log_probs(logits, target, return_entropy=True)
-    of_head = fused.linear_log_probs(
-        logits, torch.eye(classes).to(dtype), target, return_entropy=True
-    )
+    head = torch.eye(classes).to(dtype)
+    of_head = fused.linear_log_probs(logits, head, target, return_entropy=True)
     losses += [-found[0], found.entropy, -of_head[0], of_head.entropy]
     assert min(loss.min() for loss in losses) >= 0
 
@@ -126,9 +123,7 @@ SPECIAL_ROWS = {
 
 @pytest.mark.interpreted
 @grid(row=SPECIAL_ROWS, dtype=FLOATS, reduction=REDUCTIONS, smoothing=[0.0, 0.1], kind=KINDS * 2)
-def test_special_values(
-    row: str, dtype: torch.dtype, smoothing: float, kind: str, reduction: str
-) -> None:
+def test_special_values(row: str, dtype: Any, smoothing: float, kind: str, reduction: str) -> None:
     options: dict[str, Any] = {"reduction": reduction}
     for padding in (0, 3, 12, 60, 300):  # less than, about and more than a vector, and folded
         logits = torch.zeros(5, padding + 5)
@@ -247,9 +242,7 @@ def test_classes_in_uint8_are_not_ignored(name: str, path: str) -> None:
     probabilities=[False, False, True, True],
     isa=ISAS,
 )
-def test_scaled_logits_are_not_rounded(
-    shape: tuple[int, ...], dtype: torch.dtype, probabilities: bool, isa: str
-) -> None:
+def test_scaled_logits_are_unrounded(shape: Any, dtype: Any, probabilities: bool, isa: str) -> None:
     """Scaled logits are float32 for any input dtype; so is the loss if loss_dtype is float32."""
     input = (torch.rand(shape) * 2 - 1).to(dtype).requires_grad_()
     target = input.detach().argmax(1)

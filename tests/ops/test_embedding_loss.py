@@ -32,9 +32,7 @@ def results(function: Callable[..., Tensor], tensors: list[Tensor], *rest: Tenso
 
 def assert_equals_torch(name: str, tensors: list[Tensor], *rest: Tensor, **options: Any) -> None:
     given = {"reduction": "none", **options}
-    both = (
-        results(partial(getattr(module, name), **given), tensors, *rest) for module in (fused, F)
-    )
+    both = [results(partial(getattr(f, name), **given), tensors, *rest) for f in (fused, F)]
     for got, expected in zip(*both, strict=True):
         torch.testing.assert_close(got, expected, equal_nan=True)
 

@@ -30,10 +30,7 @@ from pyfused.ops import shards
 from pyfused.ops.cross_entropy import CrossEntropy
 from pyfused.types import SMOOTHING_FIELDS
 
-pytestmark = [
-    pytest.mark.skipif(not dist.is_available(), reason="torch was built without distributed"),
-    pytest.mark.cpu,
-]
+pytestmark = [pytest.mark.cpu, pytest.mark.skipif(not dist.is_available(), reason="no distributed")]
 
 ROWS, FEATURES, CLASSES = 13, 6, 150
 CUTS = [0, 1, 70, 70, CLASSES]  # uneven shards, one of them empty
@@ -389,9 +386,8 @@ def differentiated_together(process: Process, rng: random.Random) -> None:
         if grad:
             total = total + total_of(results)
             alone |= len(frozen[mine]) == len(leaves)
-            calls.append(
-                (case, own, leaves, torch.autograd.grad(total_of(expected), [*whole.values()]))
-            )
+            gradients = torch.autograd.grad(total_of(expected), [*whole.values()])
+            calls.append((case, own, leaves, gradients))
     if not total.requires_grad:
         return
     asked = [x for _, _, leaves, _ in calls for x in leaves.values() if x.requires_grad]
@@ -488,10 +484,8 @@ def weights_of_other_dtypes(process: Process, case: Any) -> None:
     if kind == "head" and is_half:
         # Some processors round the logits to half precision, with a random error in each row.
         of_loss = 2 * eps / TOKENS**0.5
-    options |= {
-        "loss_dtype": F64 if input_dtype is F64 else F32,
-        "shard": VocabShard(classes.start, 8),
-    }
+    options["loss_dtype"] = torch.promote_types(input_dtype, F32)
+    options["shard"] = VocabShard(classes.start, 8)
     for create_graph in (False, True):
         leaves = [x.clone().requires_grad_() for x in parts]
         loss = function(*leaves, target, **options, **weights)
