@@ -189,6 +189,19 @@ def one_process() -> Iterator[None]:
     dist.destroy_process_group()
 
 
+@pytest.mark.interpreted
+@every_example
+def test_each_gradient_separately(example: Example) -> None:
+    """One argument requires grad, or gradients are computed one by one through a retained graph."""
+    call = example.call()
+    expected, value = dict(zip(call.leaves, gradients(call, of_torch), strict=True)), call.ours()
+    for name, x in reversed(call.leaves.items()):
+        frozen = {other: y.detach() for other, y in call.leaves.items() if other != name}
+        alone = call.ours(**frozen)
+        close(torch.autograd.grad(alone, x, above(alone))[0], expected[name])
+        close(torch.autograd.grad(value, x, above(value), retain_graph=True)[0], expected[name])
+
+
 SHARDED = [e for _, e in TENSOR_OPTIONS.values() if "shard" in e.options]
 
 
