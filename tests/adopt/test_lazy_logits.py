@@ -485,6 +485,22 @@ def test_class_indices_out_of_range(losses: list[Tensor]) -> None:
     assert losses
 
 
+@pytest.mark.filterwarnings("ignore:pyfused.convert")
+def test_one_loss_of_each_row(losses: list[Tensor]) -> None:
+    """A later loss of a row computes the logits once, also without a gradient; others are fused."""
+    found = []
+    for model in (Model(), pyfused.convert(Model(), head="head")):
+        logits = model(X).flatten(0, 1)
+        parts = [F.cross_entropy(logits[i::2], TARGET[i::2]) for i in (0, 1)]
+        with torch.no_grad():
+            parts.append(F.cross_entropy(logits[5:9].clone(), TARGET[5:9]))
+        parts += [F.cross_entropy(logits, TARGET.roll(i)) for i in (1, 2)]
+        loss = sum(parts)
+        found.append([loss, *torch.autograd.grad(loss, [*model.parameters()])])
+    assert_close(found[1], found[0])
+    assert len(losses) == 2
+
+
 REASONS: dict[str, Callable[[Tensor], Any]] = {
     "target holds class probabilities": lambda x: F.cross_entropy(x, torch.full((64, 40), 0.025)),
     "target is not a plain int64 tensor": lambda x: F.cross_entropy(x, TARGET.byte()),

@@ -590,7 +590,11 @@ ABOVE: dict[str, Callable[[Function, Tensor], Any]] = {
     "vmap of jvp": lambda gradient, v: torch.vmap(
         lambda v: torch.func.jvp(gradient, (v,), (v * v,))[1]
     )(torch.stack([v, v * v])),
-    "is_grads_batched": lambda gradient, v: gradient(torch.stack([v, -v]), is_grads_batched=True),
+    "is_grads_batched": lambda gradient, v: gradient(
+        torch.stack([v, v * v]), is_grads_batched=True
+    ),
+    "negated": lambda gradient, v: gradient(torch._neg_view(v)),
+    "zero": lambda gradient, v: gradient(torch._efficientzerotensor(v.shape, dtype=v.dtype)),
     "subclass": lambda gradient, v: [*map(Tensor.detach, gradient(v.as_subclass(Subclass)))],
     "dual and create_graph": lambda gradient, v: dual(partial(gradient, create_graph=True), v),
 }

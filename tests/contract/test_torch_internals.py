@@ -81,5 +81,7 @@ def test_calls_fall_back_without_required_attributes(monkeypatch: pytest.MonkeyP
     expected = torch.autograd.grad(F.mse_loss(x, y), x)
     assert pyfused.explain("mse_loss", x, y).backend != "torch"
     monkeypatch.setattr(torch_internals, "MISSING", "torch._C.something")
-    assert pyfused.explain("mse_loss", x, y).reason.endswith("torch lacks torch._C.something")
+    assert pyfused.explain("mse_loss", x, y).reason == (
+        "this version of torch lacks torch._C.something"
+    )
     assert torch.equal(torch.autograd.grad(fused.mse_loss(x, y), x)[0], expected[0])

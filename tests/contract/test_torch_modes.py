@@ -106,8 +106,10 @@ KINDS: dict[str, Callable[[Tensor], Tensor]] = {
 
 @every_operator
 @pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
-@pytest.mark.filterwarnings("ignore:Sparse:UserWarning", "ignore:The PyTorch API of nested tensors")
-@pytest.mark.filterwarnings("ignore:.*quantize:DeprecationWarning", "ignore:.*quantize:UserWarning")
+@pytest.mark.filterwarnings("ignore:Sparse:UserWarning")
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
+@pytest.mark.filterwarnings("ignore:.*quantize:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:.*quantize:UserWarning")
 def test_other_kinds_of_tensors(example: Example, kind: Callable[[Tensor], Tensor]) -> None:
     ours, of_torch, x = steps(example)
     x = kind(x)
@@ -181,7 +183,9 @@ class SeesFunctions(TorchFunctionMode):
 
 @every_operator
 @pytest.mark.parametrize("mode", [SeesFunctions, Operators])
-def test_a_mode_sees_the_call(example: Example, mode: Any, kernel_calls: KernelCalls) -> None:
+def test_a_mode_sees_the_call(
+    example: Example, mode: type[SeesFunctions | Operators], kernel_calls: KernelCalls
+) -> None:
     ours, of_torch, x = steps(example)
     x.requires_grad_()
     seen = []
