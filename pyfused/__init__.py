@@ -8,13 +8,6 @@ implementation a call runs, and why.
 
 __version__ = "0.1.0"
 
-import sys
-
-if sys.argv[:2] == ["-m", "run"]:  # `python -m pyfused run` starts; torch is not imported yet
-    from pyfused.glibc import restart
-
-    restart()
-
 from pyfused import functional, memory, nn
 from pyfused.adopt.convert import convert, plan_conversion, revert
 from pyfused.adopt.explain import explain

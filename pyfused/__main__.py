@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import platform
+from pathlib import Path
 
 import torch
 
@@ -65,9 +66,8 @@ def main() -> None:
     commands = parser.add_subparsers(dest="command")
     text = "run a program under pyfused.patch() and pyfused.memory.keep(), and report which calls "
     text += "ran a kernel"
-    # `glibc.restart` looks for --no-keep before options are parsed, so it may not be abbreviated.
     description = f"{text.capitalize()}."
-    command = commands.add_parser("run", help=text, description=description, allow_abbrev=False)
+    command = commands.add_parser("run", help=text, description=description)
     command.add_argument(
         "-m", action="store_true", dest="module", help="the program is the name of a module"
     )
@@ -81,6 +81,9 @@ def main() -> None:
     rest.required = False  # else the error for a missing program would name the arguments
     options = parser.parse_args()
     if options.command == "run":
+        path = Path(options.program)
+        if not (options.module or path.is_file() or path.is_dir()):  # runpy reads no pipes
+            command.error(f"program: expected a file or folder, got {options.program!r}")
         run(options.program, options.arguments, options.module, options.keep)
         return
     for key, value in report().items():

@@ -22,7 +22,6 @@ from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from pyfused import glibc
 from pyfused.backends import cpu
 
 __all__ = ["Keep", "Stats", "keep", "recycle", "release", "stats", "trim"]
@@ -316,6 +315,13 @@ def _libc() -> Any:
     return libc if hasattr(libc, "gnu_get_libc_version") else None
 
 
+def _glibc_version() -> str | None:
+    if (libc := _libc()) is None:
+        return None
+    libc.gnu_get_libc_version.restype = ctypes.c_char_p
+    return str(libc.gnu_get_libc_version(), "ascii")
+
+
 def _library_of(function: Any) -> str:
     found = _Library()
     _libc().dladdr(ctypes.cast(function, ctypes.c_void_p), ctypes.byref(found))
@@ -391,7 +397,7 @@ def stats() -> Stats:
     """Returns how much memory is in use and free, and how often a gradient reused a block."""
     in_use, free, hits, misses = cpu.native.recycler_stats() if cpu.RECYCLES else (0, 0, 0, 0)
     kept = _active.enabled, pages_are_kept()
-    return Stats(in_use, free, _limit, hits, misses, *kept, glibc.version())
+    return Stats(in_use, free, _limit, hits, misses, *kept, _glibc_version())
 
 
 def _default_limit() -> int:
