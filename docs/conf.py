@@ -45,7 +45,6 @@ nitpick_ignore = [
     ("py:class", "collections.abc.Callable"),
     ("py:class", "typing.Unpack"),
     ("py:class", "pyfused.adopt.convert.Model"),  # type variables
-    ("py:class", "pyfused.adopt.patch.Function"),
     ("py:class", "pyfused.formula.Function"),
 ]
 # The inventory has the names of torch that pages link to, in the first format, which is plain text.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import gc
 import inspect
 import pickle
 import threading
@@ -300,28 +299,13 @@ def test_patched_functions_look_like_the_originals() -> None:
             assert copy.deepcopy(function) is function
 
 
-@pytest.mark.filterwarnings("ignore:enable_nested_tensor")
-@pytest.mark.parametrize("saved_while_patched", [False, True])
-@pytest.mark.parametrize("made_while_patched", [False, True])
-def test_modules_are_pickled(made_while_patched: bool, saved_while_patched: bool) -> None:
-    """Pickles refer to torch only, also those of layers with a default activation."""
-
-    def during(patched: bool) -> Any:
-        return pyfused.patch() if patched else contextlib.nullcontext()
-
-    with during(made_while_patched):
-        layer, gelu = (nn.TransformerEncoderLayer(4, 1, 8, activation=f) for f in (F.relu, F.gelu))
-        model = nn.ModuleList([nn.Transformer(4, 1, 1, 1, 8), layer, Scripted()])
-        assert nn.TransformerEncoderLayer(4, 1, 8).activation is F.relu
-        # torch's fast path needs this
-        assert [x.activation_relu_or_gelu for x in (layer, gelu)] == [1, 2]
-    with during(saved_while_patched):
-        saved = pickle.dumps((model, current()))
-        assert copy.deepcopy(layer).activation is F.relu
+def test_pickles_refer_to_torch() -> None:
+    with pyfused.patch():
+        saved = pickle.dumps((Scripted(), current()))
     assert b"pyfused" not in saved
-    (_, layer, _), functions = pickle.loads(saved)
-    assert layer.activation is F.relu is functions[NAMES.index("relu")]
-    assert nn.TransformerEncoderLayer(4, 1, 8).activation is F.relu
+    model, functions = pickle.loads(saved)
+    assert functions == TORCHS
+    assert model.gelu is F.gelu
 
 
 # ---- compiled programs ---------------------------------------------------------------------------
@@ -377,41 +361,6 @@ def test_calls_and_nested_blocks() -> None:
         raise KeyError
 
 
-def test_finalizers_may_end_a_block() -> None:
-    def block() -> Iterator[None]:
-        with pyfused.patch():
-            yield
-
-    threshold = gc.get_threshold()
-    try:
-        for n in range(1, 60):
-            gc.disable()
-            held: list[Any] = [block()]
-            held.append(held)
-            next(held[0])
-            del held
-            gc.set_threshold(n, 1, 1)
-            gc.enable()
-            with pyfused.patch():
-                pass
-    finally:
-        gc.set_threshold(*threshold)
-    gc.collect()
-    assert not patched()
-
-
-@pytest.mark.parametrize("decorator", [pyfused.patch, lambda f: pyfused.patch()(f)], ids=["", "()"])
-def test_a_decorated_function(decorator: Any) -> None:
-    @decorator
-    def step(more: int) -> bool:
-        return step(more - 1) if more else patched()
-
-    assert not patched()
-    assert step(2)
-    assert not patched()
-    assert step.__name__ == "step"
-
-
 @pytest.mark.usefixtures("switching")
 def test_several_threads() -> None:
     """Each thread's patch is active, however other threads enter and leave theirs."""
@@ -446,9 +395,8 @@ def test_functions_patched_by_others_are_not_patched(monkeypatch: pytest.MonkeyP
     for name in NAMES:
         with monkeypatch.context() as context:
             context.setattr(F, name, theirs)
-            for use in (pyfused.patch, lambda: pyfused.patch(len)([])):
-                with pytest.raises(RuntimeError, match=rf"torch's function at \S*{name}, got"):
-                    use()
+            with pytest.raises(RuntimeError, match=rf"torch's function at \S*{name}, got"):
+                pyfused.patch()
             assert getattr(F, name) is theirs
 
 
@@ -469,14 +417,7 @@ def test_later_patches_by_others_are_not_undone() -> None:
     assert F.relu is not ours
 
 
-async def coroutine() -> None: ...
-
-
-def generator() -> Iterator[int]:
-    yield 1
-
-
-@pytest.mark.parametrize("function", [3, nn.ReLU(), nn.ReLU, coroutine, generator])
-def test_objects_that_cannot_be_decorated(function: Any) -> None:
-    with pytest.raises(TypeError, match=r"expected a function, got|Use 'with pyfused\.patch"):
-        pyfused.patch(function)
+@pytest.mark.parametrize("argument", [len, nn.ReLU(), nn.ReLU, 3])
+def test_patch_is_not_a_decorator(argument: Any) -> None:
+    with pytest.raises(TypeError, match=r"no argument, got \w+\. Write 'with pyfused\.patch\(\):'"):
+        pyfused.patch(argument)
