@@ -60,7 +60,6 @@ class FormulaOperator(PointwiseLoss):
     """
 
     infers_dtype = True  # float32 masks promote half precision
-    strategy = "a program, element by element"
 
     def __init__(
         self, formula: Formula, masks: tuple[bool, ...], static: dict[str, Any], problem: str

@@ -176,17 +176,10 @@ def _new_loss(shape: Sequence[int] | None, dtype: torch.dtype) -> Tensor:
     return torch.empty(shape, dtype=dtype, device="cpu")
 
 
-def describe(input: Tensor, strategy: str) -> tuple[str, str, str, int]:  # noqa: ARG001
-    return "cpu", strategy, capability, torch.get_num_threads()
-
-
-def supports_rows(logits: Tensor) -> bool:
+def predicts(logits: Tensor) -> bool:
     read, strides, _, grad_strides = class_layout(logits)
     enough = row_sizes(logits)[2] >= native.row_classes[DTYPES[logits.dtype]]
     return enough and read is logits and strides[2] == grad_strides[2] == 1
-
-
-predicts = supports_rows
 
 
 # ---- matrix products -----------------------------------------------------------------------------

@@ -28,12 +28,6 @@ class Backend(Protocol):
 
     ASYNCHRONOUS: bool
 
-    def describe(self, input: Tensor, strategy: str) -> tuple[str, str, str | None, int | None]:
-        """Returns the backend's name, its strategy, the instruction set and the thread count."""
-
-    def supports_rows(self, logits: Tensor) -> bool:
-        """Returns whether ``cross_entropy`` computes logits of this layout row by row."""
-
     def empty(self, shape: tuple[int, ...], dtype: torch.dtype, like: Tensor) -> Tensor:
         """Returns an uninitialized tensor on the device of ``like``."""
 

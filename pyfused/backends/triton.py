@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from pyfused.backends.protocol import LossResult, Options
-from pyfused.backends.versions import triton_version
 from pyfused.formula_compiler.program import OPERANDS, Program
 from pyfused.kernels import reductions
 from pyfused.kernels.cross_entropy import row_kernel, two_pass_kernel
@@ -69,16 +68,8 @@ COUNT = Launch(count_kernel, Choice(1, 1024, 256))
 SCALE = {itemsize: Launch(scale_kernel, choose(itemsize)) for itemsize in (2, 4, 8)}
 
 
-def describe(input: Tensor, strategy: str) -> tuple[str, str, None, None]:  # noqa: ARG001
-    return "triton", f"kernels on {input.device}, Triton {triton_version()}", None, None
-
-
 def predicts(logits: Tensor) -> bool:  # noqa: ARG001
     return False
-
-
-def supports_rows(logits: Tensor) -> bool:  # noqa: ARG001
-    return True
 
 
 def empty(shape: tuple[int, ...], dtype: torch.dtype, like: Tensor) -> Tensor:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-from pyfused.backends import backend_of
+import torch
+
+from pyfused.backends import backend_of, takes_triton
 from pyfused.dispatch.autograd import in_autocast_dtype
 from pyfused.dispatch.operator import Operator, Options, Tensors
 from pyfused.dispatch.reasons import SMALL
@@ -17,26 +19,22 @@ class Explanation(NamedTuple):
     Attributes:
         op: The operator's name in :mod:`pyfused.functional`.
         backend: ``"torch"``, ``"cpu"`` for C++ kernels, or ``"triton"``.
-        reason: Why torch's operator runs, or how the kernel traverses the arguments.
-        isa: The instruction set of a CPU kernel.
-        threads: The maximum number of threads of a CPU kernel.
+        reason: Why torch's operator runs; None if a kernel does.
+        products: The dtype in which a linear head multiplies matrices; None for other operators.
     """
 
     op: str
     backend: str
-    reason: str
-    isa: str | None = None
-    threads: int | None = None
+    reason: str | None = None
+    products: torch.dtype | None = None
 
     def __str__(self) -> str:
-        if self.backend != "cpu":
-            return f"{self.op}: {self.backend}: {self.reason}"
-        threads = "1 thread" if self.threads == 1 else f"{self.threads} threads"
-        return f"{self.op}: {self.backend} {self.isa}, {self.reason}, {threads}"
+        products = f"products in {self.products}" if self.products else None
+        return ": ".join(filter(None, (self.op, self.backend, self.reason, products)))
 
 
 def explanation_of(
-    op: Operator, tensors: Tensors, options: Options, reason: str | None, shard: Any = None
+    op: Operator, tensors: Tensors, options: Options, reason: str | None
 ) -> Explanation:
     """Explains how a call is computed.
 
@@ -47,10 +45,8 @@ def explanation_of(
         if reason is SMALL:
             reason = why_small(op, tensors, options)
         return Explanation(op.name, "torch", reason)
-    by_shards = "each process computes its classes"
-    strategy = op.strategy_of(tensors, options) if shard is None else by_shards
+    backend, products = "triton" if takes_triton(tensors[0]) else "cpu", None
     if op.is_linear:
         dtype = in_autocast_dtype(tensors[0]).dtype
-        if (product := backend_of(tensors[0]).product_dtype(dtype)) is not dtype:
-            strategy += f", products in {product} instead of {dtype}"
-    return Explanation(op.name, *backend_of(tensors[0]).describe(tensors[0], strategy))
+        products = backend_of(tensors[0]).product_dtype(dtype)
+    return Explanation(op.name, backend, None, products)

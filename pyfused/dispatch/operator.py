@@ -100,7 +100,6 @@ class Operator(ABC):
         is_linear: Whether the size of a call is the number of a linear layer's outputs.
         limits: The limits of sizes.py, by dtype and the number of threads or the GPU.
         least: The smallest number of elements for which a kernel runs, on GPUs and on CPUs.
-        strategy: Describes how CPU kernels traverse an input.
         student: The number of tensors of a kernel that may need a gradient; they come first.
     """
 
@@ -127,7 +126,6 @@ class Operator(ABC):
     limits: dict[Any, Any] = field(init=False, default_factory=dict)
     least: tuple[int, int] = field(init=False, default=(0, 0))
     factors: ClassVar[tuple[Operand, ...]] = ()
-    strategy: ClassVar[str] = "element by element"
 
     def __post_init__(self) -> None:
         self._declare_options()
@@ -259,10 +257,6 @@ class Operator(ABC):
         for scalar, value in zip(self.numbers, options, strict=False):
             checks.bounded(scalar, value)
         self.check_choices(options)
-
-    def strategy_of(self, tensors: Tensors, options: Options) -> str:  # noqa: ARG002
-        """Describes how a CPU kernel traverses the tensors of a call."""
-        return "blocks of logits" if self.is_linear else self.strategy
 
 
 @dataclass(eq=False, kw_only=True, repr=False)

@@ -146,7 +146,6 @@ def counted(
     options: Options,
     reason: str | None,
     kernel: Callable[..., Any],
-    shard: Any = None,
 ) -> Callable[..., Any]:
     """Counts a decision, and returns the kernel, which adds its time when it is called.
 
@@ -159,7 +158,7 @@ def counted(
     if reason in reasons.not_reported:
         return kernel
     if (calls := _recording.calls) is not None:
-        calls.append((op, tensors, options, reason, shard))
+        calls.append((op, tensors, options, reason))
     if reason is None:
         _record(Report._add_call, op.name, op.elements(tensors))
     else:

@@ -85,7 +85,7 @@ def _run_on_shard(op: Any, tensors: Tensors, options: Options, shard: VocabShard
     if reason is None and isinstance(converted, str):
         reason = converted
     if report.active:
-        fused = report.counted(op, tensors, options, reason, fused, local)
+        fused = report.counted(op, tensors, options, reason, fused)
     if reason is None:
         return fused(tensors, converted, local)
     if reason in ("torch.func", "forward-mode AD"):  # collectives have no derivatives for them

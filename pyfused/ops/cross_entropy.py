@@ -307,10 +307,6 @@ class CrossEntropy(RowOperator):
         loss: Tensor = super().torch_on_shard(tensors, options, shard)
         return loss.to(dtype)
 
-    def strategy_of(self, tensors: Tensors, options: Options) -> str:  # noqa: ARG002
-        rows = backend_of(tensors[0]).supports_rows(tensors[0])
-        return "row by row" if rows else "several rows at a time"
-
 
 def class_targets(input: Tensor, target: Tensor) -> Tensor:
     """Returns class indices as int64, of the shape of the loss."""
@@ -389,14 +385,6 @@ class LinearCrossEntropy(RowOperator):
         blocks = HeadBlocks(self, self.loop(tensors, options, needs), tensors, options)
         return blocks if blocks.size.classes is None else None
 
-    def strategy_of(self, tensors: Tensors, options: Options) -> str:
-        n = tensors[0].shape[:-1].numel()
-        arranged = in_autocast_dtype(tensors[0]), *tensors[1:]
-        size = self.loop(arranged, options, (False,) * 3).size(n)
-        if size.classes is not None:
-            return "blocks of classes"
-        return "all logits at once" if size.rows >= n else f"blocks of {size.rows} rows"
-
     def fake(self, tensors: Tensors, options: Options) -> tuple[Tensor, Tensor]:
         rows = (tensors[0].shape[0],)  # len would specialise a dynamic size
         dtype = self.wide_dtype(tensors)
@@ -432,7 +420,6 @@ class NllLoss(RowOperator):
     """The negative log-likelihood of log-probabilities, ``-w_y x_y``."""
 
     factors: ClassVar[tuple[Operand, ...]] = ()
-    strategy = "one element of a row"
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -249,7 +249,6 @@ class TopKLoss(DivergenceLoss):
 class Divergence(RowOperator):
     """The divergence of a student's predictions from a teacher's: of logits, or a layer's."""
 
-    strategy = "row by row"
     flattens = True
 
     def check_values(self, tensors: Tensors, options: Options) -> None:

@@ -56,8 +56,6 @@ def _shape_reason(*inputs: Tensor, target: Tensor | None = None) -> str | None:
 class EmbeddingLoss(TensorLoss):
     """A loss of rows of features: three inputs (..., D), or two and a target of 1 or -1 per row."""
 
-    strategy = "row by row"
-
     def __post_init__(self) -> None:
         super().__post_init__()
         self.check_shapes = None

@@ -104,7 +104,6 @@ class LogProbsOperator(RowOperator):
     """Log-probabilities, entropies and log-sum-exps of logits, or of a linear layer's output."""
 
     factors: ClassVar[tuple[Operand, ...]] = ()
-    strategy = "row by row"
 
     def forward(
         self, tensors: Tensors, options: Options, needs: Needs, shard: Any = None

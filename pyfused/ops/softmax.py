@@ -23,7 +23,6 @@ class Softmax(Operator):
 
     choices: tuple[Any, ...] = ("dim", "dtype")
     saves: ClassVar[str] = "output"
-    strategy = "row by row, or several rows at a time"
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -139,30 +139,32 @@ def test_products_in_the_faster_dtype(is_fast: bool, monkeypatch: pytest.MonkeyP
     pairs = zip(torch.autograd.grad(loss, tensors), torch.autograd.grad(best, exact), strict=True)
     for x, y in ((loss, best), *pairs):
         assert (x - y).abs().max() <= 2**-6 * y.abs().max()
-    reason = pyfused.explain("linear_cross_entropy", *tensors, target).reason
-    assert ("products in torch.float32" in reason) is not is_fast
+    explanation = pyfused.explain("linear_cross_entropy", *tensors, target)
+    assert (explanation.products is torch.float32) is not is_fast
+    assert str(explanation).endswith(f"cpu: products in {explanation.products}")
 
 
 # ---- block sizes ---------------------------------------------------------------------------------
 
 
 @pytest.mark.cpu
-def test_explain_states_the_number_of_logits_per_block(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_number_of_logits_per_block(monkeypatch: pytest.MonkeyPatch) -> None:
     """All logits are computed at once if they take no more memory than a block and a sum."""
     monkeypatch.setattr(cpu, "product_dtype", lambda dtype: dtype)
 
-    def strategy(dtype: torch.dtype, rows: int = 3000, **options: Any) -> str:
+    def logits(dtype: torch.dtype, rows: int = 3000, **options: Any) -> tuple[int, int]:
         input, head = torch.zeros(rows, 512, dtype=dtype), torch.zeros(4000, 512, dtype=dtype)
-        tensors = input, head, torch.zeros(rows, dtype=torch.int64)
-        return pyfused.explain("linear_cross_entropy", *tensors, **options).reason
+        with products() as found:
+            fused.linear_cross_entropy(input, head, torch.zeros(rows).long(), **options)
+        return found[0][0], found[0][2]
 
-    assert strategy(torch.float32) == strategy(torch.bfloat16) == "blocks of 512 rows"
-    assert strategy(torch.float32, rows=1030) == "blocks of 512 rows"
-    assert strategy(torch.bfloat16, rows=1030) == "all logits at once"
-    assert strategy(torch.bfloat16, memory_budget=1 << 20) == "blocks of 131 rows"
-    assert strategy(torch.bfloat16, memory_budget=1 << 17) == "blocks of classes"
+    assert logits(torch.float32) == logits(torch.bfloat16) == (512, 4000)
+    assert logits(torch.float32, rows=1030) == (512, 4000)
+    assert logits(torch.bfloat16, rows=1030) == (1030, 4000)
+    assert logits(torch.bfloat16, memory_budget=1 << 20) == (131, 4000)
+    assert logits(torch.bfloat16, memory_budget=1 << 17)[1] < 4000
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert strategy(torch.float32, rows=1030) == "all logits at once"
+        assert logits(torch.float32, rows=1030) == (1030, 4000)
 
 
 # ---- the memory of a fallback --------------------------------------------------------------------
