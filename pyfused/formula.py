@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import inspect
 import math
-import sys
 from collections.abc import Callable, Sequence
 from functools import cached_property, lru_cache, partial, update_wrapper
-from importlib import import_module
 from itertools import combinations, product
 from numbers import Integral, Real
-from operator import attrgetter
 from traceback import extract_tb
-from types import FunctionType, NoneType
+from types import NoneType
 from typing import Any, TypeVar
 
 import torch
@@ -28,7 +25,7 @@ from pyfused.dispatch.reasons import SMALL
 from pyfused.dispatch.report import recorded
 from pyfused.dispatch.sizes import is_small
 from pyfused.formula_compiler import trace
-from pyfused.formula_compiler.capture import Capture, replaced
+from pyfused.formula_compiler.capture import Capture
 from pyfused.formula_compiler.kernel import Kernel
 from pyfused.formula_compiler.program import (
     EXPONENTS,
@@ -45,7 +42,6 @@ _LONG = 16  # a formula is long from this many instructions on, including its gr
 _MOST_TRACES = 32  # traces of a formula for static parameters, and of an operator for exponents
 _CALL_OPTIONS = ("reduction", "weight")  # keywords of losses, in addition to the parameters
 _KINDS = frozenset((bool, int, str, NoneType))  # of static parameters
-_FUNCTIONS = ".functions."  # between the name of a formula and its functions' in a pickle
 _INTEGERS = frozenset((torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64))
 
 
@@ -126,8 +122,6 @@ class FormulaOperator(PointwiseLoss):
         ])  # fmt: skip
 
     def _invalid_options(self, *options: Any) -> str | None:
-        if problem := replaced(self.user.attributes):
-            return problem
         if isinstance(self.generic, str):
             return self.generic
         kernel = self.traced(self.cases_of(options))
@@ -298,7 +292,6 @@ class Formula:
     Attributes:
         written: The user's function.
         captured: The copy of it that is traced, and that torch computes.
-        attributes: The names of the attributes that it reads.
         slopes: The user's gradient, None for torch's derivative.
         op: The operator for the default parameters.
         is_called: Whether another formula calls this one.
@@ -375,13 +368,10 @@ class Formula:
         """
         self.kinds: tuple[Any, ...] = ()
         capture = Capture(Formula)
-        self.captured = capture.copy(self.written, {})
-        slopes = None if self.slopes is None else capture.copy(self.slopes, {})
-        if slopes is not None:
-            self.slopes_of = _returning_slopes(slopes, len(self.operands))
+        self.captured = capture.copy(self.written)
+        if self.slopes is not None:
+            self.slopes_of = _returning_slopes(capture.copy(self.slopes), len(self.operands))
             self.kinds = _differentiated(self.captured, self.slopes_of)
-        self.attributes = capture.attributes  # traces add names
-        self.functions = _Functions(self)
         self.operators: dict[Any, FormulaOperator] = {}
         self.family = "Formula"
         floats, *masked, _ = sorted(product((False, True), repeat=len(self.operands)), key=sum)
@@ -580,77 +570,12 @@ class Formula:
             *program.lines(self.operands, parameters(numbers)),
         ])  # fmt: skip
 
-    # ---- copies ----------------------------------------------------------------------------------
-
-    def __copy__(self) -> Formula:
-        return self
-
-    def __deepcopy__(self, _: Any) -> Formula:
-        return self
-
-    def __reduce__(self) -> Any:
-        """Pickles the formula like a function: by name, or by value with cloudpickle.
-
-        Picklers decide so for functions only. If the formula's name is bound to another object,
-        such as the function, that one's name counts.
-        """
-        is_bound = _found(self.__module__, self.__qualname__) is self
-        functions: Any = self.functions if is_bound else self
-        return _unpickled, (functions.written, self.loss), functions.slopes
-
-    def __setstate__(self, slopes: Any) -> None:
-        if self.slopes is None and slopes is not None:
-            self.gradient(slopes)
+    def __reduce__(self) -> str:
+        """Pickles the formula by name, like a function."""
+        return self.__qualname__
 
     def __repr__(self) -> str:
         return f"<pyfused.{'loss' if self.loss else 'activation'} {self.__name__}>"
-
-
-class _Functions:
-    """Copies of a formula's functions whose names are paths of attributes that end here."""
-
-    def __init__(self, formula: Formula) -> None:
-        self.path = formula.__module__, formula.__qualname__
-        self.written = self._copy(formula.written, "written")
-        self.slopes = formula.slopes and self._copy(formula.slopes, "slopes")
-
-    def _copy(self, function: Any, name: str) -> FunctionType:
-        parts = function.__code__, function.__globals__, function.__name__
-        copy = FunctionType(*parts, function.__defaults__, function.__closure__)
-        copy.__kwdefaults__, copy.__doc__ = function.__kwdefaults__, function.__doc__
-        copy.__dict__.update(function.__dict__)
-        module, qualname = self.path
-        copy.__module__, copy.__qualname__ = module, f"{qualname}{_FUNCTIONS}{name}"
-        return copy
-
-    def __reduce__(self) -> Any:
-        """Protocols before 4 pickle an attribute by its object."""
-        return _functions_of, self.path
-
-
-def _functions_of(module: str, qualname: str) -> _Functions:
-    import_module(module)
-    functions: _Functions = _found(module, qualname).functions
-    return functions
-
-
-def _found(module: str, qualname: str) -> Any:
-    """Returns the object with a name, None if there is none."""
-    try:
-        return attrgetter(qualname)(sys.modules[module])
-    except (AttributeError, KeyError):
-        return None
-
-
-def _unpickled(function: FunctionType, is_loss: bool) -> Formula:
-    """Returns the formula that a function belongs to, or a new one if it came by value."""
-    qualname, by_value, _ = function.__qualname__.rpartition(_FUNCTIONS)
-    if by_value:
-        formula = _found(function.__module__, qualname)
-        if isinstance(formula, Formula) and formula.functions.written is function:
-            return formula
-        function.__qualname__ = qualname
-    return Formula(function, is_loss)
 
 
 class FormulaModule(torch.nn.Module):
@@ -681,10 +606,11 @@ class FormulaModule(torch.nn.Module):
 def loss(function: Callable[..., Tensor]) -> Any:
     """Compiles an elementwise formula to a fused loss; use it as a decorator.
 
-    The function reads only its arguments, literals, and elementwise functions of torch and math. It
-    may call other formulas, and Python functions that follow the same rule; it keeps those that it
-    calls now, even if their names are bound to others later. It runs for tracing, and for calls
-    that no kernel supports.
+    The function reads its arguments, numbers, strings, tuples of these, and elementwise functions
+    of torch and math. It may call other formulas, and Python functions that follow the same rule.
+    It keeps what names stand for now, even if they are bound to other objects later: after
+    ``ALPHA = 0.5``, define the formula again, or make ``alpha`` a parameter. It runs for tracing,
+    and for calls that no kernel supports. It is pickled by name, like a function.
 
     Args:
         function: Takes one to four positional tensors, which broadcast, and parameters with
@@ -701,9 +627,10 @@ def loss(function: Callable[..., Tensor]) -> Any:
         :class:`torch.nn.Module`, and ``.explain()`` returns the kernel's program as text.
 
     Raises:
-        TypeError: The function's signature is not supported; it reads another object, such as a
-            global number, an attribute or the grad mode, or the value of a tensor or a float; or it
-            uses reductions, random numbers or shapes. Use the function without the decorator then.
+        TypeError: The function's signature is not supported; it reads an object that may change,
+            such as a list, a tensor, an attribute of an object or the grad mode, or the value of an
+            operand or a float parameter; or it uses reductions, random numbers or shapes. Use the
+            function without the decorator then.
     """
     return Formula(function, True)
 

@@ -1,17 +1,12 @@
 """Copies a formula's function, with the functions that it calls.
 
-A formula reads its arguments, literals, functions and constants of torch and math, and Python
-functions that follow the same rule, also through modules, classes and functools.partial. The copy
-keeps what names stand for when the formula is defined, and what attributes of modules and classes
-are when they are first read. Kernels are traced from the copy, and calls that torch computes run
+A formula keeps what its names stand for when it is defined: numbers, strings, tuples of these,
+functions of torch and math, other formulas and Python functions, also through modules, classes,
+closures and functools.partial. Kernels are traced from the copy, and calls that torch computes run
 it, so binding a name to another object later changes neither.
 
-A name of another object is an error. An attribute that is another object, such as a number of the
-user's module, makes a trace fail, because a kernel would keep its value; calls that torch computes
-read its value of that moment.
-
-Attributes of tensors cannot be kept, so their names must stand for what torch defines. If a program
-sets one of them later, torch computes the calls.
+Objects that may change, such as lists and tensors, are errors, and so are attributes that a program
+has set in torch.Tensor.
 """
 
 from __future__ import annotations
@@ -19,20 +14,18 @@ from __future__ import annotations
 import builtins
 import dis
 import math
-from collections.abc import Iterable, Iterator, Sequence, Set
+from collections.abc import Iterator, Sequence
 from functools import cache, partial
+from inspect import getattr_static
+from numbers import Number
 from types import (
-    BuiltinFunctionType,
     CellType,
-    ClassMethodDescriptorType,
     CodeType,
     FunctionType,
     GetSetDescriptorType,
-    MemberDescriptorType,
     MethodDescriptorType,
     ModuleType,
     NoneType,
-    WrapperDescriptorType,
 )
 from typing import Any
 
@@ -49,18 +42,11 @@ _BUILTINS = (
     *("isinstance", "iter", "len", "list", "map", "max", "min", "next", "pow", "range"),
     *("reversed", "round", "sorted", "str", "sum", "tuple", "type", "zip"),
 )
-_DEFAULTS = (bool, int, float, str, NoneType)  # of functions that a formula calls
-_NUMBERS = (math.pi, math.e, math.tau, math.inf)
+_CONSTANTS = (Number, str, NoneType, torch.dtype)
 _GLOBALS = "LOAD_GLOBAL", "LOAD_NAME"
-_NATIVE = (
-    *(BuiltinFunctionType, ClassMethodDescriptorType, GetSetDescriptorType, MemberDescriptorType),
-    *(MethodDescriptorType, WrapperDescriptorType),
-)
-# Special methods that no operator or builtin in a formula calls.
-_UNUSED = "__annotations__", "__deepcopy__", "__dir__", "__doc__", "__reduce_ex__", "__repr__"
 _RULE = (
-    "A formula reads only its arguments, literals, elementwise functions of torch and math, and "
-    "Python functions that do the same"
+    "A formula reads only its arguments, numbers, strings, elementwise functions of torch and "
+    "math, and Python functions that do the same"
 )
 
 
@@ -72,91 +58,94 @@ class Capture:
 
     Attributes:
         formulas: The formulas that the functions call.
-        attributes: The names of the attributes that the functions read.
+        copies: The copies of functions, modules and classes.
     """
 
     def __init__(self, formula: Any) -> None:
-        self.formula, self.formulas, self.attributes = formula, list[Any](), set[str]()
+        self.formula, self.formulas, self.copies = formula, list[Any](), dict[Any, Any]()
 
-    def copy(self, function: Any, copies: dict[Any, FunctionType]) -> FunctionType:
-        """Returns a copy of a function that calls copies of other functions.
-
-        Args:
-            copies: The copies of the functions that call this one.
+    def copy(self, function: Any) -> FunctionType:
+        """Returns a copy of a function, without its defaults, that keeps what its names stand for.
 
         Raises:
-            UntraceableError: The function reads a name of another object.
+            UntraceableError: A name stands for an object that may change.
         """
         if not isinstance(function, FunctionType):
             raise UntraceableError(f"expected a Python function, got a {type(function).__name__}")
-        if function in copies:
-            return copies[function]
         code = function.__code__
         names: dict[str, Any] = {"__builtins__": {"__import__": __import__}}  # torch imports
         cells = {name: CellType() for name in code.co_freevars}
-        copy = copies[function] = FunctionType(code, names, closure=(*cells.values(),))
-        copy.__defaults__ = function.__defaults__
-        copy.__kwdefaults__ = function.__kwdefaults__ and dict(function.__kwdefaults__)
+        copy = self.copies[function] = FunctionType(code, names, closure=(*cells.values(),))
         copy.__module__, copy.__qualname__ = function.__module__, function.__qualname__
+        kept, value = dict[str, Any](), None
         try:
-            reads = list(_reads(code))
-            self.check_attributes(name for name, is_global in reads if not is_global)
-            for name in dict.fromkeys((*cells, *[name for name, is_global in reads if is_global])):
-                value = self.kept(name, _value(function, name), copies)
-                if name in cells:
-                    cells[name].cell_contents = value
-                else:
-                    names[name] = value
+            for name, is_attribute in _reads(code, code.co_freevars):
+                if not is_attribute:
+                    if name not in kept:
+                        kept[name] = self.kept(name, _value(function, name))
+                    value = kept[name]
+                elif _is_added(name):
+                    raise UntraceableError(f"it reads torch.Tensor.{name}, which is not torch's")
+                else:  # an attribute of a module is kept now, even if no trace reads it yet
+                    value = getattr(value, name, None) if isinstance(value, _Names) else None
         except UntraceableError as error:
+            del self.copies[function]
             raise UntraceableError(f"{function.__name__}: {error}") from None
+        for name, value in kept.items():
+            if name in cells:
+                cells[name].cell_contents = value
+            else:
+                names[name] = value
         return copy
 
-    def kept(self, path: str, value: Any, copies: dict[Any, FunctionType]) -> Any:
+    def kept(self, path: str, value: Any) -> Any:
         """Returns what a copy has in place of a value.
 
         Args:
             path: Its name, such as "torch.nn.functional.relu".
         """
         value = _unpatched(value)
-        if isinstance(value, FunctionType):
-            if attributes := vars(value).keys() - {"__wrapped__"}:
-                raise UntraceableError(f"{path} has attributes that may change: {min(attributes)}")
-            if id(value) in _known():
-                self.check_attributes(value.__code__.co_names)
-        if id(value) in _known() or _is_constant(value):
+        if _is_constant(value):
+            return value
+        if isinstance(value, FunctionType) and _library(value) not in ("torch", "pyfused"):
+            if value not in self.copies:
+                copy = self.copy(value)
+                positional, named = value.__defaults__, value.__kwdefaults__
+                copy.__defaults__, copy.__kwdefaults__ = self.arguments(
+                    f"a default of {path}", positional or (), named or {}
+                )
+            return self.copies[value]
+        if id(value) in _known():
             return value
         if isinstance(value, self.formula):
             self.formulas.append(value)
-            self.check_attributes(value.attributes)
             return value.__call__  # without its attributes, which may change
         if isinstance(value, partial):
-            _check_constants(path, (*value.args, *value.keywords.values()))
-            called = self.kept(path, value.func, copies)
-            return partial(called, *value.args, **value.keywords)
-        if _is_followed(value):
-            defaults = *(value.__defaults__ or ()), *(value.__kwdefaults__ or {}).values()
-            _check_constants(path, defaults)
-            return self.copy(value, copies)
+            function = self.kept(path, value.func)
+            args, named = self.arguments(f"an argument of {path}", value.args, value.keywords)
+            return partial(function, *args, **named)
         if isinstance(value, (ModuleType, type)):
-            return _Names(path, value, self)
+            return self.copies.setdefault(value, _Names(path, value, self))
         message = f"it reads {path}"
         if not callable(value):
-            message += f", a {type(value).__name__}; pass it as an argument with a default"
+            message += (
+                f", a {type(value).__name__}, which may change; pass it as an argument, or assign "
+                "its numbers to names first"
+            )
         raise UntraceableError(f"{message}. {_RULE}")
 
-    def check_attributes(self, names: Iterable[str]) -> None:
-        """Adds names to the attributes that the functions read.
-
-        Raises:
-            UntraceableError: The program has set one of them in a class of torch.
-        """
-        self.attributes.update(names)
-        if problem := replaced(self.attributes):
-            raise UntraceableError(f"{problem}. {_RULE}")
+    def arguments(
+        self, path: str, args: Sequence[Any], named: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Returns what a copy has in place of positional and keyword arguments."""
+        return (
+            tuple([self.kept(path, x) for x in args]),
+            {name: self.kept(path, x) for name, x in named.items()},
+        )
 
 
 class _Names(ModuleType):
-    """Replaces a module or class, and keeps the attributes that may be read."""
+    """Replaces a module or class, and keeps the attributes that are read."""
 
     def __init__(self, path: str, owner: Any, capture: Capture) -> None:
         super().__init__(path)
@@ -165,7 +154,7 @@ class _Names(ModuleType):
     def __getattr__(self, name: str) -> Any:
         value = getattr(self.__owner, name)
         try:
-            value = self.__capture.kept(f"{self.__name__}.{name}", value, {})
+            value = self.__capture.kept(f"{self.__name__}.{name}", value)
         except UntraceableError as error:
             refuse(str(error))
         else:
@@ -188,10 +177,11 @@ def _value(function: FunctionType, name: str) -> Any:
         raise UntraceableError(f"name {name!r} is not defined") from None
 
 
-def _reads(code: CodeType) -> Iterator[tuple[str, bool]]:
-    """Yields the names that a function and those inside it read, and whether each is a global.
+def _reads(code: CodeType, free: Sequence[str]) -> Iterator[tuple[str, bool]]:
+    """Yields the names that a function and those inside it read, and whether each is an attribute.
 
-    The others are names of attributes; those of class patterns are constants.
+    Args:
+        free: The names of the function's closure.
 
     Raises:
         UntraceableError: The function imports or assigns a name of another scope, or compares the
@@ -200,19 +190,16 @@ def _reads(code: CodeType) -> Iterator[tuple[str, bool]]:
     before = ""
     for each in dis.get_instructions(code):
         op, name = each.opname, each.argval
-        if op in _GLOBALS:
-            yield name, True
-        elif op.endswith(("_ATTR", "_METHOD")):
+        if op in _GLOBALS or (op == "LOAD_DEREF" and name in free):
             yield name, False
-        elif isinstance(name, tuple):
-            yield from ((x, False) for x in name if isinstance(x, str))
-        is_nonlocal = op == "STORE_DEREF" and name in code.co_freevars
-        if is_nonlocal or op in ("IMPORT_NAME", "STORE_GLOBAL"):
+        elif op.endswith(("_ATTR", "_METHOD")):
+            yield name, True
+        elif op in ("IMPORT_NAME", "STORE_GLOBAL") or (op == "STORE_DEREF" and name in free):
             raise UntraceableError(f"it imports or assigns {name}; do so outside")
-        if op == "IS_OP" and before not in (*_GLOBALS, "LOAD_ATTR", "LOAD_CONST"):
+        elif op == "IS_OP" and before not in (*_GLOBALS, "LOAD_ATTR", "LOAD_CONST"):
             raise UntraceableError("it compares two values by 'is'; only constants may follow 'is'")
         if isinstance(name, CodeType):
-            yield from _reads(name)
+            yield from _reads(name, free)
         before = op
 
 
@@ -229,71 +216,33 @@ def _known() -> dict[int, Any]:
     for names in (vars(torch), vars(F)):  # functions in place
         pairs = [(x, names.get(name[:-1])) for name, x in names.items() if name.endswith("_")]
         by_id |= {id(x): x for x, function in pairs if id(function) in by_id}
-    return {key: x for key, x in by_id.items() if _is_librarys(x)}  # programs may have added some
+    return by_id
 
 
-def _is_librarys(value: Any) -> bool:
-    """Returns whether Python or torch defines a function, a class or an attribute of a class."""
-    value = getattr(value, "fget", getattr(value, "__func__", value))  # of properties and methods
-    if not isinstance(value, (FunctionType, type)):
-        return isinstance(value, _NATIVE)
-    modules = [str(value.__module__)]
-    if isinstance(value, FunctionType):  # decorators of torch set __module__
-        modules.append(str(value.__globals__.get("__name__")))
-    return all(x.partition(".")[0] in ("builtins", "functools", "torch") for x in modules)
+def _library(function: FunctionType) -> str:
+    """Returns the name of the top-level package that defines a function."""
+    return str(function.__globals__.get("__name__")).partition(".")[0]
 
 
-def _is_data(name: str, value: Any) -> bool:
-    return name.startswith("__") and not callable(value)
-
-
-# What torch defines in the classes that a formula reads as they are.
-_AS_IMPORTED = {
-    path: (vars(each), {k: x for k, x in vars(each).items() if _is_data(k, x) or _is_librarys(x)})
-    for path, each in (("torch.Tensor", torch.Tensor), ("torch.no_grad", torch.no_grad))
-}
-
-
-def replaced(names: Set[str]) -> str | None:
-    """Returns why functions may read what the program has set in torch's classes, or None.
-
-    Args:
-        names: The names of the attributes that the functions read.
-    """
-    for path, (now, before) in _AS_IMPORTED.items():
-        if now == before:  # compares the objects
-            continue
-        for name in now.keys() | before:
-            values = now.get(name), before.get(name)
-            # Operators and builtins call special methods. Python itself sets data, when it pickles.
-            is_called = name.startswith("__") and name not in _UNUSED and any(map(callable, values))
-            if (name in names or is_called) and values[0] is not values[1]:
-                return f"it reads {path}.{name}, which is not torch's own"
-    return None
+def _is_added(name: str) -> bool:
+    """Returns whether the program has set an attribute of torch.Tensor."""
+    value = getattr_static(torch.Tensor, name, None)
+    value = getattr(value, "fget", value)  # of a property
+    if isinstance(value, FunctionType):
+        return _library(value) != "torch"
+    own = GetSetDescriptorType, MethodDescriptorType, NoneType
+    return not (name.startswith("_") or isinstance(value, own))
 
 
 def _unpatched(function: Any) -> Any:
     """Returns torch's function for one that pyfused.patch has replaced."""
-    if isinstance(function, FunctionType) and function.__globals__.get("__package__") == "pyfused":
+    if isinstance(function, FunctionType) and _library(function) == "pyfused":
         return getattr(function, "__wrapped__", function)
     return function
 
 
 def _is_constant(value: Any) -> bool:
-    """Returns whether a value is a number of torch, math and numpy, or a dtype of torch."""
-    is_number = isinstance(value, float) and (value in _NUMBERS or math.isnan(value))
-    return is_number or isinstance(value, torch.dtype)
-
-
-def _is_followed(value: Any) -> bool:
-    """Returns whether a value is a Python function that neither torch nor pyfused defines."""
-    if not isinstance(value, FunctionType):
-        return False
-    return str(value.__globals__.get("__name__")).partition(".")[0] not in ("torch", "pyfused")
-
-
-def _check_constants(path: str, values: Sequence[Any]) -> None:
-    """Raises an error if a value that a function is called with may change."""
-    if wrong := [x for x in values if not isinstance(x, _DEFAULTS)]:
-        kind = type(wrong[0]).__name__
-        raise UntraceableError(f"{path} has a default that may change, a {kind}")
+    """Returns whether a value cannot change."""
+    return isinstance(value, _CONSTANTS) or (
+        isinstance(value, tuple) and all(map(_is_constant, value))
+    )
