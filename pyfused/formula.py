@@ -16,11 +16,11 @@ import torch
 from torch import Tensor
 from torch.compiler import is_dynamo_compiling
 
-from pyfused import checks, nn
+from pyfused import nn
 from pyfused.backends.protocol import Parameters
 from pyfused.dispatch import run as dispatch
 from pyfused.dispatch.explanation import Explanation, explanation_of
-from pyfused.dispatch.operator import Operand, Options, Tensors, grad_enabled, requires_grad
+from pyfused.dispatch.operator import REDUCTIONS, Operand, Options, grad_enabled, requires_grad
 from pyfused.dispatch.reasons import SMALL
 from pyfused.dispatch.report import recorded
 from pyfused.dispatch.sizes import is_small
@@ -34,7 +34,7 @@ from pyfused.formula_compiler.program import (
     UntraceableError,
 )
 from pyfused.layout import broadcast_with
-from pyfused.ops.pointwise_loss import Divisor, PointwiseLoss, elements, reduced
+from pyfused.ops.pointwise_loss import Divisor, PointwiseLoss, reduced
 from pyfused.torch_internals import never_traced
 from pyfused.types import NUMBER, Outputs, Scalar
 
@@ -101,24 +101,30 @@ class FormulaOperator(PointwiseLoss):
 
     @cached_property
     def generic(self) -> Kernel | str:
-        """The kernel for any numbers, or why there is none.
+        """The kernel for any numbers, or why there is none."""
+        return self.problem or self.traced((NUMBER,) * len(self.numbers))
 
-        Tracing it sets the special values of the numbers that exponents depend on.
-        """
-        kernel = self.problem or self.traced((NUMBER,) * len(self.numbers))
-        if isinstance(kernel, Kernel):
-            exponents, special = _exponents(kernel), tuple(sorted(EXPONENTS))
-            numbers = enumerate(self.numbers)
-            self.numbers = tuple([
-                x._replace(special=special) if k in exponents else x for k, x in numbers
-            ])  # fmt: skip
-        return kernel
+    @cached_property
+    def exponents(self) -> set[int]:
+        """The indices of the numbers that exponents are computed from."""
+        assert isinstance(self.generic, Kernel)
+        ((_, e, _),) = self.generic.methods
+        todo = [a[1] for op, a in e.nodes if op == "pow" and e.scalars[a[1]]]
+        found = set[int]()
+        while todo:
+            op, arguments = e.nodes[todo.pop()]
+            if op == "parameter":
+                found.add(arguments[0])
+            elif op not in ("literal", "scale"):
+                todo += arguments
+        return found
 
     def cases_of(self, options: Options) -> tuple[Any, ...]:
         """Returns the case of each number: itself if it has its own kernel, else NUMBER."""
+        special = self.exponents
         return tuple([
-            x if x in scalar.special and (x or math.copysign(1.0, x) > 0) else NUMBER  # not -0.0
-            for scalar, x in zip(self.numbers, options, strict=False)
+            x if k in special and x in EXPONENTS and (x or math.copysign(1.0, x) > 0) else NUMBER
+            for k, x in enumerate(options[: len(self.numbers)])  # -0.0 is not special
         ])  # fmt: skip
 
     def _invalid_options(self, *options: Any) -> str | None:
@@ -129,7 +135,7 @@ class FormulaOperator(PointwiseLoss):
             return kernel
         if any(map(math.isnan, options[:-1])):
             return "a parameter is NaN"
-        return checks.reason(checks.reduction, options[-1])
+        return None if options[-1] in REDUCTIONS else f"reduction is {options[-1]!r}"
 
     def _traced(self, cases: tuple[Any, ...]) -> Kernel | str:
         """Returns the kernel for the cases of the numbers, or why there is none."""
@@ -177,20 +183,6 @@ class FormulaOperator(PointwiseLoss):
     def by_operands(self, operands: Sequence[Tensor], options: Options) -> Tensor:
         masked = [x.bool() if k in self.masks else x for k, x in enumerate(operands)]
         return super().by_operands(masked, options)
-
-
-def _exponents(kernel: Kernel) -> set[int]:
-    """Returns the indices of the parameters that exponents are computed from."""
-    ((_, e, _),) = kernel.methods
-    todo = [a[1] for op, a in e.nodes if op == "pow" and e.scalars[a[1]]]
-    found = set[int]()
-    while todo:
-        op, arguments = e.nodes[todo.pop()]
-        if op == "parameter":
-            found.add(arguments[0])
-        elif op not in ("literal", "scale"):
-            todo += arguments
-    return found
 
 
 def _located(error: Exception, formula: Formula) -> str:
@@ -260,7 +252,7 @@ def _differentiated(function: Callable[..., Tensor], slopes: Any) -> tuple[Any, 
 
 def _mean_of_weights(operands: Sequence[Tensor], weight: Tensor | None, *_: Any) -> Divisor:
     if weight is None:
-        return elements(operands)
+        return operands[0].numel()
     return weight.sum(dtype=torch.float64) * (operands[0].numel() / max(weight.numel(), 1))
 
 
@@ -376,11 +368,11 @@ class Formula:
         self.family = "Formula"
         floats, *masked, _ = sorted(product((False, True), repeat=len(self.operands)), key=sum)
         _, static = self._split(self.defaults)
-        for name, kind, _ in static:
-            if kind not in _KINDS:
+        for name, value in static.items():
+            if type(value) not in _KINDS:
                 raise TypeError(
                     f"{self.__name__}: {name}: expected a default that is a number, a bool, a str "
-                    f"or None, got a {kind.__name__}"
+                    f"or None, got a {type(value).__name__}"
                 )
         self.op = self.operator(floats, static)
         for masks in (floats, *masked):
@@ -394,40 +386,45 @@ class Formula:
                 return
         raise UntraceableError(f"{self.__name__}: {self.op.generic}")
 
-    def operator(self, masks: tuple[bool, ...], static: tuple[Any, ...]) -> FormulaOperator:
-        """Returns the operator for a choice of masks and static parameters.
-
-        Args:
-            static: The name, the type and the value of each static parameter.
-        """
-        problems = [f"{x} is a {kind.__name__}" for x, kind, _ in static if kind not in _KINDS]
-        if not problems:
-            if (op := self.operators.get((masks, static))) is not None:
-                return op
+    def operator(self, masks: tuple[bool, ...], static: dict[str, Any]) -> FormulaOperator:
+        """Returns the operator for a choice of masks and static parameters."""
+        kinds = tuple(map(type, static.values()))
+        if not _KINDS.issuperset(kinds):
+            name, kind = next(x for x in zip(static, kinds, strict=True) if x[1] not in _KINDS)
+            return FormulaOperator(self, masks, static, f"{name} is a {kind.__name__}")
+        key = masks, kinds, *static.values()
+        if (op := self.operators.get(key)) is None:
             if len(self.operators) >= _MOST_TRACES:
-                problems.append(
+                problem = (
                     f"its static parameters have had {_MOST_TRACES} values; pass numbers that "
                     "change as float parameters"
                 )
-        values = {name: value for name, _, value in static}
-        op = FormulaOperator(self, masks, values, "; ".join(problems))
-        return op if problems else self.operators.setdefault((masks, static), op)
+                return FormulaOperator(self, masks, static, problem)
+            op = self.operators.setdefault(key, FormulaOperator(self, masks, static, ""))
+        return op
 
-    def _split(self, parameters: dict[str, Any]) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
-        """Returns the numbers, and the name, the type and the value of each static parameter."""
-        numbers = tuple([x for x in parameters.values() if isinstance(x, (float, Tensor))])
-        static = [
-            (n, type(x), x) for n, x in parameters.items() if not isinstance(x, (float, Tensor))
-        ]
-        return numbers, tuple(static)
+    @staticmethod
+    def _split(parameters: dict[str, Any]) -> tuple[list[Any], dict[str, Any]]:
+        """Returns the numbers, and the static parameters by name."""
+        numbers, static = list[Any](), dict[str, Any]()
+        for name, value in parameters.items():
+            if isinstance(value, (float, Tensor)):
+                numbers.append(value)
+            else:
+                static[name] = value
+        return numbers, static
 
     # ---- calls -----------------------------------------------------------------------------------
 
     def __call__(self, *operands: Tensor, **named: Any) -> Tensor:
         operands, parameters, reduction, weight = self._bind(operands, named)
-        if is_dynamo_compiling() or is_small(self.op, (*operands, weight), ()):
+        tensors = *operands, weight
+        if is_dynamo_compiling() or is_small(self.op, tensors, ()):
             return reduced(self.by_torch(operands, parameters), reduction, weight)
-        return dispatch.run(*self._call(operands, parameters, reduction, weight))
+        masks = tuple([getattr(x, "dtype", None) is torch.bool for x in operands])
+        numbers, static = self._split(parameters)
+        op = self.operator(masks, static)
+        return dispatch.run(op, tensors, op.options(*numbers, reduction), small=False)
 
     def function(self, *operands: Tensor, **named: Any) -> Tensor:
         """Returns the loss of each element, computed by torch's operators without kernels.
@@ -473,15 +470,6 @@ class Formula:
             return number(value) if isinstance(value, float) else value
 
         return {name: as_tensor(value) for name, value in parameters.items()}
-
-    def _call(
-        self, operands: tuple[Any, ...], parameters: dict[str, Any], reduction: str, weight: Any
-    ) -> tuple[FormulaOperator, Tensors, Options]:
-        numbers, static = self._split(parameters)
-        op = self.operator(
-            tuple([getattr(x, "dtype", None) is torch.bool for x in operands]), static
-        )
-        return op, (*operands, weight), op.options(*numbers, reduction)
 
     def _bind(
         self, operands: tuple[Any, ...], named: dict[str, Any]

@@ -1016,7 +1016,7 @@ def test_random_programs(drawn: Any, mode: str, numbers: tuple[float, float]) ->
     with MODES[mode]():
         formula = defined(f"{names}, *, j=0.7, k=1.3", *lines)
     masks = (*[False] * (operands - 1), is_masked)
-    op = formula.operator(masks, ())
+    op = formula.operator(masks, {})
     check(op, numbers)
     x = torch.randn(operands, 7, dtype=torch.float64)
     x = [(each > 0).double() if mask else each for each, mask in zip(x, masks, strict=True)]
