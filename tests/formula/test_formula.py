@@ -553,7 +553,8 @@ def test_modules_pickles_and_copies() -> None:
         mish.module(reduction="sum")
     assert copy.deepcopy(wing) is copy.copy(wing) is wing
     for protocol in range(pickle.HIGHEST_PROTOCOL + 1):
-        assert pickle.loads(pickle.dumps(wing, protocol)) is wing
+        for formula in (wing, Settings.negated):
+            assert pickle.loads(pickle.dumps(formula, protocol)) is formula
         for not_found in (squared, renamed):  # their names are those of the functions
             with pytest.raises(pickle.PicklingError):
                 pickle.dumps(not_found, protocol)
@@ -638,6 +639,11 @@ PAIR, KIND, HALF_OF_NUMPY = (0.5, 2), "double", numpy.float64(0.5)
 
 class Settings:
     scale, absolute, factors = 2.0, torch.abs, [3.0]
+
+    @staticmethod
+    @pyfused.activation
+    def negated(input: Tensor) -> Tensor:
+        return -input
 
     @staticmethod
     def tripled(input: Tensor) -> Tensor:
