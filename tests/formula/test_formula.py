@@ -649,6 +649,10 @@ class Settings:
     def tripled(input: Tensor) -> Tensor:
         return 3 * input
 
+    @staticmethod
+    def by_list(input: Tensor) -> Tensor:
+        return input * HALF_PI[0]
+
     @classmethod
     def of_class(cls, input: Tensor) -> Tensor:
         return cls.scale * input
@@ -808,16 +812,17 @@ def test_attributes_that_only_some_calls_read(monkeypatch: pytest.MonkeyPatch) -
     mine = defined(
         "x, *, kind=''",
         "if kind == 'number': return x * Settings.scale",
+        "if kind == 'function': return Settings.by_list(x)",
         "try: return x * Settings.factors[0] if kind == 'list' else Settings.tripled(x)",
         "except Exception: return x",
     )
     x, by_name = torch.randn(100), torch.compile(mine, backend="eager", fullgraph=True)
     monkeypatch.setattr(Settings, "scale", 5.0)
     monkeypatch.setattr(Settings, "factors", [7.0])
-    for kind, scale in (("number", 2.0), ("list", 7.0), ("", 3.0)):
+    for kind, scale in (("number", 2.0), ("function", HALF_PI[0]), ("list", 7.0), ("", 3.0)):
         assert torch.equal(mine(x, kind=kind), scale * x)
         assert torch.equal(by_name(x, kind=kind), scale * x)
-        assert (mine.explain(x, kind=kind).backend == "torch") == (kind == "list")
+        assert (mine.explain(x, kind=kind).backend == "torch") == (kind in ("function", "list"))
     assert "reads Settings.factors, a list" in mine.explain(x, kind="list").reason
 
 
