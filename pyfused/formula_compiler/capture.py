@@ -58,11 +58,12 @@ class Capture:
 
     Attributes:
         formulas: The formulas that the functions call.
-        copies: The copies of functions, modules and classes.
+        copies: The copies of functions.
     """
 
     def __init__(self, formula: Any) -> None:
-        self.formula, self.formulas, self.copies = formula, list[Any](), dict[Any, Any]()
+        self.formula, self.formulas = formula, list[Any]()
+        self.copies = dict[FunctionType, FunctionType]()
 
     def copy(self, function: Any) -> FunctionType:
         """Returns a copy of a function, without its defaults, that keeps what its names stand for.
@@ -125,7 +126,7 @@ class Capture:
             args, named = self.arguments(f"an argument of {path}", value.args, value.keywords)
             return partial(function, *args, **named)
         if isinstance(value, (ModuleType, type)):
-            return self.copies.setdefault(value, _Names(path, value, self))
+            return _Names(path, value, self)
         message = f"it reads {path}"
         if not callable(value):
             message += (
@@ -227,11 +228,9 @@ def _library(function: FunctionType) -> str:
 def _is_added(name: str) -> bool:
     """Returns whether the program has set an attribute of torch.Tensor."""
     value = getattr_static(torch.Tensor, name, None)
-    value = getattr(value, "fget", value)  # of a property
     if isinstance(value, FunctionType):
         return _library(value) != "torch"
-    own = GetSetDescriptorType, MethodDescriptorType, NoneType
-    return not (name.startswith("_") or isinstance(value, own))
+    return not isinstance(value, (GetSetDescriptorType, MethodDescriptorType, NoneType))
 
 
 def _unpatched(function: Any) -> Any:
