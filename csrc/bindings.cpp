@@ -140,12 +140,12 @@ LogitRows<T> logit_rows(const BlockSizes& sizes, int64_t logits, int64_t target,
 
 void run_row_state(int dtype, const BlockSizes& sizes, int64_t logits, int64_t target,
                    int64_t ignore_index, const RowNumbers& numbers, int64_t weight,
-                   const FieldsTuple& state, const FieldsTuple& results, bool continues,
+                   const FieldsTuple& state, const FieldsTuple& results, int64_t preceding,
                    int threads) {
   with_dtype(dtype, [&](auto element) {
     using T = decltype(element);
     row_state(logit_rows<T>(sizes, logits, target, ignore_index, numbers, weight, threads),
-              row_fields<double>(state), row_fields<Accumulate<T>>(results), continues);
+              row_fields<double>(state), row_fields<Accumulate<T>>(results), preceding);
   });
 }
 

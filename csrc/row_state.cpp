@@ -30,13 +30,13 @@ template <class T, bool kInPlace> class LogitRow {
         row(logits, classes, rows.scale, rows.softcap) {}
 
   // A branch instead of two instantiations would make rows of few classes 1.1 times slower.
-  template <bool kFindsMaximum> void forward(const RowFields<double>& fields, bool continues) {
+  template <bool kFindsMaximum> void forward(const RowFields<double>& fields, int64_t preceding) {
     const auto value = [&](RowField field) -> double& { return fields.at(field, index); };
     if (ignored) {
       for (int field = 0; field < fields.count; ++field) fields.at(field, index) = 0;
       return;
     }
-    const bool smooths = kFindsMaximum && fields.count > kSmooth;
+    const bool smooths = kFindsMaximum && fields.count > kSmooth, continues = preceding > 0;
     Normalizer<T>& state = row.state;
     double target_logit = 0;
     if (continues) {
@@ -45,12 +45,13 @@ template <class T, bool kInPlace> class LogitRow {
       state.weighted = value(kWeighted);
       target_logit = value(kTargetLogit);
       if (kFindsMaximum) maximum = A(value(kMaximum));
+      if (smooths) smooth = value(kSmooth);
     }
-    Sum smooth;
+    smooth_pivot = finite_pivot();
     row.template read<false, true>(nullptr, [&](const auto* x, int64_t first, int64_t n) {
       if (uint64_t(label - first) < uint64_t(n)) target_logit = double(widen(x[label - first]));
       if (kFindsMaximum) raise_maximum(first, n);
-      if (smooths) add_weighted(smooth, x, first, n);
+      if (smooths) add_smooth(x, first, n, preceding);
     });
     const double pivot = double(state.pivot);
     const RowResults results(pivot, state.sum, state.weighted, target_logit);
@@ -62,7 +63,7 @@ template <class T, bool kInPlace> class LogitRow {
     value(kWeighted) = state.weighted;
     value(kTargetLogit) = target_logit;
     if (kFindsMaximum) store_maximum(fields, continues);
-    if (smooths) value(kSmooth) = (continues ? value(kSmooth) : 0) + smooth.value();
+    if (smooths) value(kSmooth) = smooth;
   }
 
   void backward(const RowGradients<T>& gradients, bool streams) {
@@ -98,6 +99,8 @@ template <class T, bool kInPlace> class LogitRow {
   const bool ignored;
   A maximum = kLowest;
   int64_t chunk_of_maximum = -1;
+  double smooth = 0;  // relative to smooth_pivot
+  A smooth_pivot = 0;
   alignas(kVectorBytes) A ones[kChunk];
   Row<T, kInPlace> row;
 
@@ -133,12 +136,27 @@ template <class T, bool kInPlace> class LogitRow {
     of_class = double(rows.first_class + (nan - logits));
   }
 
-  // Adds w_c x_c.
+  A finite_pivot() const { return std::isfinite(row.state.pivot) ? row.state.pivot : A(0); }
+
+  // Adds w_c (x_c - pivot), and makes the sum of the classes before these relative to the pivot.
   template <class U>
-  PYFUSED_NOINLINE void add_weighted(Sum& sum, const U* x, int64_t first, int64_t n) const {
-    const A* const weight = rows.weight ? rows.weight + rows.first_class + first : nullptr;
-    add_terms<A>(sum, n,
-                 [=](int64_t i) { return weight ? weight[i] * widen(x[i]) : A(widen(x[i])); });
+  PYFUSED_NOINLINE void add_smooth(const U* x, int64_t first, int64_t n, int64_t preceding) {
+    const A pivot = finite_pivot();
+    const A* const weight = rows.weight ? rows.weight + rows.first_class : nullptr;
+    if (pivot != smooth_pivot) {
+      const int64_t before = preceding + first;
+      Sum sum;
+      if (weight) add_terms<A>(sum, before, [=](int64_t i) { return weight[i - preceding]; });
+      const double weight_sum = weight ? sum.value() : double(before);
+      smooth += (double(smooth_pivot) - double(pivot)) * weight_sum;
+      smooth_pivot = pivot;
+    }
+    Sum terms;
+    add_terms<A>(terms, n, [=](int64_t i) {
+      const A shifted = widen(x[i]) - pivot;
+      return weight ? weight[first + i] * shifted : shifted;
+    });
+    smooth += terms.value();
   }
 };
 
@@ -159,11 +177,11 @@ template <class T, class Body> void for_rows(const LogitRows<T>& rows, const Bod
 
 template <class T>
 void row_state(const LogitRows<T>& rows, const RowFields<double>& state,
-               const RowFields<Accumulate<T>>& results, bool continues) {
+               const RowFields<Accumulate<T>>& results, int64_t preceding) {
   if (state.count > kMaximum) {
-    for_rows(rows, [&](auto& row) { row.template forward<true>(state, continues); });
+    for_rows(rows, [&](auto& row) { row.template forward<true>(state, preceding); });
   } else {
-    for_rows(rows, [&](auto& row) { row.template forward<false>(state, continues); });
+    for_rows(rows, [&](auto& row) { row.template forward<false>(state, preceding); });
   }
   for (int field = 0; field < results.count; ++field) {
     const double* const from = &state.at(field, 0);
@@ -181,7 +199,7 @@ void row_gradients(const LogitRows<T>& rows, const RowGradients<T>& gradients) {
 
 #define PYFUSED_ROW_STATE(T, A)                                                               \
   template void row_state(const LogitRows<T>&, const RowFields<double>&, const RowFields<A>&, \
-                          bool);                                                              \
+                          int64_t);                                                           \
   template void row_gradients(const LogitRows<T>&, const RowGradients<T>&);
 PYFUSED_ROW_STATE(float, float)
 PYFUSED_ROW_STATE(double, double)

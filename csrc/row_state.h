@@ -3,7 +3,7 @@
 //
 //   x_c = scale z_c, or with a softcap  scale softcap tanh(z_c / softcap)
 //
-// Cross-entropy is -log_p, with label smoothing a sum of log_p, lse and smooth.
+// Cross-entropy is -log_p, with label smoothing a sum of log_p, log(sum) and smooth.
 //
 // torch: log_softmax(x, 1), and its entropy and logsumexp
 //
@@ -78,10 +78,10 @@ template <class T> struct RowGradients {
 };
 
 // results: copies of the first fields of the state.
-// continues: from the state of the classes before these.
+// preceding: the number of classes directly before these whose state is continued; 0 for none.
 template <class T>
 void row_state(const LogitRows<T>& rows, const RowFields<double>& state,
-               const RowFields<Accumulate<T>>& results, bool continues);
+               const RowFields<Accumulate<T>>& results, int64_t preceding);
 template <class T>
 void row_gradients(const LogitRows<T>& rows, const RowGradients<T>& gradients);
 

@@ -4,7 +4,9 @@
 //
 //   sum      = sum_c e_c                     lse     = log sum_c exp(x_c) = pivot + log(sum)
 //   weighted = sum_c e_c (x_c - pivot)       entropy = log(sum) - weighted / sum
-//   log_p    = x_t - lse                     smooth  = sum_c w_c x_c
+//   log_p    = x_t - lse                     smooth  = sum_c w_c (x_c - pivot)
+//
+// In smooth, an infinite pivot is replaced by 0.
 //
 // A loss is a function of log_p, entropy, lse and smooth, which are called results. With g_log_p,
 // g_entropy, g_lse and g_smooth, its derivatives by these, the gradient is

@@ -1,9 +1,10 @@
 """The state of each row of logits z with a class index t, and gradients of results of the state.
 
     x_c      = scale z_c, or with a cap  scale cap tanh(z_c / cap)
-    smooth   = sum_c w_c x_c
+    smooth   = sum_c w_c (x_c - pivot)
 
-`row_terms.py` has the equations of the other results, and of the gradient with respect to x.
+`row_terms.py` has the equations of the other results, and of the gradient with respect to x. In
+smooth, an infinite pivot is replaced by 0.
 
 Shapes: z has n rows of contiguous classes, which may be a range of all classes. A state is float64
 and has a row of n elements for each field: log_p, entropy, lse, pivot, sum, weighted, x_t; with 9
@@ -62,14 +63,20 @@ def first_of(best, index, classes):
 
 
 @triton.jit
-def load_sums(at, step, in_bounds, zeros):
-    """Returns the maximum and two sums of the preceding classes, in the first column of a tile."""
-    first = (tl.arange(0, zeros.shape[1]) == 0)[None, :]
-    maximum = tl.load(at + 3 * step, mask=in_bounds).to(zeros.dtype)
-    total = tl.load(at + 4 * step, mask=in_bounds).to(zeros.dtype)
-    total = tl.where(first, total[:, None], zeros)
-    weighted = tl.load(at + 5 * step, mask=in_bounds).to(zeros.dtype)
-    return maximum, total, tl.where(first, weighted[:, None], zeros)
+def load_sum(at, in_bounds, zeros):
+    """Returns a sum of each row over the preceding classes, in the first column of a tile."""
+    return first_column(tl.load(at, mask=in_bounds).to(zeros.dtype)[:, None], zeros)
+
+
+@triton.jit
+def first_column(x, zeros):
+    """Returns x in the first column of a tile."""
+    return tl.where((tl.arange(0, zeros.shape[1]) == 0)[None, :], x, zeros)
+
+
+@triton.jit
+def smooth_pivot(maximum):
+    return tl.where(tl.abs(maximum) == float("inf"), 0.0, maximum)
 
 
 @triton.jit
@@ -87,9 +94,9 @@ def add_classes(maximum, total, weighted, x):
 
 
 @triton.jit
-def store_maximum(at, step, in_bounds, largest, index, CONTINUES: tl.constexpr):
+def store_maximum(at, step, in_bounds, largest, index, preceding):
     """Stores the largest logit of each row and its index, unless that of preceding classes is."""
-    if CONTINUES:
+    if preceding is not None:
         old = tl.load(at + 7 * step, mask=in_bounds)
         stays = (old >= largest) | (old != old)
         largest = tl.where(stays, old, largest)
@@ -98,12 +105,13 @@ def store_maximum(at, step, in_bounds, largest, index, CONTINUES: tl.constexpr):
     tl.store(at + 8 * step, index, mask=in_bounds)
 
 
-@triton.jit(do_not_specialize=["first_class"])
+@triton.jit(do_not_specialize=["preceding", "first_class"])
 def row_state_kernel(
     logits,
     targets,
     state,
     results,
+    preceding,
     n,
     classes,
     strides,
@@ -112,7 +120,6 @@ def row_state_kernel(
     numbers,
     FIELDS: tl.constexpr,
     RESULTS: tl.constexpr,
-    CONTINUES: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
     UNITS: tl.constexpr,
@@ -120,8 +127,9 @@ def row_state_kernel(
     """Computes the state of n rows.
 
     results: receives copies of the first RESULTS fields of the state.
+    preceding: the number of preceding classes, whose state is continued, or None. With class
+        weights and smooth, a pointer to the sum of their weights.
     strides: the row stride of logits, and the field stride of state.
-    CONTINUES: whether to continue from state, which holds the state of the preceding classes.
     """
     A: tl.constexpr = tl.float64 if logits.dtype.element_ty == tl.float64 else tl.float32
     _, rows, in_bounds, _, classes = row_block(n, classes, ROWS, UNITS)
@@ -132,25 +140,36 @@ def row_state_kernel(
     at, step = state + rows.to(tl.int64), strides[1]
     maximum = tl.full([ROWS], -float("inf"), A)
     total = tl.zeros([ROWS, BLOCK], A)  # per element of the tile, reduced after the loop
-    weighted, smooth = total, total
+    weighted, smooth, weights = total, total, total
     best = tl.full([ROWS, BLOCK], -float("inf"), A)
     index = tl.zeros([ROWS, BLOCK], tl.int32)
     target_logit, _ = load_logits(x_rows[0] + label, has_target, numbers, A)
     target_logit = tl.where(has_target, target_logit.to(tl.float64), 0.0)
-    if CONTINUES:
-        maximum, total, weighted = load_sums(at, step, in_bounds, total)
+    if preceding is not None:
+        if FIELDS > 9:
+            weight_sum = preceding if targets[1] is None else tl.load(preceding)
+            smooth = load_sum(at + 9 * step, in_bounds, total)
+            weights = first_column(weight_sum.to(A), total)
+        maximum = tl.load(at + 3 * step, mask=in_bounds).to(A)
+        weighted = load_sum(at + 5 * step, in_bounds, total)
+        total = load_sum(at + 4 * step, in_bounds, total)
         old_logit = tl.load(at + 6 * step, mask=in_bounds)
         target_logit = tl.where(has_target, target_logit, old_logit)
     for start in range(0, classes, BLOCK):
         c, mask = class_block(start, classes, in_bounds, BLOCK)
         x, _slope = load_logits(pointers(x_rows, c), mask, numbers, A)
+        previous = smooth_pivot(maximum)
         maximum, total, weighted = add_classes(maximum, total, weighted, x)
         if FIELDS > 7:
             better = (x > best) | ((x != x) & (best == best))
             best = tl.where(better, x, best)
             index = tl.where(better, c[None, :], index)
         if FIELDS > 9:
-            smooth += tl.where(mask, class_weight(targets[1], c, classes, first_class) * x, 0.0)
+            pivot = smooth_pivot(maximum)
+            smooth += (previous - pivot)[:, None] * weights
+            w = class_weight(targets[1], c, classes, first_class)
+            smooth += tl.where(mask, w * (x - pivot[:, None]), 0.0)
+            weights += tl.where(mask, w, 0.0)
     total_of_row, weighted_of_row = tl.sum(total, 1), tl.sum(weighted, 1)
     pivot_of_row = finite_or_zero(maximum).to(tl.float64)
     log_p, entropy, lse = state_results(pivot_of_row, total_of_row, weighted_of_row, target_logit)
@@ -166,11 +185,9 @@ def row_state_kernel(
     if FIELDS > 7:
         largest, first = first_of(best, index, classes)
         first = (first_class + first).to(tl.float64)
-        store_maximum(at, step, in_bounds, largest.to(tl.float64), first, CONTINUES)
+        store_maximum(at, step, in_bounds, largest.to(tl.float64), first, preceding)
     if FIELDS > 9:
         smooth_of_row = tl.sum(smooth, 1).to(tl.float64)
-        if CONTINUES:
-            smooth_of_row += tl.load(at + 9 * step, mask=in_bounds)
         tl.store(at + 9 * step, tl.where(counted, smooth_of_row, 0.0), mask=in_bounds)
 
 

@@ -429,7 +429,7 @@ def _row_arguments(block: RowBlock) -> tuple[Any, ...]:
 
 
 def row_state(
-    block: RowBlock, state: Tensor, results: Tensor | None = None, continues: bool = False
+    block: RowBlock, state: Tensor, results: Tensor | None = None, preceding: int = 0
 ) -> None:
     copied = _NO_OPERAND
     if results is not None:
@@ -439,7 +439,7 @@ def row_state(
         *_row_arguments(block),
         (state.data_ptr(), state.stride(0), state.shape[0]),
         copied,
-        continues,
+        preceding,
         torch.get_num_threads(),
     )
 

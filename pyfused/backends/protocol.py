@@ -128,7 +128,7 @@ class Backend(Protocol):
         block: RowBlock,
         state: Tensor,
         results: Tensor | None = None,
-        continues: bool = False,
+        preceding: int = 0,
     ) -> None:
         """Computes the state of each row of a block.
 
@@ -136,7 +136,7 @@ class Backend(Protocol):
             state: (fields, ...), float64, each field contiguous; it is overwritten.
             results: (N) or (results, N), contiguous, in the accumulation dtype; receives the first
                 fields of the state.
-            continues: Whether to continue from the state of the preceding classes.
+            preceding: The number of classes directly before these whose state is continued.
         """
 
     def row_gradients(

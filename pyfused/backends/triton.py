@@ -46,7 +46,7 @@ from pyfused.layout import (
     loss_shape,
     row_sizes,
 )
-from pyfused.types import EmbeddingOptions, Outputs, RowBlock
+from pyfused.types import SMOOTH, EmbeddingOptions, Outputs, RowBlock
 
 if TYPE_CHECKING:
     from pyfused.formula_compiler.kernel import Kernel
@@ -356,12 +356,16 @@ def _embedding_kernel(
 
 
 def row_state(
-    block: RowBlock, state: Tensor, results: Tensor | None = None, continues: bool = False
+    block: RowBlock, state: Tensor, results: Tensor | None = None, preceding: int = 0
 ) -> None:
     count = 0 if results is None else 1 if results.dim() < state.dim() else len(results)
-    constants = ("FIELDS", len(state)), ("RESULTS", count), ("CONTINUES", continues)
+    constants = ("FIELDS", len(state)), ("RESULTS", count)
     strides = block.logits.stride(0), state.stride(0)
-    _run_rows("state", constants, block, (state, results), strides)
+    before: Any = preceding or None
+    if preceding and block.weight is not None and len(state) > SMOOTH:
+        first = block.classes.first
+        before = block.weight[first - preceding : first].sum(dtype=torch.float64)
+    _run_rows("state", constants, block, (state, results, before), strides)
 
 
 def row_gradients(

@@ -30,6 +30,7 @@ from pyfused.types import (
     SMOOTH,
     SMOOTHING_FIELDS,
     STATE_FIELDS,
+    SUM,
     CrossEntropyOptions,
     Gradients,
     Outputs,
@@ -80,14 +81,14 @@ class CrossEntropyLoss(RowLoss):
         """Returns the loss in float64.
 
         Args:
-            results: The log-probability, the entropy and the log-sum-exp of each row, possibly
-                followed by other fields. The weighted sum of the logits is the last one.
+            results: The first STATE_FIELDS fields of the state of each row, possibly followed by
+                others. With label smoothing, the last one is SMOOTH.
             classes: The number of all classes.
         """
         token_weight, log_p, lse, smooth = tensors[-2], results[LOG_P], results[LSE], None
         counts, target_weight, total = self.row_weights(tensors, options, classes)
         if options.label_smoothing > 0:
-            smooth = results[-1] - lse * total  # sum_c w_c log p_c
+            smooth = results[-1] - results[SUM].log() * total  # sum_c w_c log p_c
         terms = log_p, smooth, lse if options.z_loss else None
         loss = definitions.row_losses(*terms, target_weight, options, classes)
         loss = (loss if token_weight is None else loss * token_weight).where(counts, 0)

@@ -22,6 +22,7 @@ from pyfused.ops.shards import class_range
 from pyfused.types import (
     INDEX,
     LOG_P,
+    PIVOT,
     RESULTS,
     SMOOTH,
     SMOOTHING_FIELDS,
@@ -122,5 +123,6 @@ class LogProbsOperator(RowOperator):
             return result
         (values, state), target = result, tensors[-1]
         state, classes = state.detach(), class_range(tensors[self.layer], shard).total
-        is_top1 = (state[INDEX] == target) & (target != options.ignore_index)
-        return values, is_top1, (state[SMOOTH] / classes).to(values.dtype)
+        valid = target != options.ignore_index
+        mean = state[PIVOT].nan_to_num(0, 0, 0) + state[SMOOTH] / classes
+        return values, (state[INDEX] == target) & valid, mean.where(valid, 0).to(values.dtype)

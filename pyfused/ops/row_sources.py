@@ -76,7 +76,7 @@ class LogitRows(RowBlock):
         Args:
             state: The state over all classes.
             grad_results: The gradients of the first 1, 3 or 4 of the log-probability, the entropy,
-                the log-sum-exp and the weighted sum of logits, of shape (results, *target.shape).
+                the log-sum-exp and the field SMOOTH, of shape (results, *target.shape).
             logits: The logits that `state` returned; they are overwritten, unless the graph is
                 retained.
         """
@@ -138,7 +138,7 @@ class HeadRows:
             if keeps_logits and logits.shape[1] == all_classes:
                 saved = memory_of(logits)
             block = self.block(logits, rows, classes)
-            backend.row_state(block, state[:, rows], continues=classes.start > 0)
+            backend.row_state(block, state[:, rows], preceding=classes.start)
 
         self.loop.run(self.layer, step, backwards=True)  # the logits of the first rows come last
         if self.rows.indices is not None:

@@ -46,7 +46,7 @@ def _pivot(largest: Tensor) -> Tensor:
     return largest.where(largest != -torch.inf, 0)
 
 
-def _merged(state: Tensor, group: Any, entropy: bool) -> Tensor:
+def _merged(state: Tensor, group: Any, entropy: bool, weight_sum: Any) -> Tensor:
     """Merges the states of all processes of a group; the result is bitwise equal in all of them.
 
     Fields are selected one by one, because a list as index synchronises a GPU.
@@ -54,6 +54,7 @@ def _merged(state: Tensor, group: Any, entropy: bool) -> Tensor:
     Args:
         state: The state over this process' classes, which is overwritten.
         entropy: Whether the entropy, and the maximum and its index if any, are merged.
+        weight_sum: The sum of the weights of this process' classes, for SMOOTH.
     """
     fields = [SUM, *[WEIGHTED] * entropy, TARGET_LOGIT, *[SMOOTH] * (len(state) > SMOOTH)]
     largest = reduced(state[PIVOT].clone(), group, "MAX")
@@ -61,6 +62,9 @@ def _merged(state: Tensor, group: Any, entropy: bool) -> Tensor:
     shift = (state[PIVOT] - pivot).where(state[SUM] > 0, 0)  # without classes the sum is 0
     state[WEIGHTED] += shift * state[SUM]
     state[SUM : WEIGHTED + 1] *= shift.exp()
+    if len(state) > SMOOTH:
+        rise = largest.nan_to_num(0, 0, 0) - state[PIVOT].nan_to_num(0, 0, 0)
+        state[SMOOTH] -= rise * weight_sum
     sums = reduced(torch.stack([state[field] for field in fields]), group)
     for field, total in zip([PIVOT, *fields], [largest, *sums], strict=True):
         state[field] = total
@@ -119,7 +123,10 @@ class ShardedRows:
             state = empty_state(fields, target)
         else:
             state, _, logits = self.source.state(fields, 0, keeps_logits)
-        state = _merged(state, self.shard.group, self.entropy)
+        weight, size = self.source.weight, class_range(self.layer).total
+        if weight is not None:
+            size = weight[self.classes.first :][:size].sum(dtype=torch.float64)
+        state = _merged(state, self.shard.group, self.entropy, size)
         return state.where(target != self.source.options.ignore_index, 0), None, logits
 
     def gradients(self, *arguments: Any) -> Gradients:
@@ -151,13 +158,14 @@ def sharded_results(
     shard: LocalShard,
     smooth: bool,
 ) -> Tensor:
-    """Computes the differentiable fields of a state by torch's operators, from all local logits.
+    """Computes the fields of a state by torch's operators, from all local logits.
 
+    There are STATE_FIELDS fields, and SMOOTH if ``smooth``; they can be differentiated.
     Rows of ignored targets are filled with 0, as NaN in them would reach the gradients.
 
     Args:
         layer: The logits, or a layer's input, weight and bias.
-        smooth: Whether the state has the weighted sum of logits.
+        smooth: Whether the last field is SMOOTH.
     """
     (x, *parameters), (first, _), group = layer, shard.classes, shard.group
     x = x.double()
@@ -176,9 +184,10 @@ def sharded_results(
     weighted = exponentials * shifted.where(exponentials != 0, 0)
     terms = [exponentials, weighted, x.where(is_target, 0)]
     if smooth:
-        terms.append(x if weight is None else x * weight.double()[first:][: x.shape[-1]])
+        weights = 1 if weight is None else weight.double()[first:][: x.shape[-1]]
+        terms.append(shifted * weights)
     sums = Sum.apply(torch.stack([term.sum(-1) for term in terms]), group)
-    results = torch.stack([*definitions.row_results(pivot, *sums[:3]), *sums[3:]])
+    results = torch.stack([*definitions.row_results(pivot, *sums[:3]), pivot, *sums])
     return results.where(valid, 0)
 
 

@@ -236,6 +236,28 @@ def results(process: Process, case: Case) -> None:
         torch.testing.assert_close(own_part, parts + exact[len(parts) :], equal_nan=True, **close)
 
 
+@check(**{f"{shift:g}": shift for shift in (1e4, -1e8, 1e16, 3e38, -3e38)})
+def smoothing_far_from_zero(process: Process, case: float) -> None:
+    """Compares with torch's results for all classes in float64."""
+    classes, (*_, target) = process.classes, draw(F32)
+    steps = torch.rand(ROWS, CLASSES, generator=torch.Generator().manual_seed(3))
+    logits = case * (1 - 1e-6 * steps) - 4 * steps
+    options: Any = {"label_smoothing": 0.1, "reduction": "sum"}
+    whole = logits.double().requires_grad_()
+    exact = torch.nn.functional.cross_entropy(whole, target, WEIGHT.double(), **options)
+    (gradient,) = torch.autograd.grad(exact, whole)
+    shard = VocabShard(classes.start, CLASSES)
+    for create_graph in (False, True):
+        part = logits[:, classes].clone().requires_grad_()
+        loss = cross_entropy(part, target, WEIGHT, **options, shard=shard)
+        got = loss, *torch.autograd.grad(loss, part, create_graph=create_graph)
+        expected = exact.float(), gradient[:, classes].float()
+        torch.testing.assert_close(got, expected, rtol=2e-6, atol=2e-6)
+    found = functional.log_probs(part, target, return_metrics=True, shard=shard).mean_logit
+    mean = whole.detach().mean(1).where(target != -100, 0).float()
+    torch.testing.assert_close(found, mean, rtol=1e-6, atol=0)
+
+
 WITH_MODES: dict[str, Any] = {
     "cross_entropy": {"label_smoothing": 0.1, "reduction": "none"},
     "linear_cross_entropy": {"softcap": 2.0, "z_loss": 0.1, "token_weight": TOKEN_WEIGHT},
@@ -518,7 +540,7 @@ def test_in_processes(name: str, failures: dict[str, str]) -> None:
 def test_calls_on_gpus_do_not_wait(monkeypatch: pytest.MonkeyPatch) -> None:
     """Values of meta tensors cannot be read, and indices in a list would be copied to the GPU."""
     state = torch.empty(SMOOTHING_FIELDS, 2, device="meta", dtype=F64)
-    merged = lambda *_: shards._merged(state.clone(), None, False)  # noqa: E731
+    merged = lambda *_: shards._merged(state.clone(), None, False, 5)  # noqa: E731
     monkeypatch.setattr(dist, "all_reduce", lambda *_: None)
     monkeypatch.setattr(dist, "get_rank", lambda _: 0)
     monkeypatch.setattr(CrossEntropy, "fused", lambda *_: merged())
