@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable, Iterable, Sequence
-from numbers import Integral, Real
+from numbers import Integral, Rational, Real
 from typing import Any, NoReturn
 
 import torch
@@ -67,19 +67,25 @@ def integer(name: str, value: Any) -> None:
         raise _error(name, "an int of 64 bits", value, ValueError)
 
 
+def is_number(value: Any) -> bool:
+    """Returns whether torch takes a value as a real number; it refuses a Fraction."""
+    if isinstance(value, (float, int, Integral)):
+        return True
+    return isinstance(value, Real) and not isinstance(value, Rational)
+
+
 def bounded(scalar: Scalar, value: Any) -> None:
-    """Checks the type and the bounds of a number, which may be a tensor of one element.
+    """Checks the type and the bounds of a number, which may be a tensor without dimensions.
 
     A tensor is not read if this would synchronise a device.
     """
     if value is None and scalar.optional:
         return
     name, low, high, error = scalar.name, scalar.low, scalar.high, scalar.error
-    kinds: Any = Tensor, float, Real
-    if not isinstance(value, kinds):
+    if not isinstance(value, Tensor) and not is_number(value):
         raise _error(name, "a float", f"{type(value).__name__} {value!r}", TypeError)
     if isinstance(value, Tensor):
-        if value.numel() != 1:
+        if value.dim():
             raise _error(name, "one number", f"shape {tuple(value.shape)}", error)
         if not _can_be_read(value):
             return
@@ -333,7 +339,7 @@ def factors(token_weight: Any, denominator: Any) -> None:
     if isinstance(token_weight, Tensor):
         _nonnegative("token_weight", token_weight)
     if isinstance(denominator, Tensor):
-        bounded(_DENOMINATOR, denominator)
+        bounded(_DENOMINATOR, denominator.squeeze())
 
 
 def classes_at(where: int, name: str, logits: Tensor, class_dim: int | None) -> Tensor:

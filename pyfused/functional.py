@@ -18,8 +18,8 @@ Reductions
     arguments for the same purpose. Log-likelihoods, entropies and divergences are in nats.
 
 Numeric options
-    A numeric option may be a tensor of one element, whose value is read in each call. If the tensor
-    requires grad or is on a GPU, torch's operators compute the call.
+    If a numeric option is a tensor, of shape (), torch's operators compute the call; kernels take
+    ``option.item()``.
 
 Errors
     The errors of calls that torch has are torch's. Functions and options that torch lacks raise a
@@ -848,13 +848,9 @@ def l1_loss(
     The gradient is 0 where input and target are equal.
     """
     op = elementwise.L1_LOSS
-    # With a weight, torch's function ignores it if a default device is set.
-    tensors = input, target, weight
-    if small := left_to_torch(
-        op, tensors, size_average, reduce, weight is not None, reduction=reduction
-    ):
+    if small := left_to_torch(op, (input, target), size_average, reduce, reduction=reduction):
         return F.l1_loss(input, target, size_average, reduce, reduction, weight)
-    return run(op, tensors, op.options(reduction=reduction), small)
+    return run(op, (input, target, weight), op.options(reduction=reduction), small)
 
 
 def smooth_l1_loss(
@@ -958,12 +954,10 @@ def kl_div(
 
     The divergence of an element is ``target * (log(target) - input)``, or 0 where the target is 0.
     """
-    op, options = elementwise.KL_DIV, (log_target, reduction)
+    op = elementwise.KL_DIV
     if small := left_to_torch(op, (input, target), size_average, reduce, reduction=reduction):
-        if isinstance(reduction, str) and reduction == "mean" and size_average is reduce is None:
-            return op.torch(input, target, op.options(*options))  # warns, and names the caller
         return F.kl_div(input, target, size_average, reduce, reduction, log_target)
-    return run(op, (input, target), op.options(*options), small)
+    return run(op, (input, target), op.options(log_target, reduction), small)
 
 
 def poisson_nll_loss(
@@ -1197,7 +1191,7 @@ def rmse_loss(
     tensors = map(_without_halves, (input, target, weight))
     op = elementwise.MSE_LOSS
     loss = run(op, (*tensors,), op.options(reduction=reduction))
-    return (loss + eps).sqrt().reshape(loss.shape).to(dtype)
+    return (loss + eps).sqrt().to(dtype)
 
 
 def _without_halves(tensor: Tensor | None) -> Tensor | None:

@@ -33,7 +33,7 @@ NUMBER = Number.NUMBER
 
 
 class Scalar(NamedTuple):
-    """A number of a call, which users may also pass as a tensor of one element.
+    """A numeric option of a call.
 
     Attributes:
         low, high: The bounds of valid values, inclusive.

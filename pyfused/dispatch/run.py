@@ -9,7 +9,7 @@ import math
 import warnings
 from collections.abc import Sequence
 from functools import lru_cache
-from numbers import Integral, Real
+from numbers import Integral
 from types import NoneType
 from typing import Any
 
@@ -35,7 +35,7 @@ from pyfused.torch_internals import (
     is_zero_tensor,
     never_traced,
 )
-from pyfused.types import OPTIONS, VocabShard
+from pyfused.types import VocabShard
 
 _INDICES = (torch.int64, torch.uint8)
 _CONVERTED = (*_INDICES, torch.bool, torch.int8, torch.int16, torch.int32)
@@ -192,28 +192,16 @@ def _converted(op: Operator, options: Options, tensors: Tensors) -> Options | st
     """Returns the options of a kernel, in which numbers are floats, or why there are none.
 
     A number that is compared with an operand is rounded to its dtype.
-
-    The value of a tensor of one element is read, unless it needs a gradient or is on a GPU, where
-    reading synchronises. torch's own functions never take a number that requires grad.
     """
     count = len(op.numbers)
     numbers, choices = options[:count], options[count:]
     converted = list[Any]()
     for scalar, value in zip(op.numbers, numbers, strict=True):
-        name = scalar.name
-        if isinstance(value, Tensor):
-            if type(value) not in PLAIN:
-                return f"{name} is a {type(value).__name__}"
-            is_ours = OPTIONS.get(name) is scalar and name != "label_smoothing"
-            is_constant = not (requires_grad(value) if is_ours else value.requires_grad)
-            is_readable = value.is_cpu and is_constant and value.numel() == 1
-            if not is_readable or unsupported((scalar,), (value,)) is not None:
-                return f"{name} is a tensor"
-            value = value.detach()  # torch warns if a number that requires grad is converted
-        elif value is not None and not isinstance(value, (float, int, Real)):
-            return f"{name} is a {type(value).__name__}"
-        elif isinstance(value, Integral) and not -(1 << 63) <= int(value) < 1 << 63:
-            return f"{name} is an int of more than 64 bits"
+        if value is not None and not checks.is_number(value):
+            kind = "tensor" if isinstance(value, Tensor) else type(value).__name__
+            return f"{scalar.name} is a {kind}"
+        if isinstance(value, Integral) and not -(1 << 63) <= int(value) < 1 << 63:
+            return f"{scalar.name} is an int of more than 64 bits"
         converted.append(None if value is None else float(value))
     for choice, value in zip(op.choices, choices, strict=True):
         is_integer = isinstance(value, Integral) and not isinstance(value, bool)

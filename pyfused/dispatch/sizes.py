@@ -329,7 +329,6 @@ def left_to_torch(
     tensors: Tensors,
     size_average: bool | None = None,
     reduce: bool | None = None,
-    any_size: bool = False,
     reduction: str | None = None,
     dim: int = 1,
 ) -> bool | None:
@@ -339,19 +338,16 @@ def left_to_torch(
     programs that are compiled, for the deprecated arguments, and if the call is small or the input
     no tensor: proxies of torch.fx record the arguments as they came. Each function asks this first,
     so that it adds little to the time of a small call. `run` decides about calls whose tensors
-    broadcast: torch may warn about them, and the warning has to name the line of the call.
+    broadcast.
 
     Args:
         tensors: The tensors of the call; optional ones at the end may be omitted.
-        any_size: Whether to dispatch calls of any size, and in programs that are compiled.
         reduction: The reduction of a loss.
         dim: The dimension of the classes.
     """
     input = tensors[0]
     if not size_average is reduce is None:
         return True
-    if any_size:
-        return None if isinstance(input, Tensor) else True
     if is_dynamo_compiling():
         return add_traced(op.name)
     if type(input) is not Tensor or (has_torch_function_unary(input) and has_function_mode()):

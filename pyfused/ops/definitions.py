@@ -41,7 +41,7 @@ def cross_entropy(
     target = target if soft else target.long()
     wide = accumulate_dtype(operand_dtype(input, target, weight))
     dtype = torch.promote_types(wide, result_dtype)
-    options, dim = with_scalars(options, denominator, dtype), 0 if input.dim() == 1 else 1
+    options, dim = widened(options, denominator, dtype), 0 if input.dim() == 1 else 1
     input = without_ignored(input, target, ignore_index, token_weight)
     x = _scaled(input.to(dtype), options)
     log_p, shape = x.log_softmax(dim), loss_shape(x, "none")
@@ -216,20 +216,11 @@ def target_weights(
     return weight.to(dtype)[label].where(valid, 0)
 
 
-def with_scalars(options: Any, denominator: Tensor | None, dtype: torch.dtype) -> Any:
-    """Returns options whose tensors of one number have a dtype and no dimension.
-
-    Others could change the dtype or the shape of a result.
-
-    Args:
-        denominator: Replaces the option of this name, if it is a tensor.
-    """
+def widened(options: Any, denominator: Tensor | None, dtype: torch.dtype) -> Any:
+    """Returns options whose tensors, and the denominator if it is one, are scalars of a dtype."""
     if denominator is not None:
         options = options._replace(denominator=denominator)
-    pairs = zip(options._fields, options, strict=True)
-    tensors = {name: x for name, x in pairs if isinstance(x, Tensor)}
-    changed = {name: x.reshape(()).to(dtype) for name, x in tensors.items()}
-    return options._replace(**changed) if changed else options
+    return options._make([x.reshape(()).to(dtype) if isinstance(x, Tensor) else x for x in options])
 
 
 def _focal(nll: Tensor, gamma: float | Tensor) -> Tensor:
@@ -355,7 +346,7 @@ def log_probs(logits: Tensor, target: Tensor, options: LogProbsOptions) -> Any:
     the mean logit.
     """
     dim, dtype = min(logits.dim() - 1, 1), accumulate_dtype(logits.dtype)
-    options = with_scalars(options, None, dtype)
+    options = widened(options, None, dtype)
     shape, target = target.shape, target.long().reshape(loss_shape(logits, "none"))
     valid = target != options.ignore_index
     x = logits.to(dtype).where(valid.unsqueeze(dim), 0)  # NaN would reach gradients
@@ -404,14 +395,14 @@ def sigmoid_focal_loss(
         expected = f"the shape of inputs, {tuple(inputs.shape)}"
         raise ValueError(f"targets: expected {expected}, got {tuple(targets.shape)}")
     if isinstance(ignore_index, Tensor) and targets.is_floating_point():
-        ignore_index = ignore_index.reshape(()).to(targets.dtype)
+        ignore_index = ignore_index.to(targets.dtype)
     valid = None if ignore_index is None else targets.ne(ignore_index)
     if valid is not None:  # others may be NaN
         inputs, targets = (x.where(valid, 0) for x in (inputs, targets))
     result_dtype = autocast_dtype(common_dtype(inputs, targets, weight), inputs.device)
     dtype = accumulate_dtype(result_dtype)
     inputs, targets = (x.to(dtype) if x.is_floating_point() else x for x in (inputs, targets))
-    alpha, gamma = (x.reshape(()).to(dtype) if isinstance(x, Tensor) else x for x in (alpha, gamma))
+    alpha, gamma = (x.to(dtype) if isinstance(x, Tensor) else x for x in (alpha, gamma))
     error = inputs.sigmoid() * (1 - targets) + (-inputs).sigmoid() * targets
     loss: Tensor = F.binary_cross_entropy_with_logits(inputs, targets, reduction="none")
     loss = loss * error.where(error != 0, 1) ** gamma  # the loss is 0 where this is

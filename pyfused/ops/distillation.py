@@ -53,7 +53,7 @@ def kl_div_with_logits(
     denominator: Tensor | None,
     options: DivergenceOptions,
 ) -> Tensor:
-    options = definitions.with_scalars(options, denominator, accumulate_dtype(logits.dtype))
+    options = definitions.widened(options, denominator, accumulate_dtype(logits.dtype))
     log_p = _log_softmax(_masked(logits, token_weight), options, options.softcap)
     log_q = _log_softmax(_masked(teacher_logits, token_weight), options, options.teacher_softcap)
     loss = divergence(log_p, log_q, options.beta).to(accumulate_dtype(logits.dtype))
@@ -90,7 +90,7 @@ def linear_topk_kl_div(
 ) -> Tensor:
     layer, classes = (linear_weight, linear_bias), linear_weight.shape[0]
     log_q = _masked(teacher_log_probs, token_weight, -math.log(classes))
-    options = definitions.with_scalars(options, denominator, accumulate_dtype(input.dtype))
+    options = definitions.widened(options, denominator, accumulate_dtype(input.dtype))
     logits = _masked(F.linear(_masked(input, token_weight), *layer), token_weight)
     log_p = _log_softmax(logits, options, options.softcap)
     others = log_p.scatter(-1, teacher_indices, -torch.inf)

@@ -15,9 +15,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.overrides import has_torch_function_variadic
 
-from pyfused.dispatch.operator import REDUCTIONS, Operand, Operator, Options
+from pyfused.dispatch.operator import Operand, Operator, Options, Tensors
 from pyfused.dispatch.originals import F
 from pyfused.dispatch.reasons import stacklevel
 from pyfused.formula_compiler.kernel import Kernel
@@ -29,11 +28,9 @@ from pyfused.ops.pointwise_loss import (
     Gated,
     PointwiseLoss,
     elements,
-    is_unobserved,
-    reduced,
     weight_or_elements,
 )
-from pyfused.types import Choice, Gradients, Scalar
+from pyfused.types import Choice, Gradients, Outputs, Scalar
 
 BOTH = (False, True)
 APPROXIMATE = Choice("approximate", ("none", "tanh"))
@@ -69,10 +66,11 @@ def _differ_in_dimensions(*call: Any) -> str | None:
     return None if equal else "the operands differ in the number of dimensions"
 
 
-def _weight_differs_in_shape(input: Tensor, *others: Any) -> str | None:
-    *_, weight, _options = others
-    differs = weight is not None and weight.shape != input.shape
-    return "weight and input differ in shape" if differs else None
+def _any_differs_in_shape(input: Tensor, *others: Any) -> str | None:
+    """Returns a reason if torch's function broadcasts, which it warns about, or raises."""
+    shape, tensors = input.shape, others[:-1]
+    equal = all([x is None or x.shape == shape for x in tensors])  # noqa: C419 see `arranged`
+    return None if equal else "the operands differ in shape"
 
 
 _MEAN_OF_KL_DIV = (
@@ -100,38 +98,22 @@ MSE_LOSS = PointwiseLoss(
     module="MSELoss",
     choices=("reduction",),
     torch=lambda x, y, weight, options: F.mse_loss(x, y, None, None, options.reduction, weight),
-    warns=True,
     operands=(INPUT, TARGET, WEIGHT),
     denominators={"mean": weight_or_elements},
-    fallback_reason=_weight_differs_in_shape,
+    fallback_reason=_any_differs_in_shape,
     formula=lambda input, target: (input - target) ** 2,
     torch_backward=lambda grad, operands, _: torch.ops.aten.mse_loss_backward(grad, *operands, 0),
 )
-
-
-def _l1_loss(input: Tensor, target: Tensor, weight: Tensor | None, options: Options) -> Tensor:
-    """Returns torch's loss with its weight.
-
-    torch's function ignores the weight if a function mode is active, such as for a default device.
-    """
-    reduction = options.reduction
-    if weight is None or not has_torch_function_variadic(input, target):
-        loss: Tensor = F.l1_loss(input, target, None, None, reduction, weight)
-        return loss
-    if weight.shape != input.shape:
-        raise ValueError("Weights and input must have the same size.")
-    return reduced((input - target).abs(), reduction, weight)
 
 
 L1_LOSS = PointwiseLoss(
     name="l1_loss",
     module="L1Loss",
     choices=("reduction",),
-    torch=_l1_loss,
-    warns=True,
+    torch=lambda x, y, weight, options: F.l1_loss(x, y, None, None, options.reduction, weight),
     operands=(INPUT, TARGET, WEIGHT),
     denominators={"mean": weight_or_elements},
-    fallback_reason=_weight_differs_in_shape,
+    fallback_reason=_any_differs_in_shape,
     formula=lambda input, target: (input - target).abs(),
     torch_backward=lambda grad, operands, _: grad * (operands[0] - operands[1]).sign(),
 )
@@ -154,9 +136,9 @@ SMOOTH_L1_LOSS = PointwiseLoss(
     module="SmoothL1Loss",
     choices=("reduction",),
     torch=lambda x, y, options: F.smooth_l1_loss(x, y, None, None, options.reduction, options.beta),
-    warns=True,
     operands=(INPUT, TARGET),
     numbers=(Scalar("beta", low=0.0),),
+    fallback_reason=_any_differs_in_shape,
     formula=_smooth_l1_loss,
     gradient=_gradient_of_smooth_l1_loss,
     torch_backward=lambda grad, operands, options: torch.ops.aten.smooth_l1_loss_backward(
@@ -183,10 +165,9 @@ HUBER_LOSS = PointwiseLoss(
     torch=lambda x, y, weight, options: F.huber_loss(
         x, y, options.reduction, options.delta, weight
     ),
-    warns=True,
     operands=(INPUT, TARGET, WEIGHT),
     numbers=(Scalar("delta", positive=True),),
-    fallback_reason=lambda *call: _differ_in_dtype(*call) or _weight_differs_in_shape(*call),
+    fallback_reason=lambda *call: _differ_in_dtype(*call) or _any_differs_in_shape(*call),
     formula=_huber_loss,
     gradient=_gradient_of_huber_loss,
     torch_backward=lambda grad, operands, options: torch.ops.aten.huber_loss_backward(
@@ -284,23 +265,32 @@ def _gradient_of_kl_div(input: Tensor, target: Tensor, log_target: bool) -> Grad
     return -target, target.log() + target / target - input  # NaN if the target is 0
 
 
-def _torch_kl_div(input: Tensor, target: Tensor, options: Options) -> Tensor:
-    """Returns torch's loss, with a warning that names the line of the call, not one of pyfused."""
-    reduction, log_target = options.reduction, options.log_target
-    if reduction != "mean" or not is_unobserved(input, target):
-        loss: Tensor = F.kl_div(input, target, None, None, reduction, log_target)
-        return loss
-    warnings.warn(_MEAN_OF_KL_DIV, stacklevel=stacklevel())
-    return torch.kl_div(input, target, REDUCTIONS[reduction], log_target=log_target)
+class _KlDiv(PointwiseLoss):
+    """torch's kl_div, which warns about a mean."""
+
+    def by_torch(self, tensors: Tensors, options: Options) -> Any:
+        return F.kl_div(*tensors, None, None, options.reduction, options.log_target)
+
+    def launch(self, tensors: Tensors, options: Options, outputs: Outputs, *rest: Any) -> Any:
+        if outputs.loss and options.reduction == "mean":
+            warnings.warn(_MEAN_OF_KL_DIV, stacklevel=stacklevel())
+        return super().launch(tensors, options, outputs, *rest)
 
 
-KL_DIV = PointwiseLoss(
+def _definition_of_kl_div(input: Tensor, target: Tensor, options: Options) -> Tensor:
+    """Returns torch's loss without the warning."""
+    log_target, reduction = options
+    is_mean = reduction == "mean"
+    loss: Tensor = F.kl_div(input, target, None, None, "none" if is_mean else reduction, log_target)
+    return loss.mean() if is_mean else loss
+
+
+KL_DIV = _KlDiv(
     name="kl_div",
     module="KLDivLoss",
     choices=(Choice("log_target", BOTH), "reduction"),
-    torch=_torch_kl_div,
+    torch=_definition_of_kl_div,
     operands=(INPUT, TARGET._replace(low=0.0)),
-    warning=lambda _, options: _MEAN_OF_KL_DIV if options.reduction == "mean" else None,
     denominators={"mean": elements, "batchmean": _rows},
     fallback_reason=_differ_in_shape,
     formula=_kl_div,

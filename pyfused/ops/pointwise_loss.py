@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -13,15 +12,12 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from torch.compiler import is_dynamo_compiling
-from torch.overrides import has_torch_function_variadic
 
 from pyfused import checks
 from pyfused.backends import backend_of
 from pyfused.backends.protocol import Parameters
 from pyfused.dispatch.autograd import compute, differentiate
 from pyfused.dispatch.operator import (
-    REDUCTIONS,
     Forward,
     Needs,
     Operand,
@@ -30,17 +26,11 @@ from pyfused.dispatch.operator import (
     Tensors,
     gradients_in_forward,
 )
-from pyfused.dispatch.reasons import stacklevel
 from pyfused.formula_compiler import trace
 from pyfused.formula_compiler.kernel import Kernel, Method
 from pyfused.formula_compiler.program import Program
-from pyfused.torch_internals import PLAIN, any_autocast
+from pyfused.torch_internals import any_autocast
 from pyfused.types import NUMBER, Gradients, Outputs, outputs_of
-
-_BROADCASTING = (
-    "Using a target size ({}) that is different to the input size ({}). This will likely lead to "
-    "incorrect results due to broadcasting. Please ensure they have the same size."
-)
 
 # Weights of these dtypes are converted to float32, because half precision would round them.
 _INTEGERS = frozenset((torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64))
@@ -91,8 +81,6 @@ class TensorLoss(SpecializedOperator):
     """A loss of several tensors, which are broadcast, with an optional weight and a reduction.
 
     Attributes:
-        warns: Whether torch warns if the target's shape differs from the input's.
-        warning: Takes the tensors and the options; returns the warning that torch issues, or None.
         nan_on_invalid: Whether the formula is NaN for values that torch's function refuses. If a
             kernel on a CPU reports NaN, torch's function is called, and raises its error.
         denominators: A function for each reduction except none and sum, which takes the broadcast
@@ -107,8 +95,6 @@ class TensorLoss(SpecializedOperator):
             dtype and no others are passed; 0 if there are no such calls.
     """
 
-    warns: bool = False
-    warning: Callable[[Tensors, Options], str | None] | None = None
     nan_on_invalid: bool = False
     denominators: Mapping[str, Denominator] = field(default_factory=lambda: {"mean": elements})
     reads_values: bool = False
@@ -131,10 +117,9 @@ class TensorLoss(SpecializedOperator):
         self._weight = self.names.index("weight") if has_weight else None
         self._cached_dtypes = cache(self._inferred_dtypes)
         converts = self.arrange is not None or self.infers_dtype or self.reads_values
-        warns = self.warning is not None and not self.warns
         required = [i for i, x in zip(indices, self.variables, strict=True) if not x.optional]
         in_order = required == [*range(len(required))]
-        self.uniform = len(required) if in_order and not (converts or warns) else 0
+        self.uniform = len(required) if in_order and not converts else 0
 
     # ---- calls -----------------------------------------------------------------------------------
 
@@ -157,8 +142,6 @@ class TensorLoss(SpecializedOperator):
         reduction = options.reduction if self.reduces else "none"
         operands, weight = self.operands_and_weight(tensors)
         dtype, result_dtype = self._dtypes(tensors, operands[0], reduction)
-        if self.warning is not None and (message := self.warning(tensors, options)):
-            warnings.warn(message, stacklevel=stacklevel())
         unexpanded = weight  # torch's mean divides by its sum before broadcasting
         operands, weight = self.arranged(operands, weight, dtype)
         divisor, denominator = None, self.denominators.get(reduction)
@@ -194,8 +177,7 @@ class TensorLoss(SpecializedOperator):
         self, saved: Tensors, options: Options, needs: Needs, grad_output: Tensor, *_: Any
     ) -> Gradients:
         *operands, weight, by = saved
-        warns = self.warning is not None and not self.warns
-        by_torch = weight is by is None and not warns
+        by_torch = weight is by is None
 
         def definition(*operands: Tensor) -> Tensor:
             if by_torch:
@@ -315,8 +297,7 @@ class TensorLoss(SpecializedOperator):
                 dtypes.append(torch.float32 if is_integer_weight else dtype)
         numbers = [None if number.optional else 1.0 for number in self.numbers]
         flags = [choice.values[0] for choice in self.choices if choice.values]
-        with torch.no_grad(), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # the call itself warns
+        with torch.no_grad():
             options = self.options(*numbers, *flags, *([reduction] if self.reduces else ()))
             result: torch.dtype = self.torch(*ones, options).dtype
         return reduce(torch.promote_types, dtypes, result), result
@@ -354,9 +335,6 @@ class PointwiseLoss(TensorLoss):
             self.torch = self._by_formula
         super().__post_init__()
         self.cached_kernel = lru_cache(maxsize=256)(self.kernel)
-        if self.warns:
-            self.warning = _broadcasting_warning
-            self.torch = self._naming_the_caller(self.torch)
 
     @cached_property
     def kernels(self) -> dict[str, Kernel]:
@@ -461,32 +439,6 @@ class PointwiseLoss(TensorLoss):
         weight = None if self._weight is None else tensors[self._weight]
         return reduced(result, options.reduction, weight)
 
-    def _naming_the_caller(self, function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        """Returns torch's function, whose warning about broadcasting names the line of the call.
-
-        torch's own warning would name a line of pyfused. Its weight has the shape of the input
-        before broadcasting, so a weighted loss is reduced here.
-        """
-
-        def compute(input: Tensor, target: Tensor, *rest: Any) -> Tensor:
-            *weights, options = rest
-            weight: Any = weights[0] if weights else None
-            is_valid = type(weight) in PLAIN and weight.shape == input.shape
-            is_valid = weight is None or (is_valid and options.reduction in tuple(REDUCTIONS))
-            if not is_unobserved(input, target) or input.shape == target.shape or not is_valid:
-                return function(input, target, *rest)
-            message = _BROADCASTING.format(target.shape, input.shape)
-            warnings.warn(message, stacklevel=stacklevel())
-            input, target = torch.broadcast_tensors(input, target)
-            if weight is None:
-                return function(input, target, *rest)
-            loss = function(input, target, None, options._replace(reduction="none")) * weight
-            if options.reduction == "mean" and self.denominators["mean"] is weight_or_elements:
-                return loss.sum() / weight.sum()  # type: ignore[no-any-return]
-            return reduced(loss, options.reduction)
-
-        return compute
-
 
 class Gated(PointwiseLoss):
     """An activation of several tensors, such as a gate, computed as an unreduced loss."""
@@ -495,15 +447,3 @@ class Gated(PointwiseLoss):
 
     def by_operands(self, operands: Sequence[Tensor], options: Options) -> Tensor:
         return self.formula(*operands, *options)
-
-
-def is_unobserved(input: Any, target: Any) -> bool:
-    """Returns whether no compiler, mode or subclass has to see the call of torch's function."""
-    is_plain = type(input) in PLAIN and type(target) in PLAIN
-    return is_plain and not (is_dynamo_compiling() or has_torch_function_variadic(input, target))
-
-
-def _broadcasting_warning(tensors: Tensors, _: Options) -> str | None:
-    input, target = tensors[:2]
-    same = input.shape == target.shape
-    return None if same else _BROADCASTING.format(target.shape, input.shape)

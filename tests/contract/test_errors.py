@@ -6,6 +6,7 @@ import builtins
 import inspect
 import re
 from collections.abc import Callable, Iterator
+from fractions import Fraction
 from functools import partial
 from typing import Any
 
@@ -24,7 +25,7 @@ from pyfused.ops.distillation import Divergence
 
 X, Y = torch.randn(4, 5), torch.tensor([0, 1, 2, 3])
 P = X.softmax(1)
-NAN, GRAD = float("nan"), torch.ones(5, requires_grad=True)
+NAN, HALF, GRAD = float("nan"), Fraction(1, 2), torch.ones(5, requires_grad=True)
 K, KY = torch.randn(2, 3, 4), torch.zeros(2, 4, dtype=torch.int64)
 W, B, LAYER = torch.randn(7, 5), torch.ones(7), torch.nn.Linear(5, 7)
 META = torch.device("meta")
@@ -55,7 +56,8 @@ TORCHS = [
     'mse_loss(X, X, reduction="avg", weight=X)', "mse_loss(X, X, factor=2)",
     "nll_loss(X[0, 0], Y[0])", "nll_loss(X, Y.int())", "nll_loss(X, Y, torch.ones(4))",
     "nll_loss(X, Y, ignore_index=True)", "nll_loss(X, Y, ignore_index=-2**63 - 1)",
-    "leaky_relu(X, 10**400)", "relu(GRAD, inplace=True)", "smooth_l1_loss(X, X, beta=P)",
+    "leaky_relu(X, 10**400)", "leaky_relu(X, HALF)", "celu(X, torch.ones(1))",
+    "relu(GRAD, inplace=True)", "smooth_l1_loss(X, X, beta=P)",
     "softmax(X, 2)", "softmax(X, True)", "softmax(X, -3)",
     "triplet_margin_loss(X, X, X, margin=0.0)", 'triplet_margin_loss(X, X, X, p=0.5, swap="x")',
 ]  # fmt: skip
@@ -72,7 +74,8 @@ BOUNDS: Wrong = {
 # Calls with functions and options that torch lacks, the type of error, and strings in the message;
 # test_wrong_arguments tries other values of single arguments.
 OWN: Wrong = {
-    "cross_entropy(X, Y, scale=torch.ones(2))": "ValueError|scale: expected one number|(2,)",
+    "cross_entropy(X, Y, scale=torch.ones(1))": "ValueError|scale: expected one number|(1,)",
+    "softcap(X, HALF)": "TypeError|cap: expected a float, got Fraction",
     "cross_entropy(X, Y, gamma=2.0, label_smoothing=0.1)": "ValueError|gamma: expected 0.0 with",
     "cross_entropy(X, Y, denominator=-1.5)": "ValueError|denominator: expected a positive|-1.5",
     "cross_entropy(X, Y, denominator=torch.ones(2))": "ValueError|denominator: expected one|(2,)",
