@@ -198,11 +198,11 @@ def draw_logits(rng: Random, rows: int, classes: int) -> Tensor:
 
 
 def draw_numbers(rng: Random, **values: list[Any]) -> dict[str, Any]:
-    """Draws some of the numbers; a few are tensors of another dtype or shape."""
+    """Draws some of the numbers; a few are tensors of another dtype."""
     found = {name: rng.choice(x) for name, x in values.items() if rng.random() < 0.4}
     for name, x in found.items():
         if rng.random() < 0.2:
-            found[name] = torch.tensor(x, dtype=torch.float64).reshape(rng.choice([(), (1,)]))
+            found[name] = torch.tensor(x, dtype=torch.float64)
     return found
 
 
