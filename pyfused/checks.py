@@ -31,7 +31,7 @@ from pyfused.types import (
 ERRORS = IndexError, RuntimeError, TypeError, ValueError
 REDUCTIONS = ("none", "mean", "sum")
 # A tensor may hold 0, because it is not read on GPUs: the mean is NaN then.
-_DENOMINATOR = Scalar("denominator", low=0.0, error=ValueError)
+_DENOMINATOR = Scalar("denominator", low=0.0)
 _INDEX_DTYPES = (torch.int64, torch.uint8)
 
 
@@ -81,12 +81,12 @@ def bounded(scalar: Scalar, value: Any) -> None:
     """
     if value is None and scalar.optional:
         return
-    name, low, high, error = scalar.name, scalar.low, scalar.high, scalar.error
+    name, low, high = scalar.name, scalar.low, scalar.high
     if not isinstance(value, Tensor) and not is_number(value):
         raise _error(name, "a float", f"{type(value).__name__} {value!r}", TypeError)
     if isinstance(value, Tensor):
         if value.dim():
-            raise _error(name, "one number", f"shape {tuple(value.shape)}", error)
+            raise _error(name, "one number", f"shape {tuple(value.shape)}", ValueError)
         if not _can_be_read(value):
             return
     if not scalar.has_bounds:
@@ -94,7 +94,7 @@ def bounded(scalar: Scalar, value: Any) -> None:
     fits = not value > high if scalar.clamped else low <= value <= high
     if not fits or (scalar.positive and not value > 0):
         got = value.item() if isinstance(value, Tensor) else value
-        raise _error(name, scalar.expected(), got, error)
+        raise _error(name, scalar.expected(), got, ValueError)
 
 
 def one_of(
@@ -228,7 +228,7 @@ def additive_margin(input: Tensor, target: Tensor, margin: float, kind: str) -> 
     """Checks types, shapes and options; class indices may be out of range."""
     tensor("input", input)
     tensor("target", target)
-    bounded(Scalar("margin", low=0.0, error=ValueError), margin)
+    bounded(Scalar("margin", low=0.0), margin)
     one_of("kind", kind, ("cosface", "arcface"))
     _floating("input", input)
     _target(target, loss_shape(input, "none"))

@@ -1187,6 +1187,8 @@ def rmse_loss(
     checks.bounded(Scalar("eps", low=0.0), eps)
     checks.tensor("input", input)
     checks.tensor("target", target)
+    if weight is not None:
+        checks.tensor("weight", weight)
     dtype = autocast_dtype(common_dtype(input, target, weight), input.device)
     tensors = map(_without_halves, (input, target, weight))
     op = elementwise.MSE_LOSS

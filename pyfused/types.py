@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from enum import Enum
-from functools import lru_cache, partial
+from functools import lru_cache
 from typing import Any, Literal, NamedTuple, TypedDict
 
 import torch
@@ -41,7 +41,6 @@ class Scalar(NamedTuple):
         clamped: Whether values below ``low``, and NaN, count as ``low``.
         optional: Whether it may be None, which kernels of formulas receive as NaN.
         special: Values with their own, faster kernels.
-        error: The type of the error for a number out of bounds.
         compared_with: The operand that it is compared with: kernels get it rounded to the operand's
             dtype, as torch does before it compares.
     """
@@ -53,7 +52,6 @@ class Scalar(NamedTuple):
     clamped: bool = False
     optional: bool = False
     special: tuple[float, ...] = ()
-    error: type[Exception] = RuntimeError
     compared_with: str | None = None
 
     @property
@@ -90,19 +88,18 @@ class Choice(NamedTuple):
 
 
 # The numeric options of functions over a vocabulary.
-_option = partial(Scalar, error=ValueError)
 OPTIONS = {
     scalar.name: scalar
     for scalar in (
-        _option("denominator", positive=True, optional=True),
-        _option("softcap", positive=True, optional=True),
-        _option("temperature", positive=True, special=(1.0,)),
+        Scalar("denominator", positive=True, optional=True),
+        Scalar("softcap", positive=True, optional=True),
+        Scalar("temperature", positive=True, special=(1.0,)),
         Scalar("label_smoothing", low=0.0, high=1.0, clamped=True, special=(0.0,)),
-        _option("gamma", low=0.0, special=(0.0,)),
-        _option("z_loss", low=0.0, special=(0.0,)),
-        _option("scale", positive=True, special=(1.0,)),
-        _option("beta", low=0.0, high=1.0, special=(0.0, 1.0)),
-        _option("teacher_softcap", positive=True, optional=True),
+        Scalar("gamma", low=0.0, special=(0.0,)),
+        Scalar("z_loss", low=0.0, special=(0.0,)),
+        Scalar("scale", positive=True, special=(1.0,)),
+        Scalar("beta", low=0.0, high=1.0, special=(0.0, 1.0)),
+        Scalar("teacher_softcap", positive=True, optional=True),
     )
 }
 

@@ -109,7 +109,7 @@ TRIPLET_MARGIN_LOSS = EmbeddingLoss(
         Operand("negative"),
     ),
     numbers=(
-        Scalar("margin", positive=True, error=ValueError),
+        Scalar("margin", positive=True),
         Scalar("p", special=(1.0, 2.0)),
         Scalar("eps"),
     ),

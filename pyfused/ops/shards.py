@@ -210,7 +210,7 @@ def local_shard(op: Any, tensors: Tensors, options: Options, shard: VocabShard) 
     checks.integer("first", first)
     if total is not None:
         checks.integer("classes", total)
-        checks.bounded(Scalar("classes", low=0.0, error=ValueError), total)
+        checks.bounded(Scalar("classes", low=0.0), total)
     elif isinstance(weight := by_name.get("weight"), Tensor):
         total = weight.numel()
     check_local(op, by_name, options, name, dim, total)

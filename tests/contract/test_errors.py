@@ -93,7 +93,7 @@ OWN: Wrong = {
     "log_probs(X, Y, ignore_index=2**70)": "ValueError|ignore_index: expected an int of 64 bits",
     "linear_log_probs(X, W, Y, ignore_index=-2**70)": "ValueError|ignore_index: |got -118059162",
     "linear_kl_div(X, W, X, W, memory_budget=2**63)": "ValueError|memory_budget: expected an int",
-    "sigmoid_focal_loss(P, P, alpha=NAN)": "RuntimeError|alpha: expected a number of at most 1.0",
+    "sigmoid_focal_loss(P, P, alpha=NAN)": "ValueError|alpha: expected a number of at most 1.0",
     "log_probs(X, P[0])": "RuntimeError|target: expected|int64|(4,)|got torch.float32|(5,)",
     "log_probs(X[0, 0], Y[0])": "RuntimeError|logits",
     "log_probs(X.long(), Y)": "RuntimeError|logits|floating dtype",
@@ -125,7 +125,9 @@ OWN: Wrong = {
     'additive_margin(P, Y, kind="sphere")': "ValueError|kind: expected 'cosface' or 'arcface', got",
     "additive_margin(P, P)": "RuntimeError|target: expected class indices|got torch.float32",
     "additive_margin(P, Y[:3])": "ValueError|target: expected class indices|shape (4,)",
-    "rmse_loss(X, X, eps=-1.0)": "RuntimeError|eps: expected",
+    "softcap(X, 0.0)": "ValueError|cap: expected a positive number, got 0.0",
+    "rmse_loss(X, X, eps=-1.0)": "ValueError|eps: expected",
+    "rmse_loss(X, X, weight=1.0)": "TypeError|weight: expected a Tensor, got float",
 }
 
 
