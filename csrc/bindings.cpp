@@ -6,6 +6,7 @@
 
 #include <algorithm>
 #include <array>
+#include <exception>
 #include <iterator>
 #include <optional>
 #include <stdexcept>
@@ -482,6 +483,20 @@ PYBIND11_MODULE(_cpu, m, pybind11::mod_gil_not_used()) {
   m.attr("row_classes") = row_classes();
   m.attr("runtime_file") = runtime_file();
   m.def("runtime_threads", &runtime_threads);
+  m.def("on_one_thread", [](const py::function& function) {
+    py::object result;
+    std::exception_ptr error;
+    auto call = [&] {
+      try {
+        result = function();
+      } catch (...) {
+        error = std::current_exception();
+      }
+    };
+    run_on_one_thread([](void* data) { (*static_cast<decltype(call)*>(data))(); }, &call);
+    if (error) std::rethrow_exception(error);
+    return result;
+  });
   m.def("measure_regions", &measure_regions);
   m.def("measured_regions", [] {
     const Regions regions = measured_regions();

@@ -272,6 +272,16 @@ void run_blocks(int64_t blocks, int threads, Blocks body, const void* data, size
   if (measured) nanoseconds.fetch_add(now() - started, std::memory_order_relaxed);
 }
 
+void run_on_one_thread(void (*body)(void*), void* data) {
+  if (!runtime.parallel || forked) return body(data);
+  auto call = std::pair{body, data};
+  const auto run = [](void* call) {
+    const auto [body, data] = *static_cast<std::pair<void (*)(void*), void*>*>(call);
+    if (runtime.thread_number() == 0) body(data);
+  };
+  runtime.parallel(run, &call, 0, 0);
+}
+
 void measure_regions(bool enabled) {
   measures = enabled;
   regions = nanoseconds = 0;

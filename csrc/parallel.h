@@ -33,6 +33,10 @@ using Blocks = void (*)(const void* data, int64_t first, int64_t end, void* memo
 // because an exception that leaves a parallel region ends the process.
 void run_blocks(int64_t blocks, int threads, Blocks body, const void* data, size_t bytes);
 
+// Calls body(data) on the calling thread, within a parallel region of torch's threads: libraries
+// that use OpenMP, torch among them, run on one thread there. The body must not throw.
+void run_on_one_thread(void (*body)(void*), void* data);
+
 // The fewest elements for another thread, as in torch. Calls that need only one thread wake no
 // other: waking takes as long as processing a few thousand elements, or millions if other processes
 // are busy.

@@ -11,8 +11,8 @@ import operator
 import pkgutil
 import sys
 import weakref
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any, TypeVar
 
 import torch
@@ -101,6 +101,27 @@ def active_mode() -> str | None:
 def has_function_mode() -> bool:
     """Returns whether a function mode is active, other than the mode of a default device."""
     return any(type(_function_mode_at(i)) is not _DefaultDevice for i in range(_function_modes()))
+
+
+@contextmanager
+def default_state() -> Iterator[None]:
+    """Lets CPU operators of this thread run without autocast and modes, with torch's default flags.
+
+    The flags belong to the process, so only those that differ are set.
+    """
+    with ExitStack() as stack:
+        stack.enter_context(torch.autocast("cpu", enabled=False))
+        for guard in (torch._C.DisableTorchFunction, torch._C._DisableTorchDispatch):
+            stack.enter_context(guard())
+        if not torch._C._get_mkldnn_enabled():
+            torch._C._set_mkldnn_enabled(True)
+            stack.callback(torch._C._set_mkldnn_enabled, False)
+        products = "mkldnn", "matmul"
+        precision = torch._C._get_fp32_precision_getter(*products)
+        if precision not in ("none", "ieee"):
+            torch._C._set_fp32_precision_setter(*products, "ieee")
+            stack.callback(torch._C._set_fp32_precision_setter, *products, precision)
+        yield
 
 
 def compiler_traces() -> bool:

@@ -23,6 +23,9 @@ from pyfused.dispatch import reasons, sizes
 
 if device := os.environ.get("PYFUSED_TEST_DEVICE"):
     torch.set_default_device(device)
+# No test depends on what is faster on this processor; child processes read the variable.
+os.environ.setdefault("PYFUSED_HALF_PRODUCTS", "half")
+cpu.HALF_PRODUCTS = os.environ["PYFUSED_HALF_PRODUCTS"]
 # Warnings from threads of Inductor's workers would fail unrelated tests.
 os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 # The compiler's cache keys do not include the tables and kernels that tests replace.

@@ -13,11 +13,11 @@ import math
 import os
 import platform
 import sys
+import threading
 import time
 import timeit
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -38,6 +38,7 @@ from pyfused.layout import (
     loss_shape,
     row_sizes,
 )
+from pyfused.torch_internals import default_state
 from pyfused.types import EmbeddingOptions, Outputs, RowBlock
 
 if TYPE_CHECKING:
@@ -184,46 +185,54 @@ def predicts(logits: Tensor) -> bool:
 
 # ---- matrix products -----------------------------------------------------------------------------
 
-_PRODUCTS = os.environ.get("PYFUSED_HALF_PRODUCTS") or None
-if _PRODUCTS not in (None, "half", "float32"):
-    raise ImportError(f"PYFUSED_HALF_PRODUCTS: expected half or float32, got {_PRODUCTS!r}")
+HALF_PRODUCTS = os.environ.get("PYFUSED_HALF_PRODUCTS") or None  # None: measured
+if HALF_PRODUCTS not in (None, "half", "float32"):
+    raise ImportError(f"PYFUSED_HALF_PRODUCTS: expected half or float32, got {HALF_PRODUCTS!r}")
+_measured: dict[torch.dtype, torch.dtype] = {}
+_lock = threading.RLock()  # held while products are measured
+
+
+def product_dtype(dtype: torch.dtype) -> torch.dtype:
+    if dtype.itemsize > 2 or MISSING or HALF_PRODUCTS == "half":
+        return dtype
+    if HALF_PRODUCTS == "float32":
+        return torch.float32
+    with _lock:
+        if dtype not in _measured:
+            with default_state():
+                _measured[dtype] = native.on_one_thread(partial(_faster_dtype, dtype))
+        return _measured[dtype]
+
+
+def _faster_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Returns float32 if its products take less than half of the time, otherwise the dtype.
+
+    Processors without instructions for the dtype take 2.6 to 250 times as long as in float32, and
+    those that have them 0.2 to 1.7 times. One thread's CPU time hardly depends on other processes:
+    beside three busy ones, a ratio of 2.6 was measured as 2.4 to 2.7. Several threads wait for each
+    other, which was measured as 0.3 to 2.8.
+    """
+    products = []
+    for kind in (dtype, torch.float32):
+        x, weight = (torch.ones(n, 512, dtype=kind, device="cpu") for n in (64, 512))
+        products.append(partial(torch.mm, x, weight.t(), out=x.new_empty(64, 512)))
+    rounds = [[least_seconds(product) for product in products] for _ in range(4)]
+    half, single = map(min, zip(*rounds, strict=True))
+    return torch.float32 if half > 2 * single else dtype
 
 
 def least_seconds(compute: Callable[[], Any]) -> float:
-    """Returns this thread's CPU time for a function, the least of five."""
-    return min(timeit.repeat(compute, timer=time.thread_time, number=1, repeat=5))
+    """Returns this thread's CPU time for a function, the least of two."""
+    return min(timeit.repeat(compute, timer=time.thread_time, number=1, repeat=2))
 
 
-@cache
-def product_dtype(dtype: torch.dtype) -> torch.dtype:
-    if dtype.itemsize > 2 or _PRODUCTS == "half":
-        return dtype
-    if _PRODUCTS == "float32":
-        return torch.float32
-    with ThreadPoolExecutor(1) as executor:  # another thread has no autocast and no modes
-        return dtype if executor.submit(_products_are_fast, dtype).result() else torch.float32
+def _renew_lock() -> None:
+    global _lock
+    _lock = threading.RLock()
 
 
-def _products_are_fast(dtype: torch.dtype) -> bool:
-    """Measures whether products of half precision are faster than in float32, with one thread.
-
-    Processors without instructions for the dtype take 3 to 250 times as long, and some of those
-    that have them 1.4 times. Blocks of float32 logits take longer to convert and to read, which
-    costs a fifth of a product.
-    """
-
-    def seconds(rows: int, dtype: torch.dtype) -> float:
-        x, weight = (torch.ones(n, 512, dtype=dtype, device="cpu") for n in (rows, 1024))
-        return least_seconds(partial(torch.mm, x, weight.t(), out=x.new_empty(rows, 1024)))
-
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        # A slow processor takes milliseconds for the first product, and needs no other.
-        pairs = ((8, 2.0), (128, 1.2))
-        return all(seconds(n, dtype) < most * seconds(n, torch.float32) for n, most in pairs)
-    finally:
-        torch.set_num_threads(threads)  # also the number of threads that start later
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_renew_lock)
 
 
 # A half-precision product is added to a float32 tensor in parts of this many bytes, which stay in
@@ -236,7 +245,7 @@ def add_product(out: Tensor, a: Tensor, b: Tensor, beta: float) -> None:
         torch.addmm(out, a, b, beta=beta, out=out)
         return
     most = max(64, PRODUCT_BYTES // (b.shape[1] * b.element_size() or 1))
-    memory = torch.empty((min(most, out.shape[0]), b.shape[1]), dtype=b.dtype)
+    memory = b.new_empty(min(most, out.shape[0]), b.shape[1])
     for part, factor in zip(out.split(most), a.split(most), strict=True):
         product = torch.mm(factor, b, out=memory[: part.shape[0]])
         part.add_(product) if beta else part.copy_(product)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from pyfused import explain
 from pyfused import functional as fused
+from pyfused.backends import cpu
 from pyfused.ops.chunk_sizes import TILE
 
 N, D, E, C, K = 7, 6, 5, 150, 9
@@ -103,8 +104,11 @@ def test_rounded_log_probabilities(dtype: torch.dtype) -> None:
 
 @pytest.mark.cpu  # GPUs multiply half precision
 @pytest.mark.parametrize("op", OPS[1:])
-def test_weights_of_half_precision_are_converted_in_parts(op: str) -> None:
+def test_weights_of_half_precision_are_converted_in_parts(
+    op: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A float32 copy of all classes would take more memory than the logits of a few rows."""
+    monkeypatch.setattr(cpu, "HALF_PRODUCTS", "float32")
     classes, arguments = 2 * TILE + 100, given(op)
     arguments["linear_weight"] = torch.randn(classes, D).requires_grad_()
     arguments["linear_bias"] = torch.randn(classes).requires_grad_()

@@ -128,11 +128,10 @@ def test_blocks_of_classes_equal_whole_rows(
 
 
 @pytest.mark.cpu
-@pytest.mark.parametrize("is_fast", [True, False])
-def test_products_in_the_faster_dtype(is_fast: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("dtype", ["half", "float32"])
+def test_dtypes_of_products(dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Both are as exact as rounding logits up to 4, and their gradients, to bfloat16 allows."""
-    monkeypatch.setattr(cpu, "_products_are_fast", lambda _: is_fast)
-    monkeypatch.setattr(cpu, "product_dtype", cpu.product_dtype.__wrapped__)
+    monkeypatch.setattr(cpu, "HALF_PRODUCTS", dtype)
     target = torch.randint(0, 1000, (200,))
     tensors = [(torch.randn(n, 64) / 4).bfloat16().requires_grad_() for n in (200, 1000)]
     exact = [x.detach().double().requires_grad_() for x in tensors]
@@ -143,7 +142,7 @@ def test_products_in_the_faster_dtype(is_fast: bool, monkeypatch: pytest.MonkeyP
     for x, y in ((loss, best), *pairs):
         assert (x - y).abs().max() <= 2**-6 * y.abs().max()
     explanation = pyfused.explain("linear_cross_entropy", *tensors, target)
-    assert (explanation.products is torch.float32) is not is_fast
+    assert (explanation.products is torch.float32) is (dtype == "float32")
     assert str(explanation).endswith(f"cpu: products in {explanation.products}")
 
 
@@ -153,7 +152,7 @@ def test_products_in_the_faster_dtype(is_fast: bool, monkeypatch: pytest.MonkeyP
 @pytest.mark.cpu
 def test_the_number_of_logits_per_block(monkeypatch: pytest.MonkeyPatch) -> None:
     """All logits are computed at once if they take no more memory than a block and a sum."""
-    monkeypatch.setattr(cpu, "product_dtype", lambda dtype: dtype)
+    monkeypatch.setattr(cpu, "HALF_PRODUCTS", "half")
 
     def logits(dtype: torch.dtype, rows: int = 3000, **options: Any) -> tuple[int, int]:
         input, head = torch.zeros(rows, 512, dtype=dtype), torch.zeros(4000, 512, dtype=dtype)
