@@ -216,7 +216,7 @@ def _faster_dtype(dtype: torch.dtype) -> torch.dtype:
     for kind in (dtype, torch.float32):
         x, weight = (torch.ones(n, 512, dtype=kind, device="cpu") for n in (64, 512))
         products.append(partial(torch.mm, x, weight.t(), out=x.new_empty(64, 512)))
-    rounds = [[least_seconds(product) for product in products] for _ in range(4)]
+    rounds = [[least_seconds(product) for product in products] for _ in range(5)]
     half, single = map(min, zip(*rounds, strict=True))
     return torch.float32 if half > 2 * single else dtype
 

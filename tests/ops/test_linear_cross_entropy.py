@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -144,6 +145,16 @@ def test_dtypes_of_products(dtype: str, monkeypatch: pytest.MonkeyPatch) -> None
     explanation = pyfused.explain("linear_cross_entropy", *tensors, target)
     assert (explanation.products is torch.float32) is (dtype == "float32")
     assert str(explanation).endswith(f"cpu: products in {explanation.products}")
+
+
+@pytest.mark.cpu
+def test_blocks_of_half_precision_with_a_default_device() -> None:
+    target = torch.randint(0, 1000, (200,))
+    tensors = [torch.randn(n, 64).bfloat16().requires_grad_() for n in (200, 1000)]
+    loss = partial(fused.linear_cross_entropy, *tensors, target, memory_budget=1 << 18)
+    expected = torch.autograd.grad(loss(), tensors)
+    with torch.device("meta"):
+        torch.testing.assert_close(torch.autograd.grad(loss(), tensors), expected)
 
 
 # ---- block sizes ---------------------------------------------------------------------------------
