@@ -19,7 +19,7 @@ from rich.progress import track
 from torch.nn import functional as F
 
 import pyfused.functional
-from pyfused.dispatch.sizes import FEW, NEVER, limits
+from pyfused.dispatch.sizes import ALWAYS, FEW, NEVER, limits
 from pyfused.ops.operators import OPERATORS
 
 Shape = tuple[int, ...]
@@ -154,7 +154,7 @@ def edges(op: str, dtype: torch.dtype) -> Iterator[Case]:
     found = limits(OPERATORS[op], torch.get_num_threads(), dtype)
     for column in ("from_elements", "few_classes", "unreduced"):
         elements = getattr(found, column)
-        if not elements or elements >= NEVER:
+        if elements in (None, ALWAYS, NEVER):
             continue
         if op in (*SOFTMAX, *OF_CLASSES):
             classes = FEW if column == "few_classes" else 1000

@@ -32,7 +32,7 @@ from torch import Tensor
 import pyfused
 import pyfused.functional
 from pyfused.dispatch.operator import Operator
-from pyfused.dispatch.sizes import LOGITS, NEVER, ON_CPU, Limits, _row, limits
+from pyfused.dispatch.sizes import ALWAYS, LOGITS, NEVER, ON_CPU, Limits, _row, limits
 from pyfused.ops.operators import OPERATORS
 
 sys.path += [str(Path(__file__).parents[1] / folder) for folder in ("benchmarks", "examples")]
@@ -175,7 +175,7 @@ def gain() -> Figure:
         limit_of = {cells["op"]: int(cells["limit"]) for cells in shown}
         rows = [report.row_of(cells) for cells in shown]
         for index, (op, limit) in enumerate(limit_of.items()):
-            # A limit of LOGITS is the size of new pages: with `keep`, no kernel runs.
+            # When these figures were measured, torch computed these operators with `keep`.
             if keep and limit == LOGITS:
                 continue
             known = [row for row in rows if row.op == op and row.elements >= limit]
@@ -389,9 +389,8 @@ def _date(machine: str) -> str:
 
 
 def _compared(row: Row) -> list[str]:
-    """Returns the peers of a case, without those with `keep` if torch then computes its calls."""
-    by_mkl = row.op == "tanh" and "Intel" in _newest()[row.op][1]
-    by_torch = by_mkl or _limits(OPERATORS[row.op]).from_elements == LOGITS
+    """Returns the peers of a case, without those with `keep` if torch computed its calls then."""
+    by_torch = _limits(OPERATORS[row.op]).from_elements == LOGITS
     return [peer for peer in row.peers if not (by_torch and peer.endswith(KEEP))]
 
 
@@ -503,7 +502,9 @@ def _ratio(row: Row | None) -> str:
             text += f", {_certain(*row.peers[peer].ratio):.1f} times {name}"
     text += f", for {row.case.removeprefix(row.op).strip()}"
     smallest = limits(OPERATORS[row.op], 2)[0]
-    return f"{text}. Kernels run from {words(smallest)} elements on." if smallest else f"{text}."
+    if smallest > ALWAYS:
+        text += f". Kernels run from {words(smallest)} elements on"
+    return f"{text}."
 
 
 def shown() -> dict[str, list[str]]:
@@ -565,7 +566,7 @@ def all_sizes() -> str:
 
 def _limits(op: Operator) -> Limits:
     """Returns the limits of an operator in float32, with two threads."""
-    return (_row(ON_CPU, op) or Limits(LOGITS)).times(1)
+    return _row(ON_CPU, op) or Limits(LOGITS)
 
 
 def smallest() -> str:
@@ -581,7 +582,7 @@ def smallest() -> str:
 def sizes(*operators: str) -> str:
     """Returns a table of the smallest inputs that run a kernel on CPUs."""
     columns = ["elements", "few classes", "without gradient", "unreduced"]
-    found = {f"`{name}`": _limits(OPERATORS[name])[:4] for name in operators or OPERATORS}
+    found = {f"`{name}`": _limits(OPERATORS[name]) for name in operators or OPERATORS}
     used = [i for i in range(4) if any(row[i] is not None for row in found.values())]
     rows = [[name, *[words(row[i]) for i in used]] for name, row in found.items()]
     return report.tabulated(["operator", *[columns[i] for i in used]], rows, names=1)
@@ -590,7 +591,7 @@ def sizes(*operators: str) -> str:
 def words(limit: int | None) -> str:
     if limit is None:
         return ""
-    return "none" if limit == NEVER else f"{limit:,}" if limit else "any"
+    return {ALWAYS: "any", NEVER: "none"}.get(limit, f"{limit:,}")
 
 
 PEERS = {

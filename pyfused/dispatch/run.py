@@ -180,8 +180,6 @@ def unsupported(
                 return f"{name} has dtype {dtype}"
         if x.requires_grad and not operand.differentiated and requires_grad(x):
             return f"{name} requires grad"
-        if x is not input and not is_traced and x.numel() == 0:
-            return SMALL  # it broadcasts
     return None
 
 

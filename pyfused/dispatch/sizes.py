@@ -17,7 +17,7 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cache, partial
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -25,23 +25,20 @@ from torch import Tensor
 from torch.compiler import is_dynamo_compiling
 from torch.overrides import has_torch_function_unary
 
-from pyfused import backends, memory
+from pyfused import backends
 from pyfused.backends import cpu, without_triton
 from pyfused.dispatch.operator import Operator, Options, Tensors
 from pyfused.dispatch.reasons import SMALL as SMALL_REASON
 from pyfused.dispatch.report import add_traced
-from pyfused.torch_internals import PLAIN, active_mode, has_function_mode
+from pyfused.torch_internals import PLAIN, has_function_mode
 
 FORCED = backends.FORCED  # the backend that runs for all sizes, None by default
 LINEAR = ("linear_cross_entropy", "linear_log_probs", "linear_kl_div", "linear_topk_kl_div")
-ALWAYS, NEVER = 0, sys.maxsize
+ALWAYS, NEVER = 1, sys.maxsize  # an empty call is below all limits
 TINY, SMALL, MEDIUM, LARGE, LOGITS = (1 << n for n in (10, 14, 17, 19, 24))
 # torch divides n elements among at most n / PER_THREAD threads. Until all threads have work, what a
 # kernel saves per call does not grow with n; from there on, it is divided by the threads.
 PER_THREAD = 1 << 15
-# Stands for LOGITS, the size whose memory torch gets from the operating system, or for NEVER if the
-# process keeps freed pages, whoever makes it do so.
-PAGES = -1
 
 
 class Limits(NamedTuple):
@@ -54,36 +51,23 @@ class Limits(NamedTuple):
         without_gradient: For calls without a gradient, where torch's forward pass is faster or
             slower than its backward pass.
         unreduced: For losses that are not reduced, which write one more output.
-        least, most: The smallest and the largest of these; `most` is NEVER if PAGES is one of them.
-        pages: The size that PAGES stands for unless pages are kept, NEVER if it is none of these.
     """
 
     from_elements: int
     few_classes: int | None = None
     without_gradient: int | None = None
     unreduced: int | None = None
-    least: int = 0
-    most: int = 0
-    pages: int = NEVER
 
-    def with_threads(self, threads: int) -> Limits:
-        """Returns the limits for a number of threads, of limits measured with two threads."""
-        factor = max(2, threads) / 2
-        return self._replace(
-            **{
-                name: min(LOGITS, int(x * factor))
-                for name, x in zip(self._fields[:4], self, strict=False)
-                if x is not None and 2 * PER_THREAD < x < LOGITS
-            }
-        )
+    def scaled(self, factor: int, threads: int) -> Limits:
+        """Returns limits measured with two threads for others, times a factor, up to LOGITS."""
 
-    def times(self, factor: int) -> Limits:
-        """Returns the limits multiplied by a factor, with `least`, `most` and `pages`."""
-        columns = zip(self._fields[:4], self, strict=False)
-        pages = factor * LOGITS if PAGES in self[:4] else NEVER
-        scaled = {n: pages if x == PAGES else factor * x for n, x in columns if x is not None}
-        most = max(NEVER if PAGES in self[:4] else 0, *scaled.values())
-        return self._replace(**scaled, least=min(scaled.values()), most=most, pages=pages)
+        def scale(limit: int | None) -> Any:
+            if limit is None or not TINY <= limit < LOGITS:
+                return limit
+            grows = max(2, threads) if limit > 2 * PER_THREAD else 2
+            return min(LOGITS, limit * factor * grows // 2)
+
+        return Limits(*map(scale, self))
 
 
 # The row of a family applies to operators without their own row. VECTOR is in bytes.
@@ -111,30 +95,34 @@ ON_CPU: dict[str, Limits] = {
     "margin_ranking_loss": Limits(SMALL, without_gradient=MEDIUM, unreduced=MEDIUM),
     "poisson_nll_loss": Limits(SMALL, without_gradient=MEDIUM, unreduced=MEDIUM),
     "soft_margin_loss": Limits(SMALL, without_gradient=MEDIUM, unreduced=MEDIUM),
-    "gelu": Limits(PAGES),  # torch calls oneDNN
+    "gelu": Limits(LOGITS, without_gradient=NEVER),  # torch calls oneDNN
     "mish": Limits(SMALL),
     "Activation": Limits(MEDIUM),  # on an Intel Xeon, 0.75 times as fast as torch at 2^14
     "cross_entropy": Limits(MEDIUM, few_classes=SMALL, unreduced=8 * MEDIUM),
     "log_softmax": Limits(LARGE, few_classes=SMALL),
     "logsigmoid": Limits(MEDIUM),
-    "l1_loss": Limits(MEDIUM, unreduced=PAGES),
-    "PointwiseLoss": Limits(MEDIUM, without_gradient=4 * MEDIUM, unreduced=PAGES),
+    "l1_loss": Limits(MEDIUM, unreduced=LOGITS),
+    "smooth_l1_loss": Limits(MEDIUM, without_gradient=4 * MEDIUM, unreduced=NEVER),
+    "PointwiseLoss": Limits(MEDIUM, without_gradient=4 * MEDIUM, unreduced=LOGITS),
     "softmax": Limits(2 * LARGE, few_classes=SMALL),
     "Gated": Limits(LARGE),
     "silu": Limits(2 * LARGE, without_gradient=4 * LARGE),
-    "leaky_relu": Limits(PAGES),
-    "relu": Limits(PAGES),
-    "sigmoid": Limits(PAGES),
-    "nll_loss": Limits(PAGES, without_gradient=NEVER),  # forward reads one element of each row
+    "leaky_relu": Limits(LOGITS),
+    "relu": Limits(LOGITS),
+    "sigmoid": Limits(LOGITS),
+    "tanh": Limits(LOGITS),  # on Intel's processors, torch calls MKL
+    "nll_loss": Limits(LOGITS, without_gradient=NEVER),  # forward reads one element of each row
 }
 # In half precision torch processes the same number of bytes per second, so limits double. For
-# float16 they grow more, because the kernels convert it in a separate step. torch's half-precision
-# softmax and cross-entropy process fewer bytes per second, so their limits do not double.
+# float16 they grow more, because the kernels convert it in a separate step, which takes longer than
+# they gain where torch is limited by memory bandwidth (LOGITS). torch's half-precision softmax,
+# cross-entropy and tanh process fewer bytes per second, so their limits do not double.
 HALVES = {torch.bfloat16: 2, torch.float16: 8}
 ON_CPU_OF_HALVES: dict[str, Limits] = {
     "cross_entropy": Limits(MEDIUM, few_classes=SMALL, unreduced=8 * MEDIUM),
     "log_softmax": Limits(LARGE, few_classes=SMALL),
     "softmax": Limits(LARGE, few_classes=SMALL),
+    "tanh": Limits(2 * MEDIUM),
 }
 
 
@@ -238,30 +226,16 @@ def _limits(op: Operator, where: int | torch.device, dtype: torch.dtype) -> Limi
             max(SMALL, 1 << math.ceil(math.log2(elements / passes)))
             for passes in (PASSES_OF.get(op.name, PASSES), PASSES_OF_FEW)
         )
-        row = _row(ON_GPU, op) or Limits(first, few if op.name == "cross_entropy" else None)
-        return row.times(1)
+        return _row(ON_GPU, op) or Limits(first, few if op.name == "cross_entropy" else None)
     if dtype in HALVES and op.name in ON_CPU_OF_HALVES:
-        return ON_CPU_OF_HALVES[op.name].with_threads(where).times(1)
-    row = _row(ON_CPU, op) or Limits(PAGES)
-    if op.name == "tanh" and dtype not in HALVES and _is_fast_in_torch(op, dtype):
-        row = Limits(PAGES)
+        return ON_CPU_OF_HALVES[op.name].scaled(1, where)
     factor = HALVES.get(dtype, 1)
     if op.is_linear and factor > 1 and cpu.product_dtype(dtype) is torch.float32:
         factor = 1  # products take most of the time, and torch's are slower
-    return row.with_threads(where).times(factor)
-
-
-def _is_fast_in_torch(op: Operator, dtype: torch.dtype) -> bool:
-    """Returns whether torch computes an activation in less than twice the kernel's time.
-
-    It calls MKL for tanh, which takes 0.6 to 0.9 times the kernel's time on some processors, and 4
-    times on others.
-    """
-    if cpu.MISSING or active_mode():
-        return True  # unknown
-    x = torch.linspace(-4, 4, SMALL, dtype=dtype, device="cpu")
-    by_torch, by_kernel = partial(op.torch, x, ()), partial(op.forward, (x,), (), ())
-    return cpu.least_seconds(by_torch) < 2 * cpu.least_seconds(by_kernel)
+    row: Any = _row(ON_CPU, op) or Limits(LOGITS)
+    if dtype is torch.float16:
+        row = Limits(*[NEVER if limit == LOGITS else limit for limit in row])
+    return row.scaled(factor, where)  # type: ignore[no-any-return]
 
 
 def limit_of(op: Any, tensors: Tensors, reduction: str | None, dim: Any, found: Limits) -> int:
@@ -293,8 +267,6 @@ def why_small(op: Operator, tensors: Tensors, options: Options) -> str:
     found = limits(op, _where(input), input.dtype)
     reduction, dim = getattr(options, "reduction", None), getattr(options, "dim", 1)
     limit = limit_of(op, tensors, reduction, dim, found)
-    if limit == found.pages <= op.elements(tensors):
-        return f"{SMALL_REASON}, because the process keeps freed pages"
     if input.is_cpu or found.from_elements == NEVER or not input.numel():
         return SMALL_REASON
     reason = f"{SMALL_REASON}: kernels run from {limit:,} elements"
@@ -309,8 +281,9 @@ def why_small(op: Operator, tensors: Tensors, options: Options) -> str:
 
 def set_least(op: Operator) -> None:
     """Sets `least` to the smallest of an operator's limits, of all devices and dtypes."""
-    on_gpu, on_cpu = _row(ON_GPU, op) or Limits(SMALL), _row(ON_CPU, op) or Limits(PAGES)
-    op.least = on_gpu.times(1).least, on_cpu.times(1).least
+    on_gpu, on_cpu = _row(ON_GPU, op) or Limits(SMALL), _row(ON_CPU, op) or Limits(LOGITS)
+    of_halves = ON_CPU_OF_HALVES.get(op.name, on_cpu)
+    op.least = min(filter(None, on_gpu)), min(filter(None, on_cpu + of_halves))
 
 
 @contextmanager
@@ -387,12 +360,12 @@ def is_small(op: Operator, tensors: Tensors, options: Options) -> bool:
         elif other.is_nested or other.shape != input.shape:
             elements = op.elements(tensors)
             break
-    if elements == 0 or FORCED is not None:
-        return elements == 0
-    if elements < op.least[input.is_cpu]:
-        return True
+    if FORCED is not None:
+        return elements < ALWAYS
     reduction, dim = getattr(options, "reduction", None), getattr(options, "dim", 1)
-    return _is_below_limit(op, elements, tensors, reduction, dim)
+    return elements < op.least[input.is_cpu] or _is_below_limit(
+        op, elements, tensors, reduction, dim
+    )
 
 
 def converted_limit(op: Operator, input: Tensor) -> int:
@@ -404,11 +377,8 @@ def converted_limit(op: Operator, input: Tensor) -> int:
 def _is_below_limit(
     op: Operator, elements: int, tensors: Tensors, reduction: str | None, dim: Any
 ) -> bool:
-    """Returns whether torch is faster for a number of elements."""
+    """Returns whether a number of elements is below the limit of a call; 0 always is."""
     input = tensors[0]
     where = torch.get_num_threads() if input.is_cpu else input.device
     found = op.limits.get((where, input.dtype)) or limits(op, where, input.dtype)
-    if elements < found.least or elements >= found.most:  # the common cases
-        return elements < found.least
-    limit = limit_of(op, tensors, reduction, dim, found)
-    return elements < limit or (limit == found.pages and memory.pages_are_kept())
+    return elements < limit_of(op, tensors, reduction, dim, found)

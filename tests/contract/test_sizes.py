@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import time
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -12,11 +11,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from compare import python_calls
-from torch.utils.flop_counter import FlopCounterMode
 
 import pyfused
 from pyfused import functional as fused
-from pyfused import memory
 from pyfused.backends import DTYPES, cpu
 from pyfused.dispatch import sizes
 from pyfused.dispatch.operator import Operator
@@ -39,10 +36,8 @@ def limits(monkeypatch: pytest.MonkeyPatch) -> None:
     """The columns of a row that are set have another limit."""
 
     def other(op: Operator, *_: Any) -> sizes.Limits:
-        row = sizes._row(sizes.ON_CPU, op) or sizes.Limits(0)
-        return sizes.Limits(*[None if x is None else SECOND for x in row[:4]])._replace(
-            from_elements=FIRST, least=FIRST, most=SECOND
-        )
+        row = sizes._row(sizes.ON_CPU, op) or sizes.Limits(FIRST)
+        return sizes.Limits(FIRST, *[None if x is None else SECOND for x in row[1:]])
 
     monkeypatch.setattr(sizes, "_limits", other)
     for op in OPERATORS.values():
@@ -96,37 +91,23 @@ def test_calls_without_gradients(needs_grad: bool) -> None:
         assert runs_torch("nll_loss", rows, target)
 
 
-def test_tanh_is_the_faster_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The times of tanh are compared, except in a mode, where they differ."""
-    tanh, quick, slow = OPERATORS["tanh"], lambda *_: None, lambda *_: time.sleep(1e-3)
-    for dtype in DTYPES:
-        for of_torch, of_kernel in ((quick, slow), (slow, quick)):
-            monkeypatch.setattr(tanh, "torch", of_torch)
-            monkeypatch.setattr(tanh, "forward", of_kernel)
-            by_torch = of_torch is quick and dtype not in sizes.HALVES
-            limit = compute_limits(tanh, 2, dtype).from_elements
-            assert (limit == sizes.LOGITS) is by_torch
-            with FlopCounterMode(display=False):
-                limit = compute_limits(tanh, 2, dtype).from_elements
-                assert (limit == sizes.LOGITS) is (dtype not in sizes.HALVES)
-
-
 def test_heads_gain_earlier_where_half_precision_is_slow(monkeypatch: pytest.MonkeyPatch) -> None:
     head = OPERATORS["linear_cross_entropy"]
     in_float32 = compute_limits(head, 2, torch.float32)
     for dtype, factor in sizes.HALVES.items():
-        monkeypatch.setattr(cpu, "product_dtype", lambda _: torch.float32)
+        monkeypatch.setattr(cpu, "HALF_PRODUCTS", "float32")
         assert compute_limits(head, 2, dtype) == in_float32
-        monkeypatch.setattr(cpu, "product_dtype", lambda dtype: dtype)
+        monkeypatch.setattr(cpu, "HALF_PRODUCTS", "half")
         assert compute_limits(head, 2, dtype).from_elements == factor * in_float32.from_elements
 
 
 def test_limits_grow_with_threads(threads: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()
-    row = sizes.Limits(sizes.MEDIUM, few_classes=sizes.SMALL, unreduced=sizes.PAGES)
-    assert row.with_threads(1) == row.with_threads(2) == row
-    assert row.with_threads(8) == row._replace(from_elements=4 * sizes.MEDIUM)
-    assert row.with_threads(1 << 10).from_elements == sizes.LOGITS
+    row = sizes.Limits(sizes.MEDIUM, sizes.SMALL, sizes.LOGITS, sizes.NEVER)
+    assert row.scaled(1, threads=1) == row.scaled(1, threads=2) == row
+    assert row.scaled(1, threads=8) == row._replace(from_elements=4 * sizes.MEDIUM)
+    assert row.scaled(2, threads=8)[:2] == (8 * sizes.MEDIUM, 2 * sizes.SMALL)
+    assert row.scaled(8, threads=1 << 10)[:3] == (sizes.LOGITS, 8 * sizes.SMALL, sizes.LOGITS)
     x = torch.zeros(sizes.MEDIUM)
     for number, by_torch in ((2, False), (8, True), (2, False)):
         threads(number)
@@ -134,23 +115,15 @@ def test_limits_grow_with_threads(threads: Any, monkeypatch: pytest.MonkeyPatch)
         assert sizes.left_to_torch(OPERATORS["l1_loss"], (x, x)) is by_torch
 
 
-@pytest.mark.parametrize("kept", [True, False])
-def test_calls_that_ask_for_kept_pages(kept: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_calls_run_kernels_from_each_limit_on(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()
-    asked: list[int] = []
-    monkeypatch.setattr(memory, "pages_are_kept", lambda: bool(asked.append(1)) or kept)
     of_elements = [op for op in OPERATORS.values() if not op.is_linear]
     for op, dtype in itertools.product(of_elements, DTYPES):
-        found = sizes.limits(op, torch.get_num_threads(), dtype)
-        for limit in {limit for limit in found[:4] if limit and limit < sizes.NEVER}:
+        for limit in {*sizes.limits(op, torch.get_num_threads(), dtype)} - {None, sizes.NEVER}:
             monkeypatch.setattr(sizes, "limit_of", lambda *_, limit=limit: limit)
-            for elements in (limit - 1, limit):
-                x = torch.empty(1, dtype=dtype).expand(elements)
-                asks = limit == found.pages <= elements
-                is_small = sizes.is_small(op, (x,) * len(op.all_operands), ())
-                assert is_small is (elements < limit or (asks and kept)), (op.name, dtype)
-                assert asked == [1] * asks, (op.name, dtype)
-                asked.clear()
+            for elements in (0, limit - 1, limit):
+                tensors = (torch.empty(1, dtype=dtype).expand(elements),) * len(op.all_operands)
+                assert sizes.is_small(op, tensors, ()) is (elements < limit), (op.name, dtype)
 
 
 @pytest.mark.cpu
@@ -159,10 +132,9 @@ def test_calls_that_ask_for_kept_pages(kept: bool, monkeypatch: pytest.MonkeyPat
 )
 def test_first_lines_agree_with_dispatch(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()
-    monkeypatch.setattr(memory, "pages_are_kept", lambda: False)
     op = OPERATORS[name]
     for n, dtype, grad, reduction in itertools.product(
-        [1 << k for k in range(4, 26)], DTYPES, (False, True), ("none", "mean")
+        [0, *[1 << k for k in range(4, 26)]], DTYPES, (False, True), ("none", "mean")
     ):
         for shape in ((n // 8, 8), (max(1, n // 128), 128), (128, max(1, n // 128))):
             x = torch.empty_strided(shape, (0, int(shape[0] != 128)), dtype=dtype)

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import copy
 import io
+import itertools
 import pickle
+from dataclasses import replace
 from typing import Any
 
 import catalogue
@@ -24,6 +26,7 @@ from torch_reference import parameters
 
 import pyfused
 from pyfused import nn
+from pyfused.backends import cpu
 from pyfused.ops.distillation import Divergence
 from pyfused.ops.operators import COSINE_EMBEDDING_LOSS as COSINE
 from pyfused.ops.operators import LINEAR_CROSS_ENTROPY, LINEAR_LOG_PROBS, LINEAR_TOPK_KL_DIV
@@ -55,8 +58,27 @@ def test_values_and_gradients(example: Example, dtype: Any, kernel_calls: Kernel
 HEADS = [e for e in TRIED.values() if e.op.is_linear and "loss_dtype" not in e.options]
 
 
-@grid(example=HEADS, dtype=FLOATS, shape=[(4, 70)] if interpreter.ON else [(40, 70), (50, 1100)])
-def test_accuracy_of_heads(example: Example, dtype: torch.dtype, shape: tuple[int, int]) -> None:
+@grid(
+    example=HEADS,
+    dtype=FLOATS,
+    shape=[(4, 70)] if interpreter.ON else [(40, 70), (50, 1100)],
+    half_products=["half", "float32"],
+    number=[1, 3],
+    isa=ISAS,
+)
+def test_accuracy_of_heads(
+    example: Example,
+    dtype: torch.dtype,
+    shape: tuple[int, int],
+    half_products: str,
+    number: int,
+    isa: str,
+    threads: Any,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Draws each answer of what is measured or chosen for a machine."""
+    monkeypatch.setattr(cpu, "HALF_PRODUCTS", half_products)
+    threads(number)
     call, errors = example.call(dtype, shape), Errors()
     exact = run(converted(call, torch.float64), catalogue.reference)
     results = zip(run(call, ours), run(call, catalogue.reference), exact, strict=True)
@@ -67,13 +89,20 @@ def test_accuracy_of_heads(example: Example, dtype: torch.dtype, shape: tuple[in
 
 
 @every_example
-@pytest.mark.parametrize("shape", [(0, 5), (0, 5, 2)], ids=str)
-def test_no_elements(example: Example, shape: tuple[int, ...]) -> None:
-    """Values and gradients of empty inputs equal torch's."""
+@pytest.mark.parametrize("shape", [(0, 5), (5, 0), (0, 5, 2)], ids=str)
+@pytest.mark.parametrize("_", [pytest.param("by_size", marks=pytest.mark.thresholds), "forced"])
+def test_no_elements(example: Example, shape: tuple[int, ...], _: str) -> None:
+    """Values and gradients of empty inputs equal torch's, also if two operands are one object."""
     call = example.call(shape=shape)
+    same = [{y: call.given[x]} for x, y in itertools.permutations(call.tensors, 2)]
+    for changed in ({}, *same):
+        check_empty(replace(call, given=call.given | changed))
+
+
+def check_empty(call: Call) -> None:
     try:
         expected = natively(call)
-    except ERRORS:  # not supported for these dimensions
+    except ERRORS:  # not supported for these shapes or dtypes
         with pytest.raises(ERRORS):
             run(call, ours)
     else:
