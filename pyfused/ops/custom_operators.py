@@ -114,8 +114,7 @@ class CustomOperator:
         if define:
             return self.op.define(saved, options, needs, grad_output)  # type: ignore[no-any-return]
         if not tensors[0].numel():  # a number of rows that was unknown while tracing
-            pairs = zip(values, needs, strict=False)
-            return tuple([torch.zeros_like(x) if need else None for x, need in pairs])
+            return _zeros(values, needs)
         return self.op.backward(saved, options, needs, grad_output)  # type: ignore[no-any-return]
 
     # ---- kernels, and the layouts of their results -----------------------------------------------
@@ -124,19 +123,17 @@ class CustomOperator:
         op, needs = self.op, values[-1]
         tensors, options = self.arranged(values)
         saved = tensors
-        gradients: Gradients = ()
         if tensors[0].numel():
             result, saved, gradients = op.forward(tensors, options, needs)
             result = result[0] if isinstance(result, tuple) else result
+            if any(needs) and not gradients:
+                gradients = op.backward(saved, options, needs, result.new_ones(()))
         else:
             result = op.defined(tensors, options).to(op.fake(tensors, options)[0].dtype)
-        if len(saved) > len(tensors):
-            state = saved[len(tensors)]
-        else:
+            gradients = _zeros(values, needs)
+        state, *_ = *saved[len(tensors) :], None
+        if state is None:
             state = op.fake(*self.call_of(values))[1].zero_()
-        if any(needs) and not gradients:
-            ones = result.new_ones(())
-            gradients = self.gradients((*values[:-1], state), needs, ones, define=False)
         # The dtype of the finished result depends on autocast, so the caller finishes it.
         return result, *self.dense_gradients(gradients, values), state
 
@@ -194,6 +191,12 @@ class CustomOperator:
         pairs = zip(gradients, needs, strict=False)
         gradients = [gradient if need else None for gradient, need in pairs]
         return *gradients, *[None] * (count - len(gradients))
+
+
+def _zeros(values: Sequence[Any], needs: Sequence[bool]) -> Gradients:
+    """Returns gradients of 0 for the first values."""
+    pairs = zip(values, needs, strict=False)
+    return tuple([torch.zeros_like(x) if need else None for x, need in pairs])
 
 
 def _empty_dense(tensor: Tensor) -> Tensor:

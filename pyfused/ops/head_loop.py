@@ -187,6 +187,8 @@ class Sums:
     def gradients(self) -> Gradients:
         """Returns the gradients in the dtypes of the input, the weight and the bias."""
         self.part = None
+        if self.counts is not None and self.input is not None:  # the weight may have a NaN
+            self.input.masked_fill_(~self.counts.unsqueeze(-1), 0)
         for name, like in zip(Layer._fields, self.layer, strict=True):
             gradient = getattr(self, name)
             if gradient is None or like is None:
@@ -244,13 +246,13 @@ def multiply(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> Non
         torch.addmm(bias, x, weight.t(), out=out)
 
 
-def memory_of(logits: Tensor) -> Tensor | None:
-    """Returns the memory of a block of all classes, with its padding, which `HeadLoop.run` takes.
+def hooks_are_active() -> bool:
+    """Returns whether hooks for saved tensors are active: what they return is not overwritten."""
+    return saved_tensors_hooks(True) is not None
 
-    Returns None if hooks for saved tensors are active, as it must not overwrite what they return.
-    """
-    if saved_tensors_hooks(True) is not None:
-        return None
+
+def memory_of(logits: Tensor) -> Tensor:
+    """Returns the memory of a block of all classes, with its padding, for `HeadLoop.run`."""
     return logits.as_strided((logits.shape[0] * logits.stride(0),), (1,))
 
 

@@ -16,7 +16,7 @@ from pyfused.backends import backend_of
 from pyfused.dispatch.operator import Needs, Options, Tensors
 from pyfused.layout import accumulate_dtype
 from pyfused.ops.elementwise import SOFTCAP
-from pyfused.ops.head_loop import HeadLoop, Layer, memory_of
+from pyfused.ops.head_loop import HeadLoop, Layer, hooks_are_active, memory_of
 from pyfused.ops.rows import RowOperator
 from pyfused.types import Gradients, Outputs
 
@@ -51,16 +51,17 @@ class HeadBlocks:
         needs: Needs,
         grad_output: Tensor | None = None,
         logits: Tensor | None = None,
-        keeps_logits: bool = False,
+        keeps: bool = False,
     ) -> tuple[Any, ...]:
-        """Returns the loss, the gradients, the states of all rows for metrics, and kept logits.
+        """Returns the loss, the gradients, the states of all rows for metrics, and a kept block.
 
         Args:
             needs: Whether each of the first tensors needs a gradient; () to compute none.
             grad_output: The gradient of the result in the backward pass, None in the forward pass.
             logits: The logits that the forward pass has kept, or None.
-            keeps_logits: Whether to keep logits for the backward pass, if there is one block and
-                it takes no more memory than the weight.
+            keeps: Whether to keep a block for the backward pass, if it is the only one and takes
+                no more memory than the weight: the logits, or if gradients are needed, the gradient
+                of the logits instead of the gradients of the layer.
         """
         loss, rows, options = self.op.loss, self.rows, self.options
         is_mean, unreduced = options.reduction == "mean", options.reduction == "none"
@@ -84,13 +85,12 @@ class HeadBlocks:
             options = options._replace(reduction="sum", denominator=None)
         kept: Tensor | None = None
         n, features = input.shape
-        keeps_logits = keeps_logits and n <= self.size.rows and n <= features
+        keeps = keeps and n <= min(self.size.rows, features) and not hooks_are_active()
         results = list[Any]()
         sliced = row_operands if self.size.rows < input.shape[0] else []
 
         def step(logits: Tensor, block: slice, _: slice) -> Tensor | None:
             nonlocal kept
-            kept = memory_of(logits) if keeps_logits else None
             part, grad = [*operands], grad_output
             for i in sliced:
                 part[i] = None if part[i] is None else part[i][block]
@@ -100,11 +100,31 @@ class HeadBlocks:
             results.append((block_loss, grad_target, state))
             if gradient is not None and rows.counts is not None and options.softcap is not None:
                 gradient.masked_fill_(~rows.counts[block].unsqueeze(-1), 0)  # 0 times NaN is NaN
-            return gradient  # type: ignore[no-any-return]
+            if not keeps:
+                return gradient  # type: ignore[no-any-return]
+            if gradient is not None and gradient.data_ptr() != logits.data_ptr():
+                logits.copy_(gradient)
+            kept = memory_of(logits)
+            return None
 
         layer = Layer(input, weight, bias)
         sums = self.loop.run(layer, step, counts=rows.counts, logits=logits)
-        return *self.collected(results, sums, divisor, len(needs)), kept
+        return *self.collected(results, sums, divisor, 0 if keeps else len(needs)), kept
+
+    def gradients(self, needs: Needs, kept: Tensor, grad_output: Tensor) -> Gradients:
+        """Returns the gradients of a reduced loss whose logits' gradient the forward pass kept."""
+        is_scaled = False
+
+        def step(gradient: Tensor, *_: slice) -> Tensor:
+            nonlocal is_scaled
+            is_scaled = self.loop.backend.scale_(memory_of(gradient), grad_output)
+            return gradient
+
+        layer = Layer(*self.tensors[:3])
+        sums = self.loop.run(layer, step, counts=self.rows.counts, logits=kept)
+        if not is_scaled:  # grad_output is infinite or NaN
+            return self.compute(needs, grad_output)[1]  # type: ignore[no-any-return]
+        return self.collected([(None,) * 3], sums, None, len(needs))[1]
 
     def collected(
         self, results: Sequence[Any], gradients: Gradients, divisor: Any, count: int

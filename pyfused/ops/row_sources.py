@@ -16,7 +16,7 @@ from torch import Tensor
 
 from pyfused.backends import backend_of
 from pyfused.layout import feature_rows
-from pyfused.ops.head_loop import HeadLoop, Layer, memory_of, rows_that_count
+from pyfused.ops.head_loop import HeadLoop, Layer, hooks_are_active, memory_of, rows_that_count
 from pyfused.types import STATE_FIELDS, ClassRange, Gradients, RowBlock, RowOptions
 
 # The state, of shape (fields, *target.shape); its first fields in the accumulation dtype, or None;
@@ -131,6 +131,7 @@ class HeadRows:
     def state(self, fields: int, _results: int, keeps_logits: bool) -> RowState:
         all_classes, backend = self.layer.weight.shape[0], self.loop.backend
         state = self.target.new_empty((fields, self.target.shape[0]), dtype=torch.float64)
+        keeps_logits = keeps_logits and not hooks_are_active()
         saved: Tensor | None = None
 
         def step(logits: Tensor, rows: slice, classes: slice) -> None:

@@ -103,9 +103,10 @@ class RowLoss:
 class RowOperator(Operator):
     """An operator of rows of logits, which may be the output of a linear layer.
 
-    The forward pass computes the gradients of a reduced loss if it has all classes of a row.
-    Otherwise the backward pass recomputes the logits. It also does so for float16, because
-    gradients would underflow without grad_output.
+    The forward pass computes the gradients of a reduced loss if it has all classes of a row. If a
+    layer has fewer rows than features, it keeps the gradient of the logits, which is smaller than
+    that of the weight. Otherwise the backward pass recomputes the logits. It also does so for
+    float16, because gradients would underflow without grad_output.
 
     Attributes:
         loss: Computes the result and its gradients, from states of rows, as
@@ -250,11 +251,12 @@ class RowOperator(Operator):
             # With metrics, the forward pass also has rows of weight 0.
             keeps = shard is not None and not (options.with_metrics and tensors[-2] is not None)
             return self.state_forward(tensors, options, needs, shard, keeps_logits=keeps)
-        in_forward = gradients_in_forward(options.reduction, self.input_dtype(tensors))
-        needed = needs if in_forward and True in needs else ()
-        keeps = self.loss.keeps_logits and True in needs and not in_forward
-        loss, gradients, state, logits = blocks.compute(needed, keeps_logits=keeps)
-        saved = tensors if state is logits is None else (*tensors, state, logits)
+        keeps = self.loss.keeps_logits and True in needs
+        needed: Needs = ()
+        if True in needs and gradients_in_forward(options.reduction, self.input_dtype(tensors)):
+            needed, keeps = needs, needs[1] and True not in needs[3:]
+        loss, gradients, state, kept = blocks.compute(needed, keeps=keeps)
+        saved = tensors if state is kept is None else (*tensors, state, kept)
         return loss if state is None else (loss, state), saved, gradients
 
     def state_forward(
@@ -289,12 +291,15 @@ class RowOperator(Operator):
         self, saved: Tensors, options: Options, needs: Needs, grad_output: Tensor, shard: Any = None
     ) -> Gradients:
         count = len(self.all_operands)
-        tensors, (state, logits) = saved[:count], (*saved[count:], None, None)[:2]
+        tensors, (state, kept) = saved[:count], (*saved[count:], None, None)[:2]
         if blocks := self.blocks(tensors, options, needs, shard):
-            return blocks.compute(needs, grad_output, logits)[1]  # type: ignore[no-any-return]
+            in_forward = gradients_in_forward(options.reduction, self.input_dtype(tensors))
+            if in_forward and kept is not None:
+                return blocks.gradients(needs, kept, grad_output)  # type: ignore[no-any-return]
+            return blocks.compute(needs, grad_output, kept)[1]  # type: ignore[no-any-return]
         source = self.source(saved, options, needs, shard)
         call = tensors, options, source.classes.total, grad_output
-        gradients = source.gradients(state, self.loss.grad_results(state, *call), logits)
+        gradients = source.gradients(state, self.loss.grad_results(state, *call), kept)
         return *gradients, *[None] * (len(needs) - len(gradients))
 
     # ---- definitions -----------------------------------------------------------------------------

@@ -36,6 +36,7 @@ def test_no_unnecessary_matrix_products(function: Any, wanted: str | None, count
     tensors = {name: torch.randn(shape) for name, shape in shapes.items()}
     target, rows = torch.randint(70, (90,)), 90 if backend.ASYNCHRONOUS else count or 1
     target[: 90 - count] = -100
+    tensors["head"][0, 0] = math.nan  # also where all rows are ignored
     if wanted:
         tensors[wanted].requires_grad_()
     input, head, bias = tensors.values()
@@ -45,26 +46,48 @@ def test_no_unnecessary_matrix_products(function: Any, wanted: str | None, count
             getattr(result, "log_probability", result).sum().backward()
     gradient = {"input": [(rows, 70, 6)], "head": [(70, rows, 6)]}
     assert found == [(rows, 6, 70), *gradient.get(str(wanted), [])]
+    assert input.grad is None or not input.grad[: 90 - count].any()
 
 
 @pytest.mark.parametrize("rows", [12, 6])
+@pytest.mark.parametrize("reduction", ["none", "mean"])
 @pytest.mark.parametrize("options", [{}, {"softcap": 2.0}, {"token_weight": 0.5}])
-def test_logits_no_larger_than_the_weight_are_kept(rows: int, options: dict[str, Any]) -> None:
-    """Unreduced losses compute their gradients in backward, which may run twice."""
+def test_logits_no_larger_than_the_weight_are_kept(
+    rows: int, reduction: str, options: dict[str, Any]
+) -> None:
+    """Unreduced losses keep the logits, and others their gradient. Backward may run twice."""
     input, head = (torch.randn(n, 6, requires_grad=True) for n in (rows, 70))
-    leaves, grad, target = (input, head), torch.rand(rows), torch.randint(0, 70, (rows,))
+    leaves, target = (input, head), torch.randint(0, 70, (rows,))
+    grad = torch.rand(rows if reduction == "none" else ())
+    options = options | {"reduction": reduction}
     if "token_weight" in options:
-        options = {"token_weight": torch.full((rows,), 0.5)}
-    best = fused.cross_entropy(input @ head.t(), target, reduction="none", **options)
-    expected = torch.autograd.grad(best, leaves, grad)
-    with products() as found:
-        loss = fused.linear_cross_entropy(*leaves, target, reduction="none", **options)
-        first = torch.autograd.grad(loss, leaves, grad, retain_graph=True)
-    assert len(found) == (3 if rows == 6 else 4)
+        options["token_weight"] = torch.full((rows,), 0.5)
+    best = fused.cross_entropy(input @ head.t(), target, **options)
+    with products() as forward:
+        loss = fused.linear_cross_entropy(*leaves, target, **options)
+    with products() as backward:
+        torch.autograd.grad(loss, leaves, grad, retain_graph=True)
+    expected_counts = (1, 2) if rows == 6 else {"none": (1, 3), "mean": (3, 0)}[reduction]
+    assert (len(forward), len(backward)) == expected_counts
     with torch.autograd.graph.save_on_cpu():
-        hooked = fused.linear_cross_entropy(*leaves, target, reduction="none", **options)
-    for got in (first, *(torch.autograd.grad(x, leaves, grad) for x in (loss, hooked))):
-        torch.testing.assert_close(got, expected)
+        hooked = fused.linear_cross_entropy(*leaves, target, **options)
+    for factor, retain_graph in ((1, True), (math.inf, True), (1, False)):
+        expected, *others = (
+            torch.autograd.grad(x, leaves, factor * grad, retain_graph=retain_graph)
+            for x in (best, loss, hooked)
+        )
+        for got in others:
+            torch.testing.assert_close(got, expected, equal_nan=True)
+
+
+@pytest.mark.parametrize("wanted", [0, 1])
+def test_gradients_of_few_rows_are_no_larger_than_needed(wanted: int) -> None:
+    """A loss of few rows keeps the gradient of its logits only if the weight needs one."""
+    leaves = torch.randn(4, 6), torch.randn(70, 6)
+    leaves[wanted].requires_grad_()
+    kept = fused.linear_cross_entropy(*leaves, torch.arange(4)).grad_fn
+    sizes = [x.numel() for x in kept.saved_tensors]
+    assert (4 * 70 in sizes) == wanted
 
 
 @pytest.mark.parametrize("classes", [2, 40], ids=["rows", "blocks"])
