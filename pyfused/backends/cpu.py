@@ -585,9 +585,11 @@ def _native_program(program: Program) -> Callable[..., None]:
     return kernel
 
 
-def activation(formula: Kernel, input: Tensor, options: Options) -> Tensor:
+def activation(
+    formula: Kernel, input: Tensor, options: Options, out: Tensor | None = None
+) -> Tensor:
     strides: Sequence[Sequence[int]] = ()
-    output = torch.empty_like(input)
+    output = torch.empty_like(input) if out is None else out
     if not input.is_contiguous() and input.stride() != output.stride():
         strides = _strides(output, [input])
     pointers = input.data_ptr(), output.data_ptr()
@@ -597,10 +599,11 @@ def activation(formula: Kernel, input: Tensor, options: Options) -> Tensor:
 
 
 def activation_backward(
-    formula: Kernel, grad_output: Tensor, saved: Tensor, options: Options
+    formula: Kernel, grad_output: Tensor, saved: Tensor, options: Options, out: Tensor | None = None
 ) -> Tensor:
     strides: Sequence[Sequence[int]] = ()
-    grad_input = (torch.empty_like if saved.nbytes < RECYCLED_BYTES else empty_like)(saved)
+    like = torch.empty_like if saved.nbytes < RECYCLED_BYTES else empty_like
+    grad_input = like(saved) if out is None else out
     order, step = grad_input.stride(), 1 if any(grad_output.stride()) else 0
     if saved.stride() != order or (step and grad_output.stride() != order):
         strides = _strides(grad_input, [grad_output, saved])

@@ -196,20 +196,29 @@ class Backend(Protocol):
     ) -> Tensor:
         """Computes the gradient of the input of ``softmax``."""
 
-    def activation(self, formula: Kernel, input: Tensor, options: Options) -> Tensor:
+    def activation(
+        self, formula: Kernel, input: Tensor, options: Options, out: Tensor | None = None
+    ) -> Tensor:
         """Computes an activation, in the input's layout.
 
         Args:
             options: The parameters of the formula first, at most three.
+            out: The memory of the result, of the same layout, which may be the input.
         """
 
     def activation_backward(
-        self, formula: Kernel, grad_output: Tensor, saved: Tensor, options: Options
+        self,
+        formula: Kernel,
+        grad_output: Tensor,
+        saved: Tensor,
+        options: Options,
+        out: Tensor | None = None,
     ) -> Tensor:
         """Computes the gradient of an activation's input.
 
         Args:
             saved: The output or the input.
+            out: The memory of the result, of the same layout, which may be ``saved``.
         """
 
     def scale_(self, gradient: Tensor, factor: Tensor) -> bool:

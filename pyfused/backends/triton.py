@@ -524,17 +524,19 @@ def _new_elementwise_kernel(program: Program, itemsize: int, each: bool) -> Laun
     return Launch(elementwise_kernel, choose(itemsize), **constants)
 
 
-def activation(formula: Kernel, input: Tensor, options: Options) -> Tensor:
-    output = torch.empty_like(input)
+def activation(
+    formula: Kernel, input: Tensor, options: Options, out: Tensor | None = None
+) -> Tensor:
+    output = torch.empty_like(input) if out is None else out
     _run_activation(formula, 0, [input], output, options)
     return output
 
 
 def activation_backward(
-    formula: Kernel, grad_output: Tensor, saved: Tensor, options: Options
+    formula: Kernel, grad_output: Tensor, saved: Tensor, options: Options, out: Tensor | None = None
 ) -> Tensor:
     saved = dense_operand([saved])
-    grad_input = torch.empty_like(saved)
+    grad_input = torch.empty_like(saved) if out is None else out
     _run_activation(formula, 1, [grad_output, saved], grad_input, options)
     return grad_input
 

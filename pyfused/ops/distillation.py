@@ -185,26 +185,29 @@ class DivergenceLoss(RowLoss):
         dtype = backend_of(tensors[3]).product_dtype(tensors[3].dtype)
         return (1 if options.teacher_softcap is None else 3) * dtype.itemsize
 
-    def prepared(self, tensors: Tensors, rows: int) -> Tensors:
+    def prepared(self, tensors: Tensors, options: Options, rows: int) -> Tensors:
         """Replaces the denominator by the memory of a block of the teacher's logits.
 
-        glibc before 2.39 would not reuse the memory of one block for the next.
+        With a softcap, the memory of a block of the student's capped logits follows. glibc before
+        2.39 would not reuse the memory of one block for the next.
         """
         input, *student, teacher_input, weight, bias, token_weight, _ = tensors
         dtype = backend_of(input).product_dtype(teacher_input.dtype)
         teacher = Layer(teacher_input.to(dtype), weight, bias)
         teacher_layer = teacher.input, *prepared(teacher, slice(None), dtype)
-        memory = backend_of(input).empty((rows * weight.shape[0],), dtype, input)
-        return _masked(input, token_weight), *student, *teacher_layer, token_weight, memory
+        dtypes = [dtype] if options.softcap is None else [dtype, accumulate_dtype(input.dtype)]
+        shape, empty = (rows * weight.shape[0],), backend_of(input).empty
+        memory = [empty(shape, each, input) for each in dtypes]
+        return _masked(input, token_weight), *student, *teacher_layer, token_weight, *memory
 
     def block(
         self, logits: Tensor, inputs: Tensors, grad_output: Any, options: Options, outputs: Outputs
     ) -> BlockResult:
-        input, weight, bias, token_weight, memory = inputs
-        teacher_logits = memory[: logits.numel()].view(logits.shape)
+        input, weight, bias, token_weight, *memory = inputs
+        teacher_logits, *others = [x[: logits.numel()].view(logits.shape) for x in memory]
         multiply(input, weight, bias, teacher_logits)
         tensors = logits, teacher_logits, token_weight, None
-        loss, (gradient,) = divergence_kernel(tensors, options, outputs, grad_output)
+        loss, (gradient,) = divergence_kernel(tensors, options, outputs, grad_output, *others)
         return loss, (gradient, None), None
 
 
@@ -223,7 +226,7 @@ class TopKLoss(DivergenceLoss):
     def bytes_per_logit(self, _tensors: Tensors, _options: Options) -> int:
         return 0
 
-    def prepared(self, tensors: Tensors, _rows: int) -> Tensors:
+    def prepared(self, tensors: Tensors, _options: Options, _rows: int) -> Tensors:
         input, weight, bias, indices, log_probs, token_weight, denominator = tensors
         invalid = self.check(tensors)
         if backend_of(input).ASYNCHRONOUS:  # raising would synchronise, so the row's loss is NaN
@@ -291,21 +294,28 @@ def divergence_kernel(
     options: DivergenceOptions,
     outputs: Outputs,
     grad_output: Tensor | None = None,
+    capped_memory: Tensor | None = None,
 ) -> LossResult:
-    """Computes the divergence of logits, which may have softcaps and two dtypes."""
+    """Computes the divergence of logits, which may have softcaps and two dtypes.
+
+    Args:
+        capped_memory: Memory for the capped logits of the student, or None to allocate it.
+    """
     logits, teacher_logits, token_weight, *others = tensors
     backend, dtype, softcap = backend_of(logits), logits.dtype, options.softcap
     if softcap is None is options.teacher_softcap and dtype is teacher_logits.dtype:
         return backend.kl_div_with_logits(tensors, options, outputs, grad_output)
-    student, saved = capped(logits, softcap)
-    teacher, _ = capped(teacher_logits, options.teacher_softcap)
+    inplace, (student, saved) = outputs.inplace, capped(logits, softcap, out=capped_memory)
+    out = teacher_logits if inplace else None
+    teacher, _ = capped(teacher_logits, options.teacher_softcap, out=out)
     common = torch.promote_types(student.dtype, teacher.dtype)
-    outputs = outputs._replace(inplace=outputs.inplace or student is not logits)
+    outputs = outputs._replace(inplace=inplace or student is not logits)
     inputs = student.to(common), teacher.to(common), token_weight, *others
     loss, gradients = backend.kl_div_with_logits(inputs, options, outputs, grad_output)
     loss, (gradient,) = None if loss is None else loss.to(accumulate_dtype(dtype)), gradients
     if gradient is not None:
-        gradient = cap_backward(gradient.to(student.dtype), saved, softcap).to(dtype)
+        gradient = cap_backward(gradient.to(student.dtype), saved, softcap, inplace)
+        gradient = gradient.to(dtype)
         if softcap is not None and token_weight is not None:  # NaN times 0 is NaN
             gradient.masked_fill_((token_weight == 0).unsqueeze(-1), 0)
     return loss, (gradient,)

@@ -68,7 +68,7 @@ class HeadBlocks:
         block_needs = (any(needs[:3]), *needs[3:]) if needs else ()
         outputs, divisor = Outputs(grad_output is None, block_needs, True), None
         rows_at_once = min(self.size.rows, len(self.tensors[0]))
-        input, weight, bias, *operands = loss.prepared(self.tensors, rows_at_once)
+        input, weight, bias, *operands = loss.prepared(self.tensors, options, rows_at_once)
         if unreduced and rows.indices is not None:
             grad_output = rows.take(grad_output)
         if is_mean:
@@ -158,23 +158,34 @@ def joined(parts: Sequence[Any], unreduced: bool) -> Tensor | None:
 # ---- capped logits -------------------------------------------------------------------------------
 
 
-def capped(logits: Tensor, softcap: float | None, rounds: bool = False) -> tuple[Tensor, Tensor]:
+def capped(
+    logits: Tensor, softcap: float | None, rounds: bool = False, out: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Returns softcap * tanh(logits / softcap), and the tensor that `cap_backward` takes.
 
     Without a softcap, both are the logits.
 
     Args:
         rounds: Whether the result has the logits' dtype rather than the accumulation dtype.
+        out: Memory of the logits' shape, for a result of its dtype.
     """
     if softcap is None:
         return logits, logits
     wide = logits if rounds else logits.to(accumulate_dtype(logits.dtype))
-    return backend_of(wide).activation(SOFTCAP.kernels["softcap"], wide, (softcap,)), wide
+    if out is not None and out.dtype is not wide.dtype:
+        out = None
+    return backend_of(wide).activation(SOFTCAP.kernels["softcap"], wide, (softcap,), out), wide
 
 
-def cap_backward(gradient: Tensor, saved: Tensor, softcap: float | None) -> Tensor:
-    """Returns the gradient of the logits, given the gradient of `capped`."""
+def cap_backward(
+    gradient: Tensor, saved: Tensor, softcap: float | None, inplace: bool = False
+) -> Tensor:
+    """Returns the gradient of the logits, given the gradient of `capped`.
+
+    Args:
+        inplace: Whether the result may overwrite the saved tensor.
+    """
     if softcap is None:
         return gradient
-    kernel = SOFTCAP.kernels["softcap"]
-    return backend_of(saved).activation_backward(kernel, gradient, saved, (softcap,))
+    kernel, out = SOFTCAP.kernels["softcap"], saved if inplace and saved.is_contiguous() else None
+    return backend_of(saved).activation_backward(kernel, gradient, saved, (softcap,), out)

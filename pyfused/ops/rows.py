@@ -68,7 +68,7 @@ class RowLoss:
             return ALL_ROWS
         return rows_that_count(token_weight != 0, backend_of(token_weight))
 
-    def prepared(self, tensors: Tensors, _rows: int) -> Tensors:
+    def prepared(self, tensors: Tensors, _options: Options, _rows: int) -> Tensors:
         """Returns the tensors of the rows to compute in the form that blocks of rows take."""
         return tensors
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Any
 
 import pytest
@@ -85,6 +86,23 @@ def test_a_teacher_is_a_constant_by_default(op: str, kernel_calls: KernelCalls) 
 
 
 # ---- a teacher's top k ---------------------------------------------------------------------------
+
+
+@pytest.mark.cpu
+def test_blocks_of_capped_logits_share_their_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A block needs the logits of student and teacher, and the student's capped logits."""
+    results: list[Tensor] = []  # keeps their memory from being used again
+
+    def record(function: Any, *args: Any) -> Tensor:
+        results.append(function(*args))
+        return results[-1]
+
+    for name in ("activation", "activation_backward"):
+        monkeypatch.setattr(cpu, name, partial(record, getattr(cpu, name)))
+    options = {"softcap": 3.0, "teacher_softcap": 3.0, "memory_budget": 8 * C}
+    fused.linear_kl_div(**given("linear_kl_div"), **options).backward()
+    assert len(results) > 9
+    assert len({x.data_ptr() for x in results}) == 3
 
 
 @pytest.mark.cpu
