@@ -501,6 +501,19 @@ def test_one_loss_of_each_row(losses: list[Tensor]) -> None:
     assert len(losses) == 2
 
 
+@pytest.mark.filterwarnings("ignore:pyfused.convert")
+@pytest.mark.parametrize("budget", [None, 1 << 20])
+def test_several_losses_of_few_rows(budget: int | None, losses: list[Tensor]) -> None:
+    """The second one computes the logits, unless the model limits their memory."""
+    found = []
+    for model in (Model(), pyfused.convert(Model(), head="head", memory_budget=budget)):
+        logits = model(X).flatten(0, 1)
+        loss = sum(F.cross_entropy(logits[i::8], TARGET[i::8]) for i in range(8))
+        found.append([loss, *torch.autograd.grad(loss, [*model.parameters()])])
+    assert_close(found[1], found[0])
+    assert len(losses) == (1 if budget is None else 8)
+
+
 REASONS: dict[str, Callable[[Tensor], Any]] = {
     "target holds class probabilities": lambda x: F.cross_entropy(x, torch.full((64, 40), 0.025)),
     "target is not a plain int64 tensor": lambda x: F.cross_entropy(x, TARGET.byte()),
