@@ -1254,9 +1254,8 @@ def gelu(input: Tensor, *, approximate: Approximate = "none", **others: Any) -> 
     """Returns ``input`` times the standard normal distribution function at ``input``.
 
     At infinity, the result is this product: inf for inf and NaN for -inf; both gradients are NaN.
-    Small calls and calls without a gradient run torch's operator. On x86, it uses oneDNN for
-    float32 and bfloat16 without approximation, which also returns NaN for inf, and inf for numbers
-    above half of the largest one.
+    Small calls run torch's operator. On x86, it uses oneDNN for float32 and bfloat16 without
+    approximation, which also returns NaN for inf, and inf above half of the largest number.
 
     Args:
         approximate: ``"none"``, or ``"tanh"`` for
