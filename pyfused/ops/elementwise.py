@@ -69,7 +69,7 @@ def _differ_in_dimensions(*call: Any) -> str | None:
 def _any_differs_in_shape(input: Tensor, *others: Any) -> str | None:
     """Returns a reason if torch's function broadcasts, which it warns about, or raises."""
     shape, tensors = input.shape, others[:-1]
-    equal = all([x is None or x.shape == shape for x in tensors])  # noqa: C419 see `arranged`
+    equal = all([x is None or x.shape == shape for x in tensors])  # noqa: C419 a generator is slower
     return None if equal else "the operands differ in shape"
 
 
