@@ -145,7 +145,10 @@ def seed() -> None:
 
 
 # The functions of a backend that implement one operator.
-BY_NAME = (*("cross_entropy", "kl_div_with_logits", "nll_loss", "row_state", "row_gradients"),)
+BY_NAME = (
+    *("cross_entropy", "kl_div_with_logits", "nll_loss", "row_state", "row_gradients"),
+    "add_product",
+)
 
 
 class KernelCalls(Counter[str]):
