@@ -15,7 +15,7 @@ from pyfused.adopt.patch import patch, unpatch
 from pyfused.adopt.trl import patch_trl, unpatch_trl
 from pyfused.dispatch.report import report
 from pyfused.formula import activation, loss
-from pyfused.types import VocabShard
+from pyfused.vocab_parallel import VocabShard
 
 __all__ = [
     "VocabShard",

@@ -152,14 +152,25 @@ def cross_entropy(
     _target(target, indices, input.shape)
     if input.dim() > 2 and input.shape[1] == 0 and 0 not in indices:
         raise _error("input", "one class or more", input.shape)
-    _cross_entropy(input, classes_of(input), target, weight, options)
-    _loss_options(token_weight, denominator, options, indices, input)
+    others = target, weight, token_weight, denominator, options, indices
+    cross_entropy_weights(input, classes_of(input), *others)
 
 
-def _cross_entropy(
-    input: Tensor, classes: int, target: Tensor, weight: Tensor | None, options: CrossEntropyOptions
+def cross_entropy_weights(
+    input: Tensor,
+    classes: int,
+    target: Tensor,
+    weight: Tensor | None,
+    token_weight: Tensor | None,
+    denominator: Tensor | None,
+    options: CrossEntropyOptions,
+    losses: Sequence[int],
 ) -> None:
-    """Checks the weight of each class, and the options that depend on the target."""
+    """Checks the weights of classes and rows, and the options that depend on the target.
+
+    Args:
+        losses: The shape of the unreduced losses.
+    """
     dtype, probabilities = options.loss_dtype, target.is_floating_point()
     if probabilities and options.ignore_index >= 0:
         expected = "a negative number with class probabilities as target"
@@ -167,6 +178,7 @@ def _cross_entropy(
     _class_weight(input, classes, weight, dtype, same_dtype=not probabilities)
     if options.gamma != 0 and probabilities:
         _raise_for_gamma()
+    _loss_options(token_weight, denominator, options, losses, input)
 
 
 def linear_cross_entropy(
@@ -178,18 +190,11 @@ def linear_cross_entropy(
     token_weight: Tensor | None,
     denominator: Tensor | None,
     options: CrossEntropyOptions,
-    classes: int | None = None,
 ) -> None:
-    """Checks shapes, dtypes and options.
-
-    Args:
-        classes: The number of all classes if the layer is a shard of them.
-    """
     indices, probabilities = _head_shapes(input, linear_weight, linear_bias)
-    _target(target, indices, None if classes is not None else probabilities)
-    total = linear_weight.shape[0] if classes is None else classes
-    _cross_entropy(input, total, target, weight, options)
-    _loss_options(token_weight, denominator, options, indices, input)
+    _target(target, indices, probabilities)
+    others = target, weight, token_weight, denominator, options, indices
+    cross_entropy_weights(input, linear_weight.shape[0], *others)
 
 
 def _head_shapes(
@@ -213,7 +218,6 @@ def linear_log_probs(
     linear_bias: Tensor | None,
     target: Tensor,
     _: LogProbsOptions,
-    classes: int | None = None,  # noqa: ARG001 any number fits
 ) -> None:
     _target(target, _head_shapes(input, linear_weight, linear_bias)[0])
 

@@ -42,7 +42,6 @@ Other names, such as ``conv2d``, are torch's functions.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -58,6 +57,7 @@ from pyfused.dispatch.sizes import is_small, left_to_torch
 from pyfused.layout import common_dtype
 from pyfused.ops import elementwise, operators
 from pyfused.ops import margin as margins
+from pyfused.ops.cross_entropy import split_factors
 from pyfused.ops.log_probs import LogProbs, named
 from pyfused.ops.metrics import Metrics
 from pyfused.types import (
@@ -68,7 +68,6 @@ from pyfused.types import (
     ReductionOfKlDiv,
     Remainder,
     Scalar,
-    VocabShard,
 )
 
 if TYPE_CHECKING:
@@ -132,7 +131,6 @@ def cross_entropy(
     token_weight: Tensor | None = None,
     denominator: float | Tensor | None = None,
     loss_dtype: torch.dtype | None = None,
-    shard: VocabShard | None = None,
 ) -> Tensor:
     """Returns the cross-entropy between logits and class indices or class probabilities.
 
@@ -171,11 +169,6 @@ def cross_entropy(
         loss_dtype: The dtype of the loss. With half-precision logits, ``torch.float32`` returns the
             loss of ``input.float()`` without making this copy; a bfloat16 loss near 36 would be
             rounded to a multiple of 0.25.
-        shard: The :class:`pyfused.VocabShard` of this process, if a process group shards the
-            classes. All processes pass the same targets and the ``weight`` of all classes. Each
-            gets the loss over all classes and the gradient of its local logits. Requires class
-            indices, without ``gamma``. Calls that do not match, or of which one raises, are
-            undefined, as for torch's collectives.
 
     Returns:
         The loss, of the input's dtype, promoted with the probabilities' and their weight's dtype;
@@ -189,7 +182,7 @@ def cross_entropy(
     small = left_to_torch(op, (input,), size_average, reduce, reduction=reduction)
     if (
         small
-        and softcap is token_weight is denominator is loss_dtype is shard is None
+        and softcap is token_weight is denominator is loss_dtype is None
         and gamma is z_loss is _ZERO
         and scale is temperature is _ONE
     ):
@@ -213,7 +206,7 @@ def cross_entropy(
         reduction=reduction,
         loss_dtype=loss_dtype,
     )
-    return run(op, (input, target, weight, token_weight, tensor), options, small, shard)
+    return run(op, (input, target, weight, token_weight, tensor), options, small)
 
 
 def cross_entropy_with_metrics(
@@ -225,13 +218,12 @@ def cross_entropy_with_metrics(
     reduction: Reduction = "mean",
     label_smoothing: float = 0.0,
     gamma: float = 0.0,
-    shard: VocabShard | None = None,
     **options: Unpack[FusedOptions],
 ) -> tuple[Tensor, Metrics]:
     """Returns :func:`cross_entropy` and metrics of each target, from one pass over the logits.
 
     Args:
-        input, target, weight, ignore_index, reduction, label_smoothing, gamma, shard: As in
+        input, target, weight, ignore_index, reduction, label_smoothing, gamma: As in
             :func:`cross_entropy`.
         options: The other keyword arguments of :func:`cross_entropy`.
 
@@ -240,7 +232,7 @@ def cross_entropy_with_metrics(
         log-probability, log-sum-exp, prediction, whether the prediction is correct, and entropy.
     """
     op = operators.CROSS_ENTROPY
-    factors, others = _split_factors("cross_entropy_with_metrics", options)
+    factors, others = split_factors("cross_entropy_with_metrics", options)
     loss_options = op.options(
         ignore_index=ignore_index,
         reduction=reduction,
@@ -249,19 +241,7 @@ def cross_entropy_with_metrics(
         with_metrics=True,
         **others,
     )
-    return run(op, (input, target, weight, *factors), loss_options, shard=shard)  # type: ignore[return-value]
-
-
-def _split_factors(
-    function: str, keywords: Mapping[str, Any]
-) -> tuple[tuple[Any, Any], dict[str, Any]]:
-    """Returns token_weight and the denominator if it is a tensor, and the other keywords."""
-    checks.keywords(function, keywords, FusedOptions.__annotations__)
-    options = dict(keywords)
-    token_weight, denominator = options.pop("token_weight", None), None
-    if isinstance(options.get("denominator"), Tensor):
-        denominator = options.pop("denominator")
-    return (token_weight, denominator), options
+    return run(op, (input, target, weight, *factors), loss_options)  # type: ignore[return-value]
 
 
 def additive_margin(
@@ -307,7 +287,6 @@ def linear_cross_entropy(
     token_weight: Tensor | None = None,
     denominator: float | Tensor | None = None,
     loss_dtype: torch.dtype | None = None,
-    shard: VocabShard | None = None,
 ) -> Tensor:
     """Returns :func:`cross_entropy` of a linear layer's output, in blocks of logits.
 
@@ -344,9 +323,6 @@ def linear_cross_entropy(
             float32 sum of the weight's gradient. It affects only rounding.
         softcap, z_loss, scale, temperature, token_weight, denominator, loss_dtype: As in
             :func:`cross_entropy`.
-        shard: As in :func:`cross_entropy`. Each process passes the ``linear_weight`` and
-            ``linear_bias`` of its classes, and the same ``input``, whose gradient is summed over
-            the processes.
 
     Returns:
         As in :func:`cross_entropy`.
@@ -356,7 +332,7 @@ def linear_cross_entropy(
     is_soft = isinstance(target, Tensor) and target.is_floating_point()
     if (
         (small or (ignore_index is not None and is_soft))  # torch's function raises an error then
-        and softcap is token_weight is denominator is loss_dtype is shard is memory_budget is None
+        and softcap is token_weight is denominator is loss_dtype is memory_budget is None
         and z_loss is _ZERO
         and scale is temperature is _ONE
         # torch has the function from 2.13 on, for inputs of one or two dimensions.
@@ -396,7 +372,7 @@ def linear_cross_entropy(
         loss_dtype=loss_dtype,
         torch_options=options,
     )
-    return run(op, tensors, loss_options, small, shard)
+    return run(op, tensors, loss_options, small)
 
 
 def linear_cross_entropy_with_metrics(
@@ -410,7 +386,6 @@ def linear_cross_entropy_with_metrics(
     reduction: Reduction = "mean",
     label_smoothing: float = 0.0,
     memory_budget: int | None = None,
-    shard: VocabShard | None = None,
     **options: Unpack[FusedOptions],
 ) -> tuple[Tensor, Metrics]:
     """Returns :func:`linear_cross_entropy` and metrics of each target, from one pass.
@@ -418,7 +393,7 @@ def linear_cross_entropy_with_metrics(
     Args:
         input, linear_weight, target, linear_bias, weight, ignore_index, reduction: As in
             :func:`linear_cross_entropy`.
-        label_smoothing, memory_budget, shard: As in :func:`linear_cross_entropy`.
+        label_smoothing, memory_budget: As in :func:`linear_cross_entropy`.
         options: The other keyword arguments of :func:`linear_cross_entropy`.
 
     Returns:
@@ -426,7 +401,7 @@ def linear_cross_entropy_with_metrics(
         output, as in :func:`cross_entropy_with_metrics`.
     """
     op = operators.LINEAR_CROSS_ENTROPY
-    factors, others = _split_factors("linear_cross_entropy_with_metrics", options)
+    factors, others = split_factors("linear_cross_entropy_with_metrics", options)
     tensors = input, linear_weight, linear_bias, target, weight, *factors
     loss_options = op.options(
         ignore_index=ignore_index,
@@ -436,7 +411,7 @@ def linear_cross_entropy_with_metrics(
         memory_budget=memory_budget,
         **others,
     )
-    return run(op, tensors, loss_options, shard=shard)  # type: ignore[return-value]
+    return run(op, tensors, loss_options)  # type: ignore[return-value]
 
 
 def log_probs(
@@ -450,7 +425,6 @@ def log_probs(
     return_entropy: bool = False,
     return_lse: bool = False,
     return_metrics: bool = False,
-    shard: VocabShard | None = None,
 ) -> LogProbs:
     """Returns each target's log-probability and, on request, its row's entropy and log-sum-exp.
 
@@ -471,7 +445,6 @@ def log_probs(
         temperature: Divides the (capped) logits.
         return_entropy, return_lse: Whether to return the entropy, and the log-sum-exp.
         return_metrics: Whether to return ``is_top1`` and ``mean_logit``, which have no gradient.
-        shard: The classes of this process, as in :func:`cross_entropy`.
 
     Returns:
         A :class:`~pyfused.ops.log_probs.LogProbs`, in nats, of the target's shape; float64 for
@@ -486,7 +459,7 @@ def log_probs(
         alone=alone,
         with_metrics=return_metrics,
     )
-    values = run(op, tensors, options, shard=shard)
+    values = run(op, tensors, options)
     if alone and not return_metrics:
         return LogProbs(values)
     return named(values, alone, return_entropy, return_lse, return_metrics)
@@ -505,7 +478,6 @@ def linear_log_probs(
     return_lse: bool = False,
     return_metrics: bool = False,
     memory_budget: int | None = None,
-    shard: VocabShard | None = None,
 ) -> LogProbs:
     """Returns :func:`log_probs` of a linear layer's output, in blocks of logits.
 
@@ -520,7 +492,6 @@ def linear_log_probs(
         return_entropy, return_lse, return_metrics: As in :func:`log_probs`.
         memory_budget: As in :func:`linear_cross_entropy`. Within the budget, logits of the first
             rows may be kept for the backward pass.
-        shard: The classes of this process, as in :func:`linear_cross_entropy`.
 
     Returns:
         As in :func:`log_probs`.
@@ -534,7 +505,7 @@ def linear_log_probs(
         alone=alone,
         with_metrics=return_metrics,
     )
-    values = run(op, (input, linear_weight, linear_bias, target), options, shard=shard)
+    values = run(op, (input, linear_weight, linear_bias, target), options)
     if alone and not return_metrics:
         return LogProbs(values)
     return named(values, alone, return_entropy, return_lse, return_metrics)

@@ -26,10 +26,9 @@ from pyfused.ops.operators import OPERATORS
 from pyfused.types import (
     Approximate,
     CrossEntropyOptions,
+    FusedOptions,
     MarginKind,
-    ModuleOptions,
     Reduction,
-    VocabShard,
 )
 
 if TYPE_CHECKING:
@@ -197,11 +196,11 @@ class CrossEntropyLoss(torch.nn.CrossEntropyLoss, _Module):
         label_smoothing: float = 0.0,
         *,
         gamma: float = 0.0,
-        **options: Unpack[ModuleOptions],
+        **options: Unpack[FusedOptions],
     ) -> None:
         super().__init__(weight, size_average, ignore_index, reduce, reduction, label_smoothing)
         self.gamma = gamma
-        checks.keywords("CrossEntropyLoss", options, ModuleOptions.__annotations__)
+        checks.keywords("CrossEntropyLoss", options, FusedOptions.__annotations__)
         set_options(self, options)
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
@@ -254,7 +253,7 @@ class LinearCrossEntropyLoss(_LinearCrossEntropyLoss, _Module):
         label_smoothing: float = 0.0,
         options: Any = None,
         memory_budget: int | None = None,
-        **fused_options: Unpack[ModuleOptions],
+        **fused_options: Unpack[FusedOptions],
     ) -> None:
         _WeightedLoss.__init__(self, weight, None, None, reduction)
         if weight is not None and weight.shape != (num_classes,):
@@ -269,7 +268,7 @@ class LinearCrossEntropyLoss(_LinearCrossEntropyLoss, _Module):
         self.linear = torch.nn.Linear(in_features, columns, bias, device, dtype)
         self.options = options
         self.memory_budget = memory_budget
-        checks.keywords("LinearCrossEntropyLoss", fused_options, ModuleOptions.__annotations__)
+        checks.keywords("LinearCrossEntropyLoss", fused_options, FusedOptions.__annotations__)
         set_options(self, fused_options)
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
@@ -309,7 +308,6 @@ class LogProbs(_Module):
         return_entropy: bool = False,
         return_lse: bool = False,
         return_metrics: bool = False,
-        shard: VocabShard | None = None,
     ) -> None:
         super().__init__()
         options = {
@@ -320,7 +318,6 @@ class LogProbs(_Module):
             "return_entropy": return_entropy,
             "return_lse": return_lse,
             "return_metrics": return_metrics,
-            "shard": shard,
         }
         set_options(self, options)
 

@@ -254,42 +254,6 @@ class RowBlock:
     classes: ClassRange
 
 
-class VocabShard(NamedTuple):
-    """The classes of this process, if a group of processes shards the vocabulary.
-
-    Processes may have different numbers of classes, or none. Tensors have to be plain: pass
-    ``dtensor.to_local()`` for a DTensor. Logits are not gathered. For each row, the processes
-    reduce three numbers: the largest logit, the sum of exponentials, and the target logit. Label
-    smoothing adds a fourth number, log-probabilities and metrics another. For metrics, two more
-    numbers are gathered from each process. The gradient of logits needs no communication.
-
-    All processes have to make the same calls, with the same targets, options, shapes and modes, and
-    their shards have to cover each class once. Each process checks its own arguments and raises an
-    error if they are invalid, whatever the other processes pass. Mismatches between processes are
-    undefined, as for torch's collectives: results may be wrong, and processes may hang. With the
-    environment variable ``TORCH_DISTRIBUTED_DEBUG=DETAIL``, torch raises an error for collectives
-    that differ in kind or shape.
-
-    In grad mode, the result requires grad in all processes, and all of them have to call backward;
-    use ``torch.no_grad()`` for evaluation. With ``create_graph=True`` torch's operators compute the
-    gradients, from all logits of a process in float64, and they can be differentiated any number of
-    times. Each of these passes communicates, so every process of the group has to take part.
-
-    In a torch dispatch or function mode, torch's operators compute calls; metrics raise an error.
-    Programs that are compiled break their graph at a call.
-
-    Attributes:
-        first: The index of the first class of this process.
-        classes: The number of all classes; None for the sum over the processes, which synchronises
-            a GPU, unless the call has class weights. It is None in all processes, or in none.
-        group: A process group of :mod:`torch.distributed`, None for all processes.
-    """
-
-    first: int
-    classes: int | None = None
-    group: Any = None
-
-
 class FusedOptions(TypedDict, total=False):
     """The keyword arguments that pyfused adds to every cross-entropy."""
 
@@ -300,12 +264,6 @@ class FusedOptions(TypedDict, total=False):
     token_weight: Tensor | None
     denominator: float | Tensor | None
     loss_dtype: torch.dtype | None
-
-
-class ModuleOptions(FusedOptions, total=False):
-    """The keyword arguments of cross-entropy modules, including ``shard``."""
-
-    shard: VocabShard | None
 
 
 class EmbeddingOptions(NamedTuple):

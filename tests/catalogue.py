@@ -24,9 +24,8 @@ from conftest import backend
 from layouts import LAYOUTS, SAME_VALUES, Layout, contiguous
 from samples import DEPRECATED, OF_CLASSES, declared, draw, operands, options, values_of
 from torch import Tensor
-from torch_reference import parameters, torch_function
+from torch_reference import torch_function
 
-from pyfused import VocabShard
 from pyfused import functional as fused
 from pyfused.backends import cpu
 from pyfused.dispatch.operator import Operator
@@ -252,18 +251,12 @@ OF_FAMILIES = {n: e for n, e in SOME.items() if e.op in FAMILIES.values()}
 every_family = pytest.mark.parametrize("example", OF_FAMILIES.values(), ids=OF_FAMILIES)
 COMPILED = SOME if grid.SLOW else OF_FAMILIES  # compiling takes long
 every_compiled = pytest.mark.parametrize("example", COMPILED.values(), ids=COMPILED)
-# Calls with an option that is a tensor, and with sharded classes if supported.
+# Calls with an option that is a tensor.
 TENSOR_OPTIONS = {
-    f"{e.id}{'-shard' * sharded}": (
-        name,
-        replace(e, options=e.options | {"shard": VocabShard(0)} if sharded else e.options),
-    )
+    e.id: (name, e)
     for e in EXAMPLES.values()
     for name in ("token_weight", "denominator")
-    for sharded in (False, True)
-    if e.name in (name, f"{name}=tensor")
-    and e.op in _OPERATORS.values()
-    and (not sharded or "shard" in parameters(e.op))
+    if e.name in (name, f"{name}=tensor") and e.op in _OPERATORS.values()
 }
 
 

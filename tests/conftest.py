@@ -37,7 +37,7 @@ backend = backend_of(torch.empty(0))  # the backend under test
 # Files that start processes or build C++.
 SLOW = (
     *("test_compile_ahead", "test_import", "test_limits", "test_parallel"),
-    *("test_processes", "test_shards", "test_vec", "test_wrapped_heads"),
+    *("test_processes", "test_vec", "test_vocab_parallel", "test_wrapped_heads"),
 )
 
 # Files with many tests that compile; single tests in other files use the fixture `compiler`.

@@ -20,7 +20,7 @@ import torch
 from pyfused.backends import cpu
 
 TESTS = Path(__file__).parent
-PRODUCTS = "log_probs linear_cross_entropy distillation shards wrapped_heads"
+PRODUCTS = "log_probs linear_cross_entropy distillation vocab_parallel wrapped_heads"
 KERNELS = """accuracy activation compile values cross_entropy formula
     log_probs margin pointwise_loss softmax"""
 THREADS = "threads parallel processes recycle wrapped_heads"

@@ -155,7 +155,7 @@ SAMPLES = {
 OF_CLASSES = (CrossEntropy, LinearCrossEntropy, LogProbsOperator, NllLoss)
 # These operators have more options and results than torch's functions.
 WITH_OPTIONS = (CROSS_ENTROPY, LINEAR_CROSS_ENTROPY)
-LEFT_OUT = ("_stacklevel", "options", "others", "shard", "teacher_requires_grad")
+LEFT_OUT = ("_stacklevel", "options", "others", "teacher_requires_grad")
 DEPRECATED = ("reduce", "size_average")
 
 # Values of each option; the examples use the middle one.

@@ -56,11 +56,11 @@ def without_autocast(device: str) -> AbstractContextManager[Any]:
     return torch.autocast(device, enabled=False) if enabled else nullcontext()
 
 
-def compute(op: Any, tensors: Sequence[Any], options: Any, student: int, shard: Any = None) -> Any:
+def compute(op: Any, tensors: Sequence[Any], options: Any, student: int) -> Any:
     """Returns the output of an operator's kernel, with an autograd graph if it needs one.
 
     Args:
-        tensors, options, shard: As in `Operator.forward`.
+        tensors, options: As in `Operator.forward`.
         student: The number of tensors that may need a gradient; they come first.
     """
     needs = [False] * student
@@ -68,8 +68,8 @@ def compute(op: Any, tensors: Sequence[Any], options: Any, student: int, shard: 
         for i, x in enumerate(tensors[:student]):
             needs[i] = x is not None and x.requires_grad
         if True in needs:
-            return apply((op, options, tuple(needs), shard), *tensors)
-    return op.forward(tensors, options, tuple(needs), shard)[0]
+            return apply((op, options, tuple(needs)), *tensors)
+    return op.forward(tensors, options, tuple(needs))[0]
 
 
 class Fused(torch.autograd.Function):
@@ -82,8 +82,8 @@ class Fused(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, call: tuple[Any, ...], *tensors: Tensor | None) -> Any:
-        op, options, needs, shard = ctx.call = call
-        output, saved, gradients = op.forward(tensors, options, needs, shard)
+        op, options, needs = ctx.call = call
+        output, saved, gradients = op.forward(tensors, options, needs)
         kept: list[Tensor] = []  # without None, as tools that draw graphs read saved tensors
         ctx.missing = missing = list[int]()  # the indices of None
         for i, x in enumerate(saved):
@@ -192,7 +192,7 @@ def _computed_gradients(ctx: Any, grad_output: Tensor, reason: str | None) -> Gr
         RuntimeError: A tensor of the call was created in inference mode, or was changed in place;
             or an earlier backward pass has freed the tensors.
     """
-    op, options, needs, shard = ctx.call
+    op, options, needs = ctx.call
     if ctx.missing is None:
         message = "expected operands created outside of inference mode"
         raise RuntimeError(f"{reason or 'hooks that change saved tensors'}: {message}")
@@ -206,13 +206,13 @@ def _computed_gradients(ctx: Any, grad_output: Tensor, reason: str | None) -> Gr
         reason_of_hooks = _reason_of_hooks(ctx, saved)
         reason = reason or reason_of_hooks
     if not reason:
-        return op.backward(saved, options, needs, grad_output, shard)  # type: ignore[no-any-return]
+        return op.backward(saved, options, needs, grad_output)  # type: ignore[no-any-return]
     create_graph = torch.is_grad_enabled()
     if create_graph or not graph_is_retained():
         ctx.gradients = ()
         memory.release()  # torch's operators do not reuse it
     log_once(f"backward of {op.name}", reason)
-    gradients: Gradients = op.define(saved, options, needs, grad_output, shard)
+    gradients: Gradients = op.define(saved, options, needs, grad_output)
     return in_graph(gradients, saved) if create_graph else gradients
 
 

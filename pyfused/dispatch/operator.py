@@ -195,9 +195,7 @@ class Operator(ABC):
         """Returns the result of a call for which dispatch has no reason to fall back."""
 
     @abstractmethod
-    def forward(
-        self, tensors: Tensors, options: Options, needs: Needs, shard: Any = None
-    ) -> Forward:
+    def forward(self, tensors: Tensors, options: Options, needs: Needs) -> Forward:
         """Computes the output, the tensors to save, and the gradients of the first tensors.
 
         The gradients are () if backward computes them. If the output is a tuple, only its first
@@ -206,18 +204,17 @@ class Operator(ABC):
         Args:
             tensors: The tensors in the form that kernels take.
             needs: Whether each of the first tensors needs a gradient.
-            shard: The classes of this process, if a process group shards them.
         """
 
     @abstractmethod
     def backward(
-        self, saved: Tensors, options: Options, needs: Needs, grad_output: Tensor, shard: Any = None
+        self, saved: Tensors, options: Options, needs: Needs, grad_output: Tensor
     ) -> Gradients:
         """Computes the gradients of the first tensors from the saved ones."""
 
     @abstractmethod
     def define(
-        self, saved: Tensors, options: Options, needs: Needs, grad_output: Tensor, shard: Any = None
+        self, saved: Tensors, options: Options, needs: Needs, grad_output: Tensor
     ) -> Gradients:
         """Computes the same gradients from torch's definition, which is differentiable."""
 

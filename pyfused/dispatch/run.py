@@ -33,9 +33,7 @@ from pyfused.torch_internals import (
     is_functorch_wrapped,
     is_lazy_clone,
     is_zero_tensor,
-    never_traced,
 )
-from pyfused.types import VocabShard
 
 _INDICES = (torch.int64, torch.uint8)
 _CONVERTED = (*_INDICES, torch.bool, torch.int8, torch.int16, torch.int32)
@@ -43,21 +41,12 @@ _NUMBERS = frozenset((float, NoneType))
 _CHOICES = frozenset((str, bool, int, float, torch.dtype, NoneType))
 
 
-def run(
-    op: Any,
-    tensors: Tensors,
-    options: Options,
-    small: bool | None = None,
-    shard: VocabShard | None = None,
-) -> Tensor:
+def run(op: Any, tensors: Tensors, options: Options, small: bool | None = None) -> Tensor:
     """Returns an operator's result, from a fused kernel or from torch's operator.
 
     Args:
         small: What `left_to_torch` has returned.
-        shard: The classes of this process, if a process group shards them.
     """
-    if shard is not None:
-        return _run_on_shard(op, tensors, options, shard)  # type: ignore[no-any-return]
     if is_dynamo_compiling():
         return _run_compiled(op, tensors, options)  # type: ignore[no-any-return]
     fused, converted = decide(op, tensors, options, small)
@@ -69,29 +58,6 @@ def run(
     if reason is not SMALL:
         report_fallback(op, tensors, options, reason)
     return op.by_torch(tensors, options)  # type: ignore[no-any-return]
-
-
-@never_traced
-def _run_on_shard(op: Any, tensors: Tensors, options: Options, shard: VocabShard) -> Any:
-    """Returns the result of a call with this process' classes, in compiled programs, too.
-
-    All processes have to decide alike, so neither sizes nor layouts decide.
-
-    Raises:
-        RuntimeError: Transforms of torch.func or forward-mode AD are active.
-    """
-    tensors, local = op.checked_on_shard(tensors, options, shard)
-    reason, converted, fused = active_mode(), _converted(op, options, tensors), op.fused
-    if reason is None and isinstance(converted, str):
-        reason = converted
-    if report.active:
-        fused = report.counted(op, tensors, options, reason, fused)
-    if reason is None:
-        return fused(tensors, converted, local)
-    if reason in ("torch.func", "forward-mode AD"):  # collectives have no derivatives for them
-        raise RuntimeError(f"{op.name}: expected no {reason} with a shard, got a call in it")
-    reasons.log_once(op.name, reason)
-    return op.torch_on_shard(tensors, options, local)
 
 
 def _run_compiled(op: Any, tensors: Tensors, options: Options) -> Any:

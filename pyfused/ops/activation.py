@@ -55,19 +55,19 @@ class Activation(SpecializedOperator):
         result: Tensor = compute(self, inputs, options, 1)
         return result
 
-    def forward(self, tensors: Tensors, options: Options, *_: Any) -> Forward:
+    def forward(self, tensors: Tensors, options: Options, _needs: Needs) -> Forward:
         (x,) = tensors
         output = backend_of(x).activation(self.kernels[self.kernel_of(options)], x, options)
         return output, (output if self.saves == "output" else x,), ()
 
     def backward(
-        self, saved: Tensors, options: Options, _needs: Needs, grad_output: Tensor, *_: Any
+        self, saved: Tensors, options: Options, _needs: Needs, grad_output: Tensor
     ) -> Gradients:
         (x,), kernel = saved, self.kernels[self.kernel_of(options)]
         return (backend_of(x).activation_backward(kernel, grad_output, x, options),)
 
     def define(
-        self, saved: Tensors, options: Options, _needs: Needs, grad_output: Tensor, *_: Any
+        self, saved: Tensors, options: Options, _needs: Needs, grad_output: Tensor
     ) -> Gradients:
         if self.saves == "input":
             function = lambda input: self.torch(input, options)  # noqa: E731

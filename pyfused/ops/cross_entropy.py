@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, ClassVar
@@ -9,6 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from pyfused import checks
 from pyfused.backends import backend_of, cpu, takes_triton
 from pyfused.dispatch.autograd import in_autocast_dtype
 from pyfused.dispatch.operator import Forward, Needs, Operand, Options, Tensors
@@ -16,9 +18,8 @@ from pyfused.layout import accumulate_dtype, with_leading_dims
 from pyfused.ops import definitions, metrics
 from pyfused.ops.head_loop import ALL_ROWS, HeadLoop, Rows, rows_that_count
 from pyfused.ops.heads import BlockResult, HeadBlocks, cap_backward, capped
-from pyfused.ops.row_sources import LogitRows
+from pyfused.ops.row_sources import LogitRows, class_range
 from pyfused.ops.rows import RowLoss, RowOperator, loss_forward
-from pyfused.ops.shards import class_range
 from pyfused.types import (
     BOTH,
     LOG_P,
@@ -32,6 +33,7 @@ from pyfused.types import (
     STATE_FIELDS,
     SUM,
     CrossEntropyOptions,
+    FusedOptions,
     Gradients,
     Outputs,
     RowOptions,
@@ -56,10 +58,6 @@ class CrossEntropyLoss(RowLoss):
             return SMOOTHING_FIELDS
         return METRICS_FIELDS if options.with_metrics else STATE_FIELDS
 
-    def merges_entropy(self, options: Options) -> bool:
-        """Returns whether states over several shards need the entropy."""
-        return bool(options.with_metrics)
-
     def inputs(
         self, tensors: Tensors, options: Options, all_rows: bool
     ) -> tuple[Tensor, Tensor | None, RowOptions]:
@@ -76,19 +74,18 @@ class CrossEntropyLoss(RowLoss):
         return target, weight, options.row_options()
 
     def result_from(
-        self, results: Tensor, tensors: Tensors, options: Options, classes: int
+        self, state: Tensor, tensors: Tensors, options: Options, classes: int
     ) -> Tensor:
         """Returns the loss in float64.
 
         Args:
-            results: The first STATE_FIELDS fields of the state of each row, possibly followed by
-                others. With label smoothing, the last one is SMOOTH.
+            state: The state of each row.
             classes: The number of all classes.
         """
-        token_weight, log_p, lse, smooth = tensors[-2], results[LOG_P], results[LSE], None
+        token_weight, log_p, lse, smooth = tensors[-2], state[LOG_P], state[LSE], None
         counts, target_weight, total = self.row_weights(tensors, options, classes)
         if options.label_smoothing > 0:
-            smooth = results[-1] - results[SUM].log() * total  # sum_c w_c log p_c
+            smooth = state[SMOOTH] - state[SUM].log() * total  # sum_c w_c log p_c
         terms = log_p, smooth, lse if options.z_loss else None
         loss = definitions.row_losses(*terms, target_weight, options, classes)
         loss = (loss if token_weight is None else loss * token_weight).where(counts, 0)
@@ -189,6 +186,18 @@ class CrossEntropyLoss(RowLoss):
         return torch.stack([maximum, index])
 
 
+def split_factors(
+    function: str, keywords: Mapping[str, Any]
+) -> tuple[tuple[Any, Any], dict[str, Any]]:
+    """Returns token_weight and the denominator if it is a tensor, and the other keywords."""
+    checks.keywords(function, keywords, FusedOptions.__annotations__)
+    options = dict(keywords)
+    token_weight, denominator = options.pop("token_weight", None), None
+    if isinstance(options.get("denominator"), Tensor):
+        denominator = options.pop("denominator")
+    return (token_weight, denominator), options
+
+
 def empty_state(tensors: Tensors, options: CrossEntropyOptions) -> Tensor | None:
     """Returns a tensor for RESULTS and the prediction of each row, which the loss's kernel fills.
 
@@ -256,7 +265,7 @@ class CrossEntropy(RowOperator):
             return self.fused
         return super().method_of(tensors, options)
 
-    def arranged(self, tensors: Tensors, options: Options, shard: Any = None) -> Tensors:
+    def arranged(self, tensors: Tensors, options: Options) -> Tensors:
         input, target, weight, token_weight, denominator = tensors
         if target.dtype is not torch.int64 and target.is_floating_point():
             dtype = definitions.operand_dtype(input, target, weight)
@@ -265,17 +274,15 @@ class CrossEntropy(RowOperator):
             target = class_targets(input, target)
         if not token_weight is denominator is None:
             token_weight, denominator = definitions.factors(token_weight, denominator, input.dtype)
-        if shard is not None or options.softcap is not None:  # other kernels check class indices
-            total = class_range((input,), shard).total
+        if options.softcap is not None:  # other kernels check class indices
+            total = checks.classes_of(input)
             backend_of(input).check_class_indices(target, total, options.ignore_index)
         return input, target, weight, token_weight, denominator
 
-    def forward(
-        self, tensors: Tensors, options: Options, needs: Needs, shard: Any = None
-    ) -> Forward:
+    def forward(self, tensors: Tensors, options: Options, needs: Needs) -> Forward:
         dtype = definitions.dtype_of_loss(options, *tensors[:3])
-        if shard is not None or options.softcap is not None:
-            return self.state_forward(tensors, options, needs, shard, dtype=dtype)
+        if options.softcap is not None:
+            return self.state_forward(tensors, options, needs, dtype=dtype)
         kernel, state = backend_of(tensors[0]).cross_entropy, None
         if options.with_metrics and (state := empty_state(tensors, options)) is not None:
             kernel = partial(kernel, results=state[:-2], prediction=state[-2:])
@@ -287,14 +294,14 @@ class CrossEntropy(RowOperator):
         return (loss, state), saved, gradients
 
     def backward(
-        self, saved: Tensors, options: Options, needs: Needs, grad_output: Tensor, shard: Any = None
+        self, saved: Tensors, options: Options, needs: Needs, grad_output: Tensor
     ) -> Gradients:
-        if shard is not None or options.softcap is not None:
-            return super().backward(saved, options, needs, grad_output, shard)
+        if options.softcap is not None:
+            return super().backward(saved, options, needs, grad_output)
         outputs = Outputs(False, tuple(needs))
         return backend_of(saved[0]).cross_entropy(saved, options, outputs, grad_output)[1]
 
-    def finished(self, result: Any, tensors: Tensors, options: Options, *_: Any) -> Any:
+    def finished(self, result: Any, tensors: Tensors, options: Options) -> Any:
         if not options.with_metrics:
             return result
         (loss, state), input, target = result, *tensors[:2]
@@ -303,10 +310,6 @@ class CrossEntropy(RowOperator):
         dtype = accumulate_dtype(input.dtype)
         return loss, metrics.from_state(state, target, options.ignore_index, dtype)
 
-    def torch_on_shard(self, tensors: Tensors, options: Options, shard: Any) -> Tensor:
-        dtype = definitions.dtype_of_loss(options, *tensors[:3])
-        loss: Tensor = super().torch_on_shard(tensors, options, shard)
-        return loss.to(dtype)
 
 
 def class_targets(input: Tensor, target: Tensor) -> Tensor:
@@ -350,7 +353,7 @@ class LinearCrossEntropy(RowOperator):
     def input_dtype(self, tensors: Tensors) -> torch.dtype:
         return definitions.operand_dtype(tensors[0], *tensors[3:5])
 
-    def finished(self, result: Any, tensors: Tensors, options: Options, *_: Any) -> Any:
+    def finished(self, result: Any, tensors: Tensors, options: Options) -> Any:
         input, target, leading = in_autocast_dtype(tensors[0]), tensors[3], tensors[0].shape[:-1]
         dtype = definitions.dtype_of_loss(options, input, *tensors[3:5])
         loss, state = result if options.with_metrics else (result, None)
@@ -378,11 +381,7 @@ class LinearCrossEntropy(RowOperator):
         size = sizes.row_blocks if tensors[3].is_floating_point() else sizes.loss_blocks
         return HeadLoop(backend_of(tensors[0]), sizes.dtype, size, needs)
 
-    def blocks(
-        self, tensors: Tensors, options: Options, needs: Needs, shard: Any
-    ) -> HeadBlocks | None:
-        if shard is not None:
-            return None
+    def blocks(self, tensors: Tensors, options: Options, needs: Needs) -> HeadBlocks | None:
         blocks = HeadBlocks(self, self.loop(tensors, options, needs), tensors, options)
         return blocks if blocks.size.classes is None else None
 
@@ -426,16 +425,16 @@ class NllLoss(RowOperator):
         super().__post_init__()
         self.student = 2  # kernels return a gradient of the target, which is None
 
-    def arranged(self, tensors: Tensors, *_: Any) -> Tensors:
+    def arranged(self, tensors: Tensors, _: Options) -> Tensors:
         input, target, weight = tensors
         return input, class_targets(input, target), weight, None, None
 
-    def forward(self, tensors: Tensors, options: Options, needs: Needs, *_: Any) -> Forward:
+    def forward(self, tensors: Tensors, options: Options, needs: Needs) -> Forward:
         dtype = definitions.dtype_of_loss(options, *tensors[:3])
         return loss_forward(cpu.nll_loss, tensors, options, needs, dtype)
 
     def backward(
-        self, saved: Tensors, options: Options, needs: Needs, grad_output: Tensor, *_: Any
+        self, saved: Tensors, options: Options, needs: Needs, grad_output: Tensor
     ) -> Gradients:
         return cpu.nll_loss(saved, options, Outputs(False, tuple(needs)), grad_output)[1]
 

@@ -148,21 +148,6 @@ def factors(token_weight: Any, denominator: Any, dtype: torch.dtype) -> tuple[An
     return token_weight, denominator
 
 
-def row_results(
-    pivot: Tensor, total: Tensor, weighted: Tensor, target_logit: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns the log-probability, the entropy and the log-sum-exp of each row of logits x.
-
-    Args:
-        pivot: A number near the largest logit.
-        total: sum_c exp(x_c - pivot).
-        weighted: sum_c exp(x_c - pivot) (x_c - pivot).
-    """
-    log_total = total.log()
-    log_p = target_logit - pivot - log_total
-    return log_p, log_total - weighted / total, pivot + log_total
-
-
 def row_losses(
     log_p: Tensor,
     smooth: Tensor | None,

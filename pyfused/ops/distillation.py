@@ -259,7 +259,7 @@ class Divergence(RowOperator):
         if isinstance(self.loss, TopKLoss):
             self.loss.check(tensors)
 
-    def finished(self, result: Any, tensors: Tensors, options: Options, *_: Any) -> Any:
+    def finished(self, result: Any, tensors: Tensors, options: Options) -> Any:
         return result.reshape(tensors[0].shape[:-1]) if options.reduction == "none" else result
 
     def loop(self, tensors: Tensors, options: Options, needs: Needs) -> HeadLoop:
@@ -270,19 +270,19 @@ class Divergence(RowOperator):
         sizes = replace(sizes, bytes_per_logit=sizes.dtype.itemsize + cap_bytes + bytes_per_logit)
         return HeadLoop(backend_of(tensors[0]), sizes.dtype, sizes.row_blocks, needs)
 
-    def forward(self, tensors: Tensors, options: Options, needs: Needs, *_: Any) -> Forward:
+    def forward(self, tensors: Tensors, options: Options, needs: Needs) -> Forward:
         if self.is_linear:
             return super().forward(tensors, options, needs)
         return loss_forward(divergence_kernel, tensors, options, needs)
 
     def backward(
-        self, saved: Tensors, options: Options, needs: Needs, grad_output: Tensor, *_: Any
+        self, saved: Tensors, options: Options, needs: Needs, grad_output: Tensor
     ) -> Gradients:
         if self.is_linear:
             return super().backward(saved, options, needs, grad_output)
         return divergence_kernel(saved, options, Outputs(False, tuple(needs)), grad_output)[1]
 
-    def blocks(self, tensors: Tensors, options: Options, needs: Needs, _: Any) -> HeadBlocks:
+    def blocks(self, tensors: Tensors, options: Options, needs: Needs) -> HeadBlocks:
         return HeadBlocks(self, self.loop(tensors, options, needs), tensors, options)
 
 

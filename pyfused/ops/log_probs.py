@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from pyfused.dispatch.operator import Forward, Needs, Operand, Options, Tensors
+from pyfused.ops.row_sources import class_range
 from pyfused.ops.rows import RowOperator
-from pyfused.ops.shards import class_range
 from pyfused.types import (
     INDEX,
     LOG_P,
@@ -82,17 +82,14 @@ class LogProbsLoss:
     def fields(self, options: Options) -> int:
         return SMOOTHING_FIELDS if options.with_metrics else STATE_FIELDS
 
-    def merges_entropy(self, _: Options) -> bool:
-        return True
-
     def inputs(
         self, tensors: Tensors, options: Options, _all_rows: bool
     ) -> tuple[Tensor, None, RowOptions]:
         row_options = RowOptions(options.softcap, 1 / options.temperature, options.ignore_index)
         return tensors[-1], None, row_options
 
-    def result_from(self, results: Tensor, _: Tensors, options: Options, _classes: int) -> Tensor:
-        return results[LOG_P] if options.alone else results[: len(RESULTS)]
+    def result_from(self, state: Tensor, _: Tensors, options: Options, _classes: int) -> Tensor:
+        return state[LOG_P] if options.alone else state[: len(RESULTS)]
 
     def grad_results(
         self, _state: Tensor, _: Tensors, _options: Options, _classes: int, grad_output: Tensor
@@ -106,11 +103,9 @@ class LogProbsOperator(RowOperator):
 
     factors: ClassVar[tuple[Operand, ...]] = ()
 
-    def forward(
-        self, tensors: Tensors, options: Options, needs: Needs, shard: Any = None
-    ) -> Forward:
+    def forward(self, tensors: Tensors, options: Options, needs: Needs) -> Forward:
         results = 1 if options.alone else len(RESULTS)
-        return self.state_forward(tensors, options, needs, shard, results=results)
+        return self.state_forward(tensors, options, needs, results=results)
 
     def fake(self, tensors: Tensors, options: Options) -> tuple[Tensor, Tensor]:
         input, rows = tensors[0], tensors[-1].shape
@@ -118,11 +113,11 @@ class LogProbsOperator(RowOperator):
         result = input.new_empty(rows if options.alone else (len(RESULTS), *rows), dtype=dtype)
         return result, input.new_empty((self.loss.fields(options), *rows), dtype=torch.float64)
 
-    def finished(self, result: Any, tensors: Tensors, options: Options, shard: Any = None) -> Any:
+    def finished(self, result: Any, tensors: Tensors, options: Options) -> Any:
         if not options.with_metrics:
             return result
         (values, state), target = result, tensors[-1]
-        state, classes = state.detach(), class_range(tensors[self.layer], shard).total
+        state, classes = state.detach(), class_range(tensors[self.layer]).total
         valid = target != options.ignore_index
         mean = state[PIVOT].nan_to_num(0, 0, 0) + state[SMOOTH] / classes
         return values, (state[INDEX] == target) & valid, mean.where(valid, 0).to(values.dtype)

@@ -151,7 +151,7 @@ class TensorLoss(SpecializedOperator):
         result: Tensor = compute(self, inputs, options, len(operands))
         return result if result.dtype is result_dtype else result.to(result_dtype)
 
-    def forward(self, tensors: Tensors, options: Options, needs: Needs, *_: Any) -> Forward:
+    def forward(self, tensors: Tensors, options: Options, needs: Needs) -> Forward:
         """Computes a loss.
 
         The tensors are the operands, the weight, and the divisor of the sum if it depends on
@@ -167,14 +167,14 @@ class TensorLoss(SpecializedOperator):
         return loss, tensors, gradients if needed else ()
 
     def backward(
-        self, saved: Tensors, options: Options, needs: Needs, grad_output: Tensor, *_: Any
+        self, saved: Tensors, options: Options, needs: Needs, grad_output: Tensor
     ) -> Gradients:
         outputs, grad_output = outputs_of(False, tuple(needs)), self.expanded(grad_output, saved)
         gradients: Gradients = self.launch(saved, options, outputs, grad_output)[1]
         return gradients
 
     def define(
-        self, saved: Tensors, options: Options, needs: Needs, grad_output: Tensor, *_: Any
+        self, saved: Tensors, options: Options, needs: Needs, grad_output: Tensor
     ) -> Gradients:
         *operands, weight, by = saved
         by_torch = weight is by is None
@@ -416,7 +416,7 @@ class PointwiseLoss(TensorLoss):
         )
 
     def define(
-        self, saved: Tensors, options: Options, needs: Needs, grad_output: Tensor, *_: Any
+        self, saved: Tensors, options: Options, needs: Needs, grad_output: Tensor
     ) -> Gradients:
         *operands, weight, divisor = saved
         is_wide = operands[0].dtype in (torch.float32, torch.float64)

@@ -2,8 +2,7 @@
 
 A source belongs to one pass of a call. It computes the state of each row and, from the state and
 the gradients of its results, the gradients of the source. A state is a float64 tensor
-(fields, rows); ``types.py`` names the fields. ``shards.ShardedRows`` is a source whose classes are
-sharded over processes.
+(fields, rows); ``types.py`` names the fields.
 """
 
 from __future__ import annotations
@@ -22,6 +21,13 @@ from pyfused.types import STATE_FIELDS, ClassRange, Gradients, RowBlock, RowOpti
 # The state, of shape (fields, *target.shape); its first fields in the accumulation dtype, or None;
 # and logits that the backward pass may overwrite, or None.
 RowState = tuple[Tensor, Tensor | None, Tensor | None]
+
+
+def class_range(layer: Sequence[Any]) -> ClassRange:
+    """Returns the classes of logits, or of the input, weight and bias of a layer."""
+    if len(layer) > 1:
+        return ClassRange(0, layer[1].shape[0])
+    return ClassRange(0, layer[0].shape[min(layer[0].dim() - 1, 1)])
 
 
 class LogitRows(RowBlock):

@@ -29,23 +29,15 @@ from pyfused.dispatch.operator import (
     Operator,
     Options,
     Tensors,
-    grad_enabled,
     gradients_in_forward,
     needs_grad,
 )
 from pyfused.layout import accumulate_dtype
 from pyfused.ops import custom_operators, definitions
 from pyfused.ops.chunk_sizes import HeadSizes, head_sizes
-from pyfused.ops.collectives import LocalShard
 from pyfused.ops.head_loop import ALL_ROWS, HeadLoop, Rows, rows_that_count
-from pyfused.ops.row_sources import HeadRows, LogitRows
-from pyfused.ops.shards import ShardedRows, class_range, local_shard, sharded_results
-from pyfused.types import (
-    SMOOTH,
-    Gradients,
-    VocabShard,
-    outputs_of,
-)
+from pyfused.ops.row_sources import HeadRows, LogitRows, class_range
+from pyfused.types import Gradients, outputs_of
 
 # ---- losses --------------------------------------------------------------------------------------
 
@@ -145,18 +137,16 @@ class RowOperator(Operator):
 
     # ---- calls -----------------------------------------------------------------------------------
 
-    def fused(self, tensors: Tensors, options: Options, shard: LocalShard | None = None) -> Any:
-        inputs, device = self.arranged(tensors, options, shard), tensors[0].device.type
+    def fused(self, tensors: Tensors, options: Options) -> Any:
+        inputs, device = self.arranged(tensors, options), tensors[0].device.type
         if self.is_linear and torch.is_autocast_enabled(device):
             with torch.autocast(device, enabled=False):
-                result = compute(self, inputs, options, self.student, shard)
+                result = compute(self, inputs, options, self.student)
         else:
-            result = compute(self, inputs, options, self.student, shard)
-        return self.finished(result, tensors, options, shard)
+            result = compute(self, inputs, options, self.student)
+        return self.finished(result, tensors, options)
 
-    def arranged(
-        self, tensors: Tensors, options: Options, shard: LocalShard | None = None
-    ) -> Tensors:
+    def arranged(self, tensors: Tensors, options: Options) -> Tensors:
         """Returns the tensors in the form that kernels take.
 
         Raises for invalid values, unless reading them synchronises.
@@ -169,7 +159,7 @@ class RowOperator(Operator):
             if arranged[at].dtype is not torch.int64:
                 arranged[at] = arranged[at].to(torch.int64)
             if not is_dynamo_compiling():
-                total = class_range(tensors[self.layer], shard).total
+                total = class_range(tensors[self.layer]).total
                 backend = backend_of(tensors[0])
                 backend.check_class_indices(arranged[at], total, options.ignore_index)
         if self.factors and not arranged[-1] is arranged[-2] is None:
@@ -219,7 +209,7 @@ class RowOperator(Operator):
     # ---- passes --------------------------------------------------------------------------
 
     def source(
-        self, tensors: Tensors, options: Options, needs: Needs, shard: Any, all_rows: bool = False
+        self, tensors: Tensors, options: Options, needs: Needs, all_rows: bool = False
     ) -> Any:
         """Returns the source of the rows of a call's logits, or of its layer's.
 
@@ -229,28 +219,19 @@ class RowOperator(Operator):
         """
         tensors, layer = tensors[: len(self.all_operands)], tensors[self.layer]
         target, weight, row_options = self.loss.inputs(tensors, options, all_rows)
-        inputs = target, weight, row_options, class_range(layer, shard)
-        source: Any
+        inputs = target, weight, row_options, class_range(layer)
         if self.is_linear:
             sizes, backend = self.head_sizes(tensors, options), backend_of(tensors[0])
-            size = sizes.tile if self.tiles and shard is None else sizes.state_blocks
-            source = HeadRows(HeadLoop(backend, sizes.dtype, size, needs), layer, *inputs)
-        else:
-            source = LogitRows(layer[0], *inputs)
-        if shard is None:
-            return source
-        return ShardedRows(source, shard, layer, target, self.loss.merges_entropy(options), needs)
+            size = sizes.tile if self.tiles else sizes.state_blocks
+            return HeadRows(HeadLoop(backend, sizes.dtype, size, needs), layer, *inputs)
+        return LogitRows(layer[0], *inputs)
 
-    def blocks(self, _tensors: Tensors, _options: Options, _needs: Needs, _shard: Any) -> Any:
+    def blocks(self, _tensors: Tensors, _options: Options, _needs: Needs) -> Any:
         """Returns the `heads.HeadBlocks` of a layer's logits, None if they lack classes."""
 
-    def forward(
-        self, tensors: Tensors, options: Options, needs: Needs, shard: Any = None
-    ) -> Forward:
-        if (blocks := self.blocks(tensors, options, needs, shard)) is None:
-            # With metrics, the forward pass also has rows of weight 0.
-            keeps = shard is not None and not (options.with_metrics and tensors[-2] is not None)
-            return self.state_forward(tensors, options, needs, shard, keeps_logits=keeps)
+    def forward(self, tensors: Tensors, options: Options, needs: Needs) -> Forward:
+        if (blocks := self.blocks(tensors, options, needs)) is None:
+            return self.state_forward(tensors, options, needs, keeps_logits=False)
         keeps = self.loss.keeps_logits and True in needs
         needed: Needs = ()
         if True in needs and gradients_in_forward(options.reduction, self.input_dtype(tensors)):
@@ -264,7 +245,6 @@ class RowOperator(Operator):
         tensors: Tensors,
         options: Options,
         needs: Needs,
-        shard: Any,
         *,
         dtype: torch.dtype | None = None,
         results: int = 0,
@@ -278,7 +258,7 @@ class RowOperator(Operator):
             keeps_logits: Whether to keep logits that have been computed for the backward pass.
         """
         loss, keeps = self.loss, keeps_logits and True in needs
-        source = self.source(tensors, options, needs, shard, all_rows=bool(options.with_metrics))
+        source = self.source(tensors, options, needs, all_rows=bool(options.with_metrics))
         state, result, logits = source.state(loss.fields(options), results, keeps)
         if result is None:
             # Users may change the result in place, so it does not share the state's memory.
@@ -288,16 +268,16 @@ class RowOperator(Operator):
         return (result, state) if options.with_metrics else result, saved, ()
 
     def backward(
-        self, saved: Tensors, options: Options, needs: Needs, grad_output: Tensor, shard: Any = None
+        self, saved: Tensors, options: Options, needs: Needs, grad_output: Tensor
     ) -> Gradients:
         count = len(self.all_operands)
         tensors, (state, kept) = saved[:count], (*saved[count:], None, None)[:2]
-        if blocks := self.blocks(tensors, options, needs, shard):
+        if blocks := self.blocks(tensors, options, needs):
             in_forward = gradients_in_forward(options.reduction, self.input_dtype(tensors))
             if in_forward and kept is not None:
                 return blocks.gradients(needs, kept, grad_output)  # type: ignore[no-any-return]
             return blocks.compute(needs, grad_output, kept)[1]  # type: ignore[no-any-return]
-        source = self.source(saved, options, needs, shard)
+        source = self.source(saved, options, needs)
         call = tensors, options, source.classes.total, grad_output
         gradients = source.gradients(state, self.loss.grad_results(state, *call), kept)
         return *gradients, *[None] * (len(needs) - len(gradients))
@@ -305,18 +285,15 @@ class RowOperator(Operator):
     # ---- definitions -----------------------------------------------------------------------------
 
     def define(
-        self, saved: Tensors, options: Options, needs: Needs, grad_output: Tensor, shard: Any = None
+        self, saved: Tensors, options: Options, needs: Needs, grad_output: Tensor
     ) -> Gradients:
         """Computes the gradients of a call by torch's operators, in a wide dtype."""
-        wide = self.wide_dtype(saved) if shard is None else torch.float64
+        wide = self.wide_dtype(saved)
         student, others = saved[: self.student], saved[self.student : len(self.all_operands)]
 
         def definition(*student: Tensor | None) -> Tensor:
             tensors = _cast((*student, *others), wide)
-            if shard is None:
-                result = self.defined(tensors, options)
-            else:
-                result = self.defined_on_shard(tensors, options, shard)
+            result = self.defined(tensors, options)
             return result.to(grad_output.dtype).reshape(grad_output.shape)
 
         return differentiate(definition, student, needs, grad_output)
@@ -347,43 +324,6 @@ class RowOperator(Operator):
             result, *_, state = custom_operators.call(self, arranged, options, needs)
         result = (result, state) if getattr(options, "with_metrics", False) else result
         return self.finished(result, tensors, options)
-
-    # ---- shards ----------------------------------------------------------------------------------
-
-    def checked_on_shard(
-        self, tensors: Tensors, options: Options, shard: VocabShard
-    ) -> tuple[Tensors, LocalShard]:
-        """Checks a call with this process' classes, and returns its tensors and its classes.
-
-        In grad mode, all processes take part in backward, because any of them may need gradients.
-        """
-        local, input = local_shard(self, tensors, options, shard), tensors[0]
-        if grad_enabled() and not input.requires_grad:
-            tensors = input.detach().requires_grad_(), *tensors[1:]
-        return tensors, local
-
-    def torch_on_shard(self, tensors: Tensors, options: Options, shard: LocalShard) -> Any:
-        """Returns the result of a checked call, computed by torch's operators, for modes.
-
-        Raises:
-            RuntimeError: The call has metrics, which only kernels compute.
-        """
-        if getattr(options, "with_metrics", False):
-            expected = "no torch dispatch or function mode around a call with a shard and metrics"
-            raise RuntimeError(f"{self.name}: expected {expected}, got one")
-        arranged = self.arranged(tensors, options, shard)
-        with without_autocast(tensors[0].device.type):
-            result = self.defined_on_shard(_cast(arranged, torch.float64), options, shard)
-        return self.finished(result.to(self.wide_dtype(arranged)), tensors, options, shard)
-
-    def defined_on_shard(self, tensors: Tensors, options: Options, shard: LocalShard) -> Tensor:
-        """Returns the result without metrics over all classes, computed by torch's operators."""
-        loss, layer, classes = self.loss, tensors[self.layer], shard.classes.total
-        target, weight, row_options = loss.inputs(tensors, options, False)
-        smooth = loss.fields(options) > SMOOTH
-        results = sharded_results(layer, target, weight, row_options, shard, smooth)
-        result: Tensor = loss.result_from(results, tensors, options, classes)
-        return result
 
 
 def _cast(tensors: Tensors, dtype: torch.dtype) -> list[Any]:

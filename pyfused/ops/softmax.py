@@ -51,19 +51,19 @@ class Softmax(Operator):
         result: Tensor = compute(self, inputs, options, 1)
         return result
 
-    def forward(self, tensors: Tensors, options: Options, *_: Any) -> Forward:
+    def forward(self, tensors: Tensors, options: Options, _needs: Needs) -> Forward:
         (x,) = tensors
         output = backend_of(x).softmax(self.name, x, options.dim % x.dim())
         return output, (output,), ()
 
     def backward(
-        self, saved: Tensors, options: Options, _needs: Needs, grad_output: Tensor, *_: Any
+        self, saved: Tensors, options: Options, _needs: Needs, grad_output: Tensor
     ) -> Gradients:
         (y,) = saved
         return (backend_of(y).softmax_backward(self.name, grad_output, y, options.dim % y.dim()),)
 
     def define(
-        self, saved: Tensors, options: Options, _needs: Needs, grad_output: Tensor, *_: Any
+        self, saved: Tensors, options: Options, _needs: Needs, grad_output: Tensor
     ) -> Gradients:
         (output,), dim = saved, options.dim
         wide = accumulate_dtype(output.dtype)

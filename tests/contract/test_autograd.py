@@ -21,7 +21,6 @@ from typing import Any
 import interpreter
 import pytest
 import torch
-import torch.distributed as dist
 from catalogue import SOME, TENSOR_OPTIONS, TRIED, Call, Example, every_example, every_operator
 from compare import DEVICE, flattened, random_grad_output
 from conftest import KernelCalls
@@ -46,9 +45,9 @@ ours, of_torch = Call.ours, Call.reference
 Function = Callable[..., Tensor]  # one of these
 
 
-def every_example_and(name: str, first: Any, *others: Any, more: Any = ()) -> pytest.MarkDecorator:
-    """Parametrises by every example, and more, with a value, and some of them with the others."""
-    cases = [(example, first) for example in (*TRIED.values(), *more)]
+def every_example_and(name: str, first: Any, *others: Any) -> pytest.MarkDecorator:
+    """Parametrises by every example with a value, and some of them with the others."""
+    cases = [(example, first) for example in TRIED.values()]
     cases += [(example, other) for example in SOME.values() for other in others]
     return pytest.mark.parametrize(("example", name), cases, ids=lambda x: getattr(x, "id", str(x)))
 
@@ -179,16 +178,6 @@ def test_the_graph_holds_all_tensors(example: Example) -> None:
 # ---- modified arguments and results --------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def one_process() -> Iterator[None]:
-    """Creates a process group of this process alone."""
-    if not dist.is_available():
-        pytest.skip("torch was built without distributed")
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
-
-
 @pytest.mark.interpreted
 @every_example
 def test_each_gradient_separately(example: Example) -> None:
@@ -202,11 +191,7 @@ def test_each_gradient_separately(example: Example) -> None:
         close(torch.autograd.grad(value, x, above(value), retain_graph=True)[0], expected[name])
 
 
-SHARDED = [e for _, e in TENSOR_OPTIONS.values() if "shard" in e.options]
-
-
-@every_example_and("dtype", torch.float32, torch.float16, more=SHARDED)
-@pytest.mark.usefixtures("one_process")
+@every_example_and("dtype", torch.float32, torch.float16)
 def test_modified_arguments(example: Example, dtype: Any, kernel_calls: KernelCalls) -> None:
     """Backward raises if it reads the argument; else it computes the gradients of the old values.
 
@@ -264,7 +249,7 @@ def test_results_can_be_changed_in_place(example: Example) -> None:
 
 
 @pytest.mark.parametrize(("option", "example"), TENSOR_OPTIONS.values(), ids=TENSOR_OPTIONS)
-@pytest.mark.usefixtures("one_process", "little_garbage")
+@pytest.mark.usefixtures("little_garbage")
 def test_saved_tensor_hooks_receive_options(option: str, example: Example) -> None:
     """Backward uses the tensors that the hooks return, and no other reference is kept."""
     call = example.call()

@@ -23,7 +23,6 @@ ADDED = {  # additional options of cross_entropy and linear_cross_entropy
     **dict.fromkeys(("scale", "temperature"), 1.0),
     **dict.fromkeys(("gamma", "z_loss"), 0.0),
     **dict.fromkeys(("softcap", "token_weight", "denominator", "loss_dtype", "memory_budget")),
-    "shard": None,
 }
 MODULES: dict[str, tuple[str, dict[str, Any]]] = {
     "cross_entropy": ("CrossEntropyLoss", {}),

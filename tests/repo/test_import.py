@@ -94,7 +94,7 @@ LAYERS = (  # each layer may import from itself and from earlier layers
     ("memory",),
     ("dispatch",),
     ("ops",),
-    ("functional", "nn", "formula"),
+    ("functional", "nn", "formula", "vocab_parallel"),
     ("adopt",),
     ("__init__",),
     ("__main__",),

@@ -9,6 +9,7 @@ from typing_extensions import assert_type
 import pyfused
 import pyfused.functional as F
 from pyfused import VocabShard, nn
+from pyfused.vocab_parallel import vocab_parallel_cross_entropy
 
 
 class Model(nn.Module):
@@ -42,8 +43,7 @@ assert_type(F.linear_cross_entropy(x, torch.randn(7, 10), target % 7), Tensor)
 assert_type(pyfused.convert(Model()), Model)
 assert_type(step(x, target), float)
 assert_type(pyfused.explain("relu", x).backend, str)
-shard = VocabShard(first=0)
-assert_type(F.cross_entropy(x, target, shard=shard), Tensor)
+assert_type(vocab_parallel_cross_entropy(x, target, VocabShard(first=0)), Tensor)
 charbonnier(x, x.detach()).backward()
 with pyfused.report() as report:
     print(report)
