@@ -34,9 +34,9 @@ struct CrossEntropyOptions {
   int64_t token_weight = 0;  // address of one A for each position; 0 for ones
   std::optional<double> denominator;  // by default, the summed weight of valid targets
   // Address of two doubles for each position, 0 if they are not computed: first the largest logit
-  // of each, before the scale, then its first class. Only for rows of row_classes() contiguous
-  // classes. The class is -1 where no logit is above -inf, one is NaN or inf, or the position is
-  // ignored.
+  // of each, before the scale, then its first class, where NaN is the largest. Only for rows of
+  // row_classes() contiguous classes. The class is -1 where the position is ignored, and, with
+  // results, where no logit is above -inf, or one is NaN or inf.
   int64_t prediction = 0;
   // Address of three doubles for each position, 0 if they are not computed: the log-probability,
   // the entropy and the log-sum-exp of all positions, as in row_terms.h, for class indices and a

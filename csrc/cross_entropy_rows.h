@@ -48,7 +48,8 @@ template <class T, bool kInPlace> class RowBlock {
       if (kInPlace && ce.row_results) read<false, kInPlace>(row, i, grad, row_max);
       else if (keeps) read<true, false>(row, i, grad, row_max);
       else read<false, false>(row, i, grad, row_max);
-      if (ce.predictions && std::isfinite(row.state.sum)) predict(logits, position);
+      const bool finite = std::isfinite(row.state.sum);
+      if (ce.predictions && (finite || !ce.row_results)) predict(logits, position, finite);
       if (i + 1 < n) next_max = first_max(i + 1);
       finish(row, i, grad);
     }
@@ -82,8 +83,18 @@ template <class T, bool kInPlace> class RowBlock {
     chunk_of_maximum = at;
   }
 
-  // Writes the largest logit and its first class. The gradient may overwrite the logits afterwards.
-  PYFUSED_NOINLINE void predict(const T* logits, int64_t position) {
+  // Writes the largest logit, which NaN is in a row that is not finite, and its first class. The
+  // gradient may overwrite the logits afterwards.
+  PYFUSED_NOINLINE void predict(const T* logits, int64_t position, bool finite) {
+    if (!finite) {
+      const T* const end = logits + ce.classes;
+      const T* highest = std::find_if(logits, end, [](T x) { return std::isnan(widen(x)); });
+      const auto less = [](T x, T y) { return widen(x) < widen(y); };
+      if (highest == end) highest = std::max_element(logits, end, less);
+      ce.predictions[position] = double(widen(*highest));
+      ce.predictions[ce.positions() + position] = double(highest - logits);
+      return;
+    }
     if (ce.scale != 1) {  // it may have rounded several logits to the largest x
       maximum = kLowest;
       for_chunks(ce.classes, [&](int64_t, int64_t at, int64_t n) {

@@ -72,8 +72,9 @@ class Backend(Protocol):
             options: `CrossEntropyOptions`.
             grad_output: The gradient of the loss, of the loss's shape; None means ones.
             prediction: A float64 tensor (2, N) for the largest logit of each row, before the
-                scale, and its class, if ``predicts`` is true for the logits. The class is -1 for
-                a row that is ignored, and if the log-sum-exp is not finite.
+                scale, and its class, if ``predicts`` is true for the logits. NaN is the largest.
+                The class is -1 for a row that is ignored, and with ``results`` if the log-sum-exp
+                is not finite.
             results: A float64 tensor (3, N) for the log-probability, the entropy and the
                 log-sum-exp of each row whose class in ``prediction`` is not -1, for class indices
                 and a scale of 1. The logits have any layout then. Asynchronous backends take None.
