@@ -53,6 +53,10 @@ has_names: Callable[[Tensor], bool] | None = getattr(torch.Tensor, "has_names", 
 # These two are documented in torch's notes "Extending PyTorch".
 DisableTorchFunctionSubclass: Any = _required("torch._C.DisableTorchFunctionSubclass")
 make_wrapper_subclass: Callable[..., Tensor] = _required("torch.Tensor._make_wrapper_subclass")
+# Makes reading the address of a tensor without memory an error, instead of returning 0.
+throw_on_data_ptr: Callable[[Tensor], None] = getattr(
+    torch._C, "_set_throw_on_mutable_data_ptr", lambda _: None
+)
 
 
 # Returns the version counter of a tensor, which in-place operations increment.

@@ -6,12 +6,12 @@ The head of a converted model returns `LazyLogits`, a tensor without memory, whi
 2. One loss of each row is ``linear_cross_entropy`` of the hidden states: `_Value.cross_entropy`.
 3. The pass over a loss records the largest logit of each row and its class, which answer argmax,
    max and topk(1): `_largest`.
-4. Everything else reads the logits, which are then computed once, and is torch's.
+4. Every other operator of ATen reads the logits, which are then computed once, and is torch's.
 
 The tensor is a wrapper subclass with torch's own autograd graph, which begins with `_Head`.
-``__torch_function__`` replaces the loss, leaves the functions of `_LAZY` to the operators of ATen
-that they call, and passes a plain view of the tensor to all others. ``__torch_dispatch__`` returns
-the lazy result of an operator that has a rule, and else computes the values.
+``__torch_function__`` replaces the loss and calls other functions as they are, with lazy logits;
+if one of their operators needs values, it calls the function again with a plain view.
+``__torch_dispatch__`` returns the lazy result of an operator that has a rule.
 
 A program that torch.compile traces breaks its graph at a large head, unless it has to be whole. A
 frame that uses lazy logits is left to Python, where Dynamo would break its graph at each operator.
@@ -19,12 +19,14 @@ frame that uses lazy logits is left to Python, where Dynamo would break its grap
 
 from __future__ import annotations
 
+import itertools
 import math
 import threading
 import warnings
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -42,21 +44,17 @@ from pyfused.ops.operators import LINEAR_CROSS_ENTROPY, OPERATORS
 from pyfused.torch_internals import PLAIN, DisableTorchFunctionSubclass, tree_map_only, version_of
 from pyfused.types import BOTH, PREDICTION
 
-_METHODS = (
-    "size dim numel stride is_contiguous is_floating_point element_size get_device requires_grad_"
-    " __len__ __hash__"
-)
-_ATTRIBUTES = (
-    "shape ndim dtype device layout requires_grad is_leaf _base is_cuda is_cpu is_sparse is_meta"
-    " is_nested"
-)
-_METADATA = {torch.is_floating_point, *(getattr(Tensor, name) for name in _METHODS.split())}
-_METADATA |= {getattr(Tensor, name).__get__ for name in _ATTRIBUTES.split()}
-_METADATA |= {getattr(Tensor, "_backward_hooks").__set__}  # noqa: B009  # called by autograd
-# They act on the node of the tensor, which its views do not have.
+# These act on the node of the tensor, which its views do not have.
 _GRAD_FN = getattr(Tensor, "grad_fn").__get__  # noqa: B009
-_OF_NODES = {_GRAD_FN, *(getattr(Tensor, name).__get__ for name in ("grad", "output_nr"))}
-_OF_NODES |= {Tensor.register_hook, Tensor.retain_grad, Tensor.register_post_accumulate_grad_hook}
+_SET_DATA = getattr(Tensor, "data").__set__  # noqa: B009
+_OF_NODES = {_GRAD_FN, Tensor.register_hook, Tensor.retain_grad}
+_OF_NODES |= {Tensor.register_post_accumulate_grad_hook}
+# These access memory without an operator of ATen.
+_NAMES_OF_MEMORY = (
+    "numpy tolist data_ptr const_data_ptr storage untyped_storage share_memory_"
+    " __array__ __dlpack__ __deepcopy__ __reduce_ex__"
+)
+_OF_MEMORY = {getattr(Tensor, name) for name in _NAMES_OF_MEMORY.split()}
 _BACKWARD = {torch.autograd.grad, torch.autograd.backward, Tensor.backward}
 # The product of a head with few rows takes as long as reading its weight. On an AMD EPYC, 64 losses
 # of 4 rows took several times as long as with all logits, and losses of 64 rows 1.1 times.
@@ -137,24 +135,31 @@ class HeadCall:
         hidden, weight, bias = (x if x is None else x.to(dtype) for x in self.inputs)
         return F.linear(hidden, weight, bias)  # type: ignore[arg-type]
 
+    def why_ended(self) -> tuple[str, str] | None:
+        """Returns why the logits cannot be computed any more, and the line that did it, or None."""
+        if self.ended.is_set():
+            return "the backward pass of their loss", "`backward()`"
+        freed = not self.inputs[1].untyped_storage().nbytes()  # by FSDP
+        if freed or any(version_of(x) != version for x, version in self.versions):
+            return "a change of the head's input, weight or bias", "the change"
+        return None
+
     def check(self, reader: str) -> None:
         """Checks that the logits can still be computed.
 
         Raises:
             RuntimeError: Their loss's backward pass has run, or an input has been changed.
         """
-        freed = not self.inputs[1].untyped_storage().nbytes()  # by FSDP
-        if self.ended.is_set():
-            event, line = "the backward pass of their loss", "`backward()`"
-        elif freed or any(version_of(x) != version for x, version in self.versions):
-            event, line = "a change of the head's input, weight or bias", "the change"
-        else:
+        if not (reason := self.why_ended()):
             return
+        event, line = reason
+        known = "the rows that count in it are known: select these, as in logits[mask].argmax(-1)"
+        if self.largest is not None and self.largest[1] is not None:
+            known = "logits + prior are known, where prior is the constant that the loss added"
         raise RuntimeError(
             f"pyfused.convert: expected the logits of {self.options.model_name} to be read before "
             f"{event}, got {reader} after it. Move the line with {reader} above {line}, or call "
-            "pyfused.revert(model). After a loss, the argmax, max and topk(1) of the rows that "
-            "count in it are known: select these rows first, as in logits[mask].argmax(-1). On "
+            f"pyfused.revert(model). After a loss, the argmax, max and topk(1) of {known}. On "
             "GPUs, this needs pyfused.convert(model, metrics=True)"
         )
 
@@ -183,18 +188,22 @@ class HeadCall:
 
         It is fused for few rows, too, as torch's loss would need the logits of all rows.
         """
-        op, (hidden, weight, bias) = LINEAR_CROSS_ENTROPY, self.inputs
+        op = LINEAR_CROSS_ENTROPY
         options |= {"with_metrics": self.records, "memory_budget": self.options.memory_budget}
         autocast = torch.autocast(self.device.type, self.autocast, self.autocast is not None)
         with autocast, torch.set_grad_enabled(value.records_grad()):
-            x = hidden.reshape(-1, hidden.shape[-1])
-            x = x[index] if type(index) is slice else F.embedding(self.moved(index), x)
-            x = x.view(*value.numbers.shape, x.shape[-1])
-            if value.constant is not None:
-                bias = value.constant if bias is None else bias + value.constant
-            call = (x, weight, bias, *operands), op.options(**options)
+            call = (*self.operands(value, index), *operands), op.options(**options)
             method, _ = decide(op, *call, small=False)
             return method if isinstance(method, str) else run(op, *call, small=False)
+
+    def operands(self, value: _Value, index: Any) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Returns the hidden states of some rows, the weight, and the bias with the constant."""
+        hidden, weight, bias = self.inputs
+        x = hidden.reshape(-1, hidden.shape[-1])
+        x = x[index] if type(index) is slice else F.embedding(self.moved(index), x)
+        if value.constant is not None:
+            bias = value.constant if bias is None else bias + value.constant
+        return x.view(*value.numbers.shape, x.shape[-1]), weight, bias
 
     def moved(self, x: Tensor) -> Tensor:
         """Returns a tensor on the device of the logits, without waiting for it."""
@@ -205,7 +214,7 @@ class HeadCall:
         if self.largest is None:
             self.largest = largest.new_full((2, len(self.is_fused)), -1), value.constant
         known, constant = self.largest
-        if constant is value.constant:
+        if _equal(constant, value.constant):
             known[0, index] = largest[0].flatten()
             known[1, index] = largest[1].where(counts, -1).flatten()
 
@@ -279,6 +288,7 @@ class _Value:
         tensor: Any = torch_internals.make_wrapper_subclass(
             LazyLogits, x.shape, strides=x.stride(), dtype=x.dtype, device=self.call.device
         )
+        torch_internals.throw_on_data_ptr(tensor)
         tensor.value = self
         self.call.values.append(weakref.ref(self))
         return tensor
@@ -305,15 +315,15 @@ class _Value:
         # An autograd function changes these if it returns the tensor.
         return tensor.requires_grad == self.needs_grad and (inference or not version_of(tensor))
 
-    def result(self, function: Any, args: Any, kwargs: Any = None, **changes: Any) -> Any:
-        """Returns the lazy result of an operator, with some changed attributes."""
-        kwargs = kwargs or {}
-        others = tree_map_only(Tensor, lambda x: x.to("meta"), args)
-        example = function(self.example, *others, **kwargs)
-        operation = lambda: function(self.compute(), *args, **kwargs)  # noqa: E731
-        needs_grad = self.records_grad() and function is not aten.detach.default
-        changes |= {"example": example, "operation": operation, "needs_grad": needs_grad}
-        return replace(self, **changes).tensor()
+    def result(self, example: Tensor, function: Any, *args: Any, **changes: Any) -> Any:
+        """Returns the lazy result of an operator, with some changed attributes.
+
+        Operators of numbers on meta tensors, which could return the example, import torch's
+        compiler (one second).
+        """
+        operation = lambda: function(self.compute(), *args)  # noqa: E731
+        changes = {"needs_grad": self.records_grad()} | changes
+        return replace(self, example=example, operation=operation, **changes).tensor()
 
     def dims(self) -> tuple[int, int]:
         """Returns the numbers of the dimension of the classes."""
@@ -400,6 +410,25 @@ class _Value:
             node.register_prehook(partial(_start_backward, call.ended, call.hooks_of_grad))
         return loss
 
+    def largest_with_gradient(self, results: Any) -> Any:
+        """Returns recorded logits and their classes with the gradient of these logits alone.
+
+        The gradient of torch's operator is one of all logits.
+        """
+        values, classes = results
+        if not values.requires_grad or self.call.why_ended():
+            return results
+        with torch.autocast(self.call.device.type, enabled=False):
+            rows, weight, bias = self.call.operands(self, self.index())
+            classes = classes.view(self.numbers.shape)
+            dtype = self.call.autocast or rows.dtype
+            wide = [x.to(dtype).double() for x in (rows, F.embedding(classes, weight))]
+            x = (wide[0] * wide[1]).sum(-1)
+            if bias is not None:
+                x = x + bias[classes].to(dtype)
+            x = self.scale * (x if self.cap is None else self.cap * (x / self.cap).tanh())
+        return type(results)((x.view_as(values).to(values.dtype), results[1]))
+
     def is_target(self, target: Any) -> bool:
         """Returns whether a tensor has a class index for each row."""
         if type(target) not in PLAIN or target.dtype is not torch.int64:
@@ -422,46 +451,54 @@ class _Value:
 # the operator's result, or None if the operator reads the logits.
 
 
-def _same(value: _Value, function: Any, args: Any, kwargs: Any) -> Any:
-    """The same values, but not a copy with a gradient, unless reshape has made it."""
-    is_copy = function is aten.clone.default and not kwargs and value.records_grad()
-    return None if is_copy else value.result(function, args, kwargs)
+def _same(value: _Value, function: Any, args: Any, kwargs: Any) -> Any:  # noqa: ARG001
+    """The same values."""
+    needs_grad = value.records_grad() and function is not aten.detach.default
+    function = partial(function, **kwargs)
+    return value.result(function(value.example), function, needs_grad=needs_grad)
 
 
-def _view(value: _Value, function: Any, args: Any, kwargs: Any) -> Any:
+def _view(value: _Value, function: Any, args: Any, kwargs: Any) -> Any:  # noqa: ARG001
     """A view that keeps the classes of each row together."""
-    before, shape = value.example.shape, function(value.example, *args).shape
-    size, rows = before[value.dim], before[: value.dim].numel()
+    before, example = value.example.shape, function(value.example, *args)
+    size, rows, shape = before[value.dim], before[: value.dim].numel(), example.shape
     dims = [i for i, each in enumerate(shape) if each == size and shape[:i].numel() == rows]
     if len(dims) != 1:
         return None
-    numbers = value.numbers.reshape(*shape[: dims[0]], *shape[dims[0] + 1 :])
-    return value.result(function, args, kwargs, dim=dims[0], numbers=numbers)
+    numbers = value.numbers.reshape(shape[: dims[0]] + shape[dims[0] + 1 :])
+    return value.result(example, function, *args, dim=dims[0], numbers=numbers)
 
 
-def _move(value: _Value, function: Any, args: Any, kwargs: Any) -> Any:
+def _move(value: _Value, function: Any, args: Any, kwargs: Any) -> Any:  # noqa: ARG001
     """A permutation of the dimensions, or a slice of rows."""
     size = value.example.shape[value.dim]
     numbers = value.numbers.unsqueeze(value.dim).expand(value.example.shape)  # of each logit
-    numbers = function(numbers, *args, **kwargs)
+    numbers = function(numbers, *args)
     sizes = zip(numbers.shape, numbers.stride(), strict=True)
     dims = [i for i, each in enumerate(sizes) if each == (size, 0)]
     if len(dims) != 1:
         return None
-    return value.result(function, args, kwargs, dim=dims[0], numbers=numbers.select(dims[0], 0))
+    (dim,), example = dims, function(value.example, *args)
+    return value.result(example, function, *args, dim=dim, numbers=numbers.select(dim, 0))
 
 
-def _unbind(value: _Value, function: Any, args: Any, kwargs: Any) -> Any:
-    """The slices of rows over which a loop iterates."""
-    dim = function(value.example, *args, **kwargs) and (args[0] if args else 0)
+def _pieces(value: _Value, function: Any, args: Any, kwargs: Any) -> Any:  # noqa: ARG001
+    """The slices of rows over which a loop iterates, or of a split."""
+    pieces, is_loop = function(value.example, *args), function is aten.unbind.int
+    (dim,) = args[not is_loop :] or (0,)
     if dim in value.dims():
         return None
-    count = value.example.shape[dim]
-    return [_move(value, aten.select.int, (dim, i), {}) for i in range(count)]
+    ends = itertools.accumulate(1 if is_loop else each.shape[dim] for each in pieces)
+    if is_loop:
+        return [_move(value, aten.select.int, (dim, end - 1), {}) for end in ends]
+    slices = itertools.pairwise((0, *ends))
+    return [_move(value, aten.slice.Tensor, (dim, *each), {}) for each in slices]
 
 
 def _index(value: _Value, function: Any, args: Any, kwargs: Any) -> Any:  # noqa: ARG001
     """A selection of rows by masks or int64 tensors."""
+    if function is aten.index_select.default:
+        function, args = aten.index.Tensor, ([None] * (args[0] % value.example.dim()) + [args[1]],)
     shape, numbers, indices = value.example.shape, value.numbers, list[Tensor | None]()
     for x in args[0]:
         if x is None:
@@ -479,21 +516,22 @@ def _index(value: _Value, function: Any, args: Any, kwargs: Any) -> Any:  # noqa
     if value.dim != numbers.dim() or len(indices) > value.dim:
         return None
     numbers = function(numbers, indices)
-    return value.result(function, (indices,), dim=numbers.dim(), numbers=numbers)
+    example = function(value.example, [x if x is None else x.to("meta") for x in indices])
+    return value.result(example, function, indices, dim=numbers.dim(), numbers=numbers)
 
 
-def _cast(value: _Value, function: Any, args: Any, kwargs: Any) -> Any:
+def _cast(value: _Value, function: Any, args: Any, kwargs: Any) -> Any:  # noqa: ARG001
     """A cast to float32, or a copy."""
     before, device = value.example.dtype, kwargs.get("device")
     dtype = kwargs.get("dtype") or before
     casts = dtype is before or (dtype is torch.float32 and before is not torch.float64)
     if not casts or device not in (None, value.call.device) or kwargs.get("pin_memory"):
         return None
-    options = {"dtype": dtype, "memory_format": kwargs.get("memory_format")}
-    return value.result(function, args, options)
+    function = partial(function, dtype=dtype, memory_format=kwargs.get("memory_format"))
+    return value.result(function(value.example), function)
 
 
-def _scale(value: _Value, function: Any, args: Any, kwargs: Any) -> Any:
+def _scale(value: _Value, function: Any, args: Any, kwargs: Any) -> Any:  # noqa: ARG001
     """A positive Python number as a factor or divisor."""
     (number,) = args
     if type(number) not in (int, float) or not 0 < number < math.inf:
@@ -501,7 +539,9 @@ def _scale(value: _Value, function: Any, args: Any, kwargs: Any) -> Any:
     scale = value.scale / number if function in _QUOTIENTS else value.scale * number
     if not 0 < scale < math.inf:
         return None
-    return value.result(function, args, kwargs, scale=1.0 if math.isclose(scale, 1.0) else scale)
+    # The rounding of a quotient and a product is not a factor.
+    scale = 1.0 if math.isclose(scale, 1.0, rel_tol=1e-15) else scale
+    return value.result(torch.empty_like(value.example), function, number, scale=scale)
 
 
 def _add(value: _Value, function: Any, args: Any, kwargs: Any) -> Any:
@@ -514,7 +554,21 @@ def _add(value: _Value, function: Any, args: Any, kwargs: Any) -> Any:
         return None
     bias = bias.clone()
     constant = bias.view(-1) if value.constant is None else value.constant + bias.view(-1)
-    return value.result(function, (bias,), constant=constant)
+    return value.result(torch.empty_like(example), function, bias, constant=constant)
+
+
+def _cap(value: _Value, function: Any, args: Any, kwargs: Any) -> Any:  # noqa: ARG001
+    """A cap by tanh."""
+    if value.cap:
+        return None
+    return value.result(torch.empty_like(value.example), function, cap=1 / value.scale)
+
+
+def _log_softmax(value: _Value, function: Any, args: Any, kwargs: Any) -> Any:  # noqa: ARG001
+    """The log-probabilities."""
+    if args[0] not in value.dims():
+        return None
+    return value.result(value.example.new_empty(value.example.shape), function, *args, log=True)
 
 
 def _largest(value: _Value, function: Any, args: Any, kwargs: Any) -> Any:
@@ -526,7 +580,7 @@ def _largest(value: _Value, function: Any, args: Any, kwargs: Any) -> Any:
     known, constant = value.call.largest or (None, None)
     if (
         known is None
-        or constant is not value.constant
+        or not _equal(constant, value.constant)
         or options["dim"] not in dims
         or not is_largest
     ):
@@ -542,6 +596,13 @@ def _largest(value: _Value, function: Any, args: Any, kwargs: Any) -> Any:
     return results[1] if is_argmax else results
 
 
+def _equal(constant: Tensor | None, other: Tensor | None) -> bool:
+    """Returns whether two constants of `_Value` are the same."""
+    if constant is None or other is None:
+        return constant is other
+    return torch.equal(constant, other)
+
+
 aten: Any = torch.ops.aten
 _QUOTIENTS = aten.div.Tensor, aten.div.Scalar
 # The arguments of the operators that return the largest logit of each row.
@@ -554,26 +615,26 @@ _MOVES = (
     *(aten.transpose.int, aten.t.default, aten.permute.default, aten.select.int, aten.slice.Tensor),
     *(aten.unsqueeze.default, aten.squeeze.default, aten.squeeze.dim, aten.squeeze.dims),
 )
+_PIECES = aten.unbind.int, aten.split.Tensor, aten.split_with_sizes.default
 _RULES: dict[Any, Callable[..., Any]] = {
     **dict.fromkeys((aten.alias.default, aten.detach.default, aten.clone.default), _same),
     **dict.fromkeys((aten.view.default, aten._unsafe_view.default), _view),
     **dict.fromkeys(_MOVES, _move),
-    aten.unbind.int: _unbind,
-    aten.index.Tensor: _index,
+    **dict.fromkeys(_PIECES, _pieces),
+    **dict.fromkeys((aten.index.Tensor, aten.index_select.default), _index),
     aten._to_copy.default: _cast,
     **dict.fromkeys((aten.mul.Tensor, aten.mul.Scalar, *_QUOTIENTS), _scale),
-    aten.tanh.default: lambda value, function, *_: (
-        None if value.cap else value.result(function, (), cap=1 / value.scale)
-    ),
+    aten.tanh.default: _cap,
     aten.add.Tensor: _add,
-    aten._log_softmax.default: lambda value, function, args, _: (
-        value.result(function, args, log=True) if args[0] in value.dims() else None
-    ),
+    aten._log_softmax.default: _log_softmax,
     **dict.fromkeys(_LARGEST, _largest),
 }
-_OF_LOG = _same, _view, _move, _unbind, _index, _largest
+_OF_LOG = _same, _view, _move, _pieces, _index, _largest
 _RULES_OF_LOG = {operator: rule for operator, rule in _RULES.items() if rule in _OF_LOG}
 _INDEXES = "getitem", "index", "select", "slice"
+# Operators without values whose results are not new tensors.
+_NAMES_OF_METADATA = "is_same_size", "is_pinned", "dense_dim", "sparse_dim"
+_OF_METADATA = {getattr(aten, name).default for name in _NAMES_OF_METADATA}
 
 
 def _original(function: Any) -> Any:
@@ -581,19 +642,6 @@ def _original(function: Any) -> Any:
     return getattr(function, "__wrapped__", function)
 
 
-# Functions that call nothing but these operators, and may leave the logits lazy.
-_NAMES = (
-    "view view_as reshape reshape_as flatten unflatten unsqueeze squeeze contiguous detach clone"
-    " transpose swapaxes swapdims permute movedim moveaxis t select narrow unbind"
-    " tensor_split __getitem__ float to cpu type_as mul multiply __mul__ __rmul__ div divide"
-    " true_divide __truediv__ tanh add __add__ __radd__ log_softmax argmax max topk"
-)
-_LAZY = {
-    _original(getattr(owner, name))
-    for name in _NAMES.split()
-    for owner in (Tensor, torch, F)
-    if callable(getattr(owner, name, None))
-} | {getattr(Tensor, name).__get__ for name in ("T", "mT", "data")}
 # Losses of the logits, and of their log_softmax.
 _LOSSES = {_original(F.cross_entropy): False, _original(F.nll_loss): True}
 
@@ -619,8 +667,6 @@ class LazyLogits(Tensor):
         tensor: Any = args[0] if args else None
         is_lazy = isinstance(tensor, LazyLogits)
         with DisableTorchFunctionSubclass():
-            if original in _LAZY or (is_lazy and function in _METADATA):
-                return function(*args, **kwargs)
             name, reason = _name_of(function), ""
             if is_lazy and original in _LOSSES:
                 call = tensor.value.call
@@ -640,15 +686,17 @@ class LazyLogits(Tensor):
                         return _BypassedNode()
                 _expect_gradient(tensor, name)
                 return function(*args, **kwargs)
-            if is_lazy and _is_in_place(function):
-                tensor.value.call.compute(name)
-                if name == "data":
-                    raise _error_in_place("memory", name)
-                return function(*args, **kwargs)
+            if is_lazy and function == _SET_DATA:
+                raise _error_in_place("memory", name)
             if function in _BACKWARD:
                 edge = partial(_edge_of, function=function)
                 others, kwargs = tree_map_only(LazyLogits, edge, (args[1:], kwargs))
                 args = *args[:1], *others
+            elif not reason and function not in _OF_MEMORY:
+                result = _without_values(function, args, kwargs)
+                if result is not _NEEDS_VALUES:
+                    is_largest = is_lazy and name in ("max", "topk")
+                    return tensor.value.largest_with_gradient(result) if is_largest else result
             view = partial(_view_of, reader=name)
             args, kwargs = tree_map_only(LazyLogits, view, (args, kwargs))
         result = function(*args, **kwargs)
@@ -656,7 +704,11 @@ class LazyLogits(Tensor):
             call.warn(f"{name}, because {reason}. {_COST}")
             if report.active and function is original:
                 report.counted(OPERATORS[name], args, (), reason, function)
-        return tensor if is_lazy and result is args[0] else result
+        if not is_lazy or result is not args[0]:
+            return result
+        if result.shape != tensor.shape:
+            raise _error_in_place("shape", name)
+        return tensor
 
     def __repr__(self) -> str:  # type: ignore[override]
         """Shows what is known, so that print and a debugger do not compute the logits."""
@@ -669,12 +721,23 @@ class LazyLogits(Tensor):
 
     __format__ = object.__format__
 
+    def as_subclass(self, cls: Any) -> Any:
+        """Reads the logits, because a tensor that ``__torch_dispatch__`` returns has its class."""
+        with DisableTorchFunctionSubclass():
+            return _view_of(self, "as_subclass").as_subclass(cls)
+
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]
         cls, function: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
-        kwargs = kwargs or {}
+        kwargs, name = kwargs or {}, _name_of(function)
         tensor: Any = args[0] if args else None
+        if function in _OF_METADATA:
+            args = tree_map_only(LazyLogits, lambda x: x.value.example, args)
+            return function(*args, **kwargs)
+        refuses = getattr(_THREAD, "refuses_values", False)
+        if _is_factory(name) and not refuses:
+            return function(tensor.value.example, *args[1:], **{"device": tensor.device} | kwargs)
         if isinstance(tensor, LazyLogits) and tensor.value.has_rules(tensor):
             rule = (_RULES_OF_LOG if tensor.value.log else _RULES).get(function)
             result = rule and rule(tensor.value, function, args[1:], kwargs)
@@ -682,7 +745,9 @@ class LazyLogits(Tensor):
                 result = function.decompose(*args, **kwargs)
             if result is not None and result is not NotImplemented:
                 return result
-        values_of = partial(_values_of, reader=_name_of(function))
+        if refuses:
+            raise _ValuesNeededError
+        values_of = partial(_values_of, reader=name)
         values, kwargs = tree_map_only(LazyLogits, values_of, (args, kwargs))
         result = function(*values, **kwargs)
         if result is not values[0]:
@@ -736,7 +801,7 @@ def _view_of(x: LazyLogits, reader: str) -> Tensor:
     """Returns a plain view of a lazy tensor for an operator."""
     x.value.call.compute(reader)
     with torch.inference_mode(x.is_inference()):
-        return x.view_as(x)
+        return aten.alias(x)  # type: ignore[no-any-return]  # with any layout of the gradient
 
 
 def _edge_of(x: LazyLogits, function: Any) -> Any:
@@ -772,11 +837,34 @@ class _BypassedNode:
         raise _error_of_gradient(f"{name} of the grad_fn")
 
 
-def _is_in_place(function: Any) -> bool:
-    """Returns whether a function changes its first argument, by an operator of ATen."""
-    name = getattr(function, "__name__", "")
-    changes = name.endswith("_") and not name.endswith("__") and hasattr(torch.ops.aten, name)
-    return changes or name.startswith(("__i", "__set"))
+class _ValuesNeededError(Exception):
+    """An operator of ATen needs the values of lazy logits in `_without_values`."""
+
+
+_NEEDS_VALUES = object()
+_THREAD = threading.local()
+
+
+def _without_values(function: Any, args: Any, kwargs: Any) -> Any:
+    """Returns the result of a function of lazy logits, or _NEEDS_VALUES."""
+    if not _is_factory(_name_of(function)):
+        hooks = torch_internals.saved_tensors_hooks(True)
+        _THREAD.refuses_values = True
+        try:
+            with nullcontext() if hooks is None else torch.no_grad():  # which calls no hooks
+                result = function(*args, **kwargs)
+        except _ValuesNeededError:
+            return _NEEDS_VALUES
+        finally:
+            _THREAD.refuses_values = False
+        if hooks is None:
+            return result
+    return function(*args, **kwargs)
+
+
+def _is_factory(name: str) -> bool:
+    """Returns whether a function of this name returns a new tensor, without reading values."""
+    return name.startswith("new_") or name.endswith("_like")
 
 
 def _error_in_place(part: str, name: str) -> RuntimeError:
