@@ -167,3 +167,17 @@ def test_fork_while_another_thread_counts() -> None:
     """
     done = python(code)
     assert done.returncode == 0, done.stderr
+
+
+EQUATION = """
+import sys, torch, pyfused
+model = pyfused.convert(torch.nn.Sequential(torch.nn.Linear(8, 131072)), head="0")
+x = 3 * torch.tanh((model(torch.randn(16, 8)) + torch.ones(131072)) / 3)
+torch.nn.functional.nll_loss(x.log_softmax(-1), torch.arange(16)).backward()
+assert type(x).__name__ == "LazyLogits" and "torch._dynamo" not in sys.modules
+"""
+
+
+def test_the_equation_of_a_loss_does_not_import_the_compiler() -> None:
+    result = python(EQUATION)
+    assert result.returncode == 0, result.stderr
