@@ -311,7 +311,6 @@ class CrossEntropy(RowOperator):
         return loss, metrics.from_state(state, target, options.ignore_index, dtype)
 
 
-
 def class_targets(input: Tensor, target: Tensor) -> Tensor:
     """Returns class indices as int64, of the shape of the loss."""
     target = target if target.dtype is torch.int64 else target.to(torch.int64)
