@@ -209,7 +209,7 @@ def _faster_dtype(dtype: torch.dtype) -> torch.dtype:
 
     Processors without instructions for the dtype take 2.6 to 250 times as long as in float32, and
     those that have them 0.2 to 1.7 times. One thread's CPU time hardly depends on other processes:
-    beside three busy ones, a ratio of 2.6 was measured as 2.4 to 2.7. Several threads wait for each
+    beside 12 busy ones, a ratio of 2.6 was measured as 2.2 to 3.1. Several threads wait for each
     other, which was measured as 0.3 to 2.8.
     """
     products = []
