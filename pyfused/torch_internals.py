@@ -180,14 +180,6 @@ save_apart: Any = getattr(torch._C._autograd, "_make_saved_tensor", _SavedTensor
 saved_tensors_hooks: Callable[[bool], Any] = getattr(
     torch._C._autograd, "_top_saved_tensors_default_hooks", lambda _: (None, None)
 )
-
-
-def has_saved_tensor_hooks(node: Any) -> bool:
-    """Returns whether tensors that a node has saved have hooks."""
-    hooks = [getattr(saved, "unpack_hook", None) for saved in node._raw_saved_tensors]
-    return any(hooks)
-
-
 # A context without the transforms of torch.func that are active.
 without_transforms: Callable[[], AbstractContextManager[Any]] = getattr(
     torch._functorch.pyfunctorch, "temporarily_clear_interpreter_stack", nullcontext

@@ -20,7 +20,6 @@ from pyfused.torch_internals import (
     active_mode,
     apply_of,
     graph_is_retained,
-    has_saved_tensor_hooks,
     never_traced,
     save_apart,
     saved_tensors_hooks,
@@ -100,7 +99,6 @@ class Fused(torch.autograd.Function):
         ctx.gradients = []
         for x in gradients:
             ctx.gradients.append(x if x is None else save_apart(x, False))
-        ctx.shapes = [None if x is None else x.shape for x in saved]
         ctx.formats = None  # without hooks for saved tensors, autograd returns what was saved
         if saved_tensors_hooks(True) is not None:
             ctx.formats = [*map(_format, saved)], [*map(_format, gradients)]
@@ -135,21 +133,19 @@ def _format(x: Tensor | None) -> Any:
     return None if x is None else (unsupported(_SAVED, (x,)), x.dtype, x.device, x.shape)
 
 
-def _reason_of_hooks(ctx: Any, saved: Sequence[Any]) -> str | None:
-    """Returns why kernels cannot read what hooks return for saved tensors, None if they can.
+def _changed_by_hooks(ctx: Any, saved: Sequence[Any]) -> bool:
+    """Returns whether saved tensors have another format than those that were saved.
 
     Raises:
-        RuntimeError: A tensor has another shape than the one that was saved.
+        RuntimeError: One has another shape.
     """
-    for x, shape in zip(saved, ctx.shapes, strict=True):
-        if x is not None and x.shape != shape:
-            expected = f"hooks for saved tensors to return shape {tuple(shape)}"
-            raise RuntimeError(f"{ctx.call[0].name}: expected {expected}, got {tuple(x.shape)}")
-    if ctx.formats is None:
-        return "hooks were registered for saved tensors after the call"
-    if [*map(_format, saved)] != ctx.formats[0]:
-        return "hooks have changed the dtype, device or layout of saved tensors"
-    return None
+    formats: list[Any] = [*map(_format, saved)]
+    for before, after in zip(ctx.formats[0], formats, strict=True):
+        if before is not None and after[-1] != before[-1]:
+            expected = f"hooks for saved tensors to return shape {tuple(before[-1])}"
+            raise RuntimeError(f"{ctx.call[0].name}: expected {expected}, got {tuple(after[-1])}")
+    changed: bool = formats != ctx.formats[0]
+    return changed
 
 
 def _scaled_gradients(ctx: Any, grad_output: Tensor) -> Gradients | None:
@@ -202,9 +198,8 @@ def _computed_gradients(ctx: Any, grad_output: Tensor, reason: str | None) -> Gr
         raise _with_hint(error, op.name) from None
     for i in ctx.missing:
         saved.insert(i, None)
-    if ctx.formats is not None or has_saved_tensor_hooks(ctx):
-        reason_of_hooks = _reason_of_hooks(ctx, saved)
-        reason = reason or reason_of_hooks
+    if ctx.formats is not None and _changed_by_hooks(ctx, saved):
+        reason = reason or "hooks have changed the dtype, device or layout of saved tensors"
     if not reason:
         return op.backward(saved, options, needs, grad_output)  # type: ignore[no-any-return]
     create_graph = torch.is_grad_enabled()

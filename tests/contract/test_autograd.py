@@ -357,28 +357,6 @@ def test_hooks_that_change_saved_tensors(example: Example, change: Any) -> None:
 
 
 @every_operator
-@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
-def test_hooks_registered_after_the_call(example: Example, change: Any) -> None:
-    """Backward computes with what the hooks return, or raises an error."""
-    function, is_valid = change
-    call = example.call(torch.float64 if change is CHANGES["narrower"] else torch.float32)
-    value = call.ours()
-    nodes = [value.grad_fn]
-    for node in nodes:
-        parents = [parent for parent, _ in getattr(node, "next_functions", ())]
-        nodes += [parent for parent in {*parents} if parent not in nodes]
-        for saved in getattr(node, "_raw_saved_tensors", ()):
-            saved.register_hooks(lambda x: function(x.detach()), lambda x: x)
-    leaves = [*call.leaves.values()]
-    try:
-        found = torch.autograd.grad(value, leaves, above(value))
-    except (RuntimeError, NotImplementedError):
-        assert not is_valid
-    else:
-        close(found, gradients(call, of_torch), rtol=1e-4, atol=1e-4, check_dtype=False)
-
-
-@every_operator
 @pytest.mark.parametrize("reentrant", [False, True], ids=["", "reentrant"])
 def test_checkpoint(example: Example, reentrant: bool) -> None:
     call = example.call()
