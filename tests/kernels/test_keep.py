@@ -299,22 +299,14 @@ SETTINGS: dict[str, tuple[dict[str, str], bool, str]] = {
     "jemalloc": (JEMALLOC | {"MALLOC_CONF": "dirty_decay_ms:-1"}, True, "jemalloc"),
     "jemalloc, no decay": (JEMALLOC | {"MALLOC_CONF": "dirty_decay_ms:0"}, False, "jemalloc"),
 }
-# Operators that only save new memory are torch's if pages are kept.
 DECISION = """
-import torch, warnings, pyfused
+import warnings
 from pyfused import memory
-x = torch.empty(1 << 24, requires_grad=True)
-mse_loss = "mse_loss", x, torch.empty(1 << 24)
 with warnings.catch_warnings(record=True) as found:
     warnings.simplefilter("always")
     for step in (None, memory.keep, lambda: memory.keep(False)):
         if step: step()
-        kept = memory.stats().pages_are_kept
-        for path in (pyfused.explain("relu", x), pyfused.explain(*mse_loss, reduction="none")):
-            assert (path.backend == "torch") is kept
-            assert str(path).endswith("because the process keeps freed pages") is kept
-        assert pyfused.explain(*mse_loss).backend == "cpu"
-        print(kept)
+        print(memory.stats().pages_are_kept)
 for warning in found:
     assert warning.category is RuntimeWarning and warning.filename == "<string>"
     print(warning.message)
@@ -322,9 +314,8 @@ for warning in found:
 
 
 @glibc
-@pytest.mark.thresholds
 @pytest.mark.parametrize("name", SETTINGS)
-def test_what_happens_decides_about_calls_that_save_page_faults(name: str, tmp_path: Path) -> None:
+def test_stats_say_whether_freed_pages_are_kept(name: str, tmp_path: Path) -> None:
     variables, kept, decides = SETTINGS[name]
     preloaded = variables.get("LD_PRELOAD")
     if preloaded == "" or (preloaded == "built" and not shutil.which("cc")):
