@@ -63,7 +63,7 @@ CALLS: dict[str, tuple[Callable[[Tensor], Tensor], int]] = {
     "log_probs": (lambda x: fused.log_probs(x, CLASSES)[0].sum(), 47),
     "kl_div_with_logits": (lambda x: fused.kl_div_with_logits(x, OTHER), 45),
     "linear_cross_entropy": (lambda x: fused.linear_cross_entropy(x, OTHER, CLASSES), 95),
-    "linear_log_probs": (lambda x: fused.linear_log_probs(x, OTHER, CLASSES)[0].sum(), 98),
+    "linear_log_probs": (lambda x: fused.linear_log_probs(x, OTHER, CLASSES)[0].sum(), 100),
 }
 
 
