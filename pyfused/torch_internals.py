@@ -124,8 +124,15 @@ def default_state() -> Iterator[None]:
         precision = torch._C._get_fp32_precision_getter(*products)
         if precision not in ("none", "ieee"):
             torch._C._set_fp32_precision_setter(*products, "ieee")
-            stack.callback(torch._C._set_fp32_precision_setter, *products, precision)
+            stack.callback(_restore_precision, products, precision)
         yield
+
+
+def _restore_precision(products: tuple[str, str], precision: str) -> None:
+    """Restores the precision of products, which inherit it if the setting of a backend is equal."""
+    for value in ("none", precision):
+        if torch._C._get_fp32_precision_getter(*products) != precision:
+            torch._C._set_fp32_precision_setter(*products, value)
 
 
 def compiler_traces() -> bool:

@@ -86,6 +86,7 @@ def test_the_state_of_the_first_call_has_no_effect(
     [
         (torch.backends.mkldnn, "enabled", False, True),
         (torch.backends.mkldnn.matmul, "fp32_precision", "bf16", "ieee"),
+        (torch.backends, "fp32_precision", "bf16", "bf16"),  # products inherit it
     ],
 )
 def test_the_flags_of_the_first_call_have_no_effect(
@@ -93,13 +94,14 @@ def test_the_flags_of_the_first_call_have_no_effect(
 ) -> None:
     found: list[Any] = []
     monkeypatch.setattr(cpu, "least_seconds", lambda _: found.append(getattr(flags, name)) or 1.0)
-    before = getattr(flags, name)
+    before, of_products = getattr(flags, name), torch.backends.mkldnn.matmul.fp32_precision
     setattr(flags, name, value)
     try:
         cpu.product_dtype(torch.bfloat16)
         assert getattr(flags, name) == value
     finally:
         setattr(flags, name, before)
+    assert torch.backends.mkldnn.matmul.fp32_precision == of_products
     assert {*found} == {default}
 
 
