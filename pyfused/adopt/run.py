@@ -49,9 +49,11 @@ def run(program: str, arguments: Sequence[str], module: bool, keep: bool = True)
     sys.modules["__mp_main__"] = main
     sys.argv[:] = program, *arguments
     if module:
-        runpy.run_module(program, run_name="__main__", alter_sys=True)
-        return
-    path = Path(program)
-    if not getattr(sys.flags, "safe_path", sys.flags.isolated):  # -m has added the current folder
-        sys.path[0] = str(path.resolve() if path.is_dir() else path.resolve().parent)
-    runpy.run_path(str(path.absolute()), run_name="__main__")  # __file__ is absolute
+        names = runpy.run_module(program, run_name="__main__", alter_sys=True)
+    else:
+        path = Path(program)
+        if not getattr(sys.flags, "safe_path", sys.flags.isolated):  # -m has added this folder
+            sys.path[0] = str(path.resolve() if path.is_dir() else path.resolve().parent)
+        names = runpy.run_path(str(path.absolute()), run_name="__main__")  # __file__ is absolute
+    # Threads and atexit functions may still pickle the program's classes.
+    vars(sys.modules["__main__"]).update(names)

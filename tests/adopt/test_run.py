@@ -68,8 +68,9 @@ def script(folder: Path, code: str) -> str:
 # ---- running programs ----------------------------------------------------------------------------
 
 SHOW = """
-import pickle, sys, typing
+import atexit, pickle, sys, typing
 class Mine: value: "Mine"
+atexit.register(pickle.dumps, Mine())
 assert type(pickle.loads(pickle.dumps(Mine()))) is typing.get_type_hints(Mine)["value"] is Mine
 print(__name__, __file__, __doc__, __spec__ and __spec__.name, sys.argv, sys.path[0])
 """
