@@ -61,8 +61,6 @@ throw_on_data_ptr: Callable[[Tensor], None] = getattr(
 
 # Returns the version counter of a tensor, which in-place operations increment.
 version_of: Callable[[Tensor], int] = operator.attrgetter("_version")
-# Returns the tensor that a tensor is a view of, or None.
-base_of: Callable[[Tensor], Tensor | None] = operator.attrgetter("_base")
 
 
 def is_mutable(overload: Any) -> bool:
