@@ -86,7 +86,8 @@ def bounded(scalar: Scalar, value: Any) -> None:
         raise _error(name, "a float", f"{type(value).__name__} {value!r}", TypeError)
     if isinstance(value, Tensor):
         if value.dim():
-            raise _error(name, "one number", f"shape {tuple(value.shape)}", ValueError)
+            expected = "a number or a tensor of shape ()"
+            raise _error(name, expected, f"shape {tuple(value.shape)}", ValueError)
         if not _can_be_read(value):
             return
     if not scalar.has_bounds:

@@ -74,11 +74,11 @@ BOUNDS: Wrong = {
 # Calls with functions and options that torch lacks, the type of error, and strings in the message;
 # test_wrong_arguments tries other values of single arguments.
 OWN: Wrong = {
-    "cross_entropy(X, Y, scale=torch.ones(1))": "ValueError|scale: expected one number|(1,)",
+    "cross_entropy(X, Y, scale=torch.ones(1))": "ValueError|scale: expected a number|(1,)",
     "softcap(X, HALF)": "TypeError|cap: expected a float, got Fraction",
     "cross_entropy(X, Y, gamma=2.0, label_smoothing=0.1)": "ValueError|gamma: expected 0.0 with",
     "cross_entropy(X, Y, denominator=-1.5)": "ValueError|denominator: expected a positive|-1.5",
-    "cross_entropy(X, Y, denominator=torch.ones(2))": "ValueError|denominator: expected one|(2,)",
+    "cross_entropy(X, Y, denominator=torch.ones(2))": "ValueError|denominator: expected a|(2,)",
     'cross_entropy(X, Y, denominator=2, reduction="sum")': "ValueError|with reduction 'sum', got a",
     "cross_entropy(X, Y, token_weight=-torch.ones(4))": "ValueError|token_weight: |0, got -1",
     "cross_entropy(X, Y, loss_dtype=torch.int32)": "ValueError|loss_dtype: expected a floating",
