@@ -48,7 +48,7 @@ template <class T, bool kInPlace> class RowBlock {
       if (kInPlace && ce.row_results) read<false, kInPlace>(row, i, grad, row_max);
       else if (keeps) read<true, false>(row, i, grad, row_max);
       else read<false, false>(row, i, grad, row_max);
-      const bool finite = std::isfinite(row.state.sum);
+      const bool finite = std::isnormal(row.state.sum);  // 0 if all logits are -inf
       if (ce.predictions && (finite || !ce.row_results)) predict(logits, position, finite);
       if (i + 1 < n) next_max = first_max(i + 1);
       finish(row, i, grad);
@@ -101,7 +101,6 @@ template <class T, bool kInPlace> class RowBlock {
         raise_maximum(largest(logits + at, n, maximum), at);
       });
     }
-    if (chunk_of_maximum < 0) return;
     constexpr int64_t kStep = 64;  // a scalar loop over the chunk would take as long as reading it
     const T* const x = logits + chunk_of_maximum;
     const int64_t n = std::min(kChunk, ce.classes - chunk_of_maximum);
