@@ -35,7 +35,6 @@ from pyfused.backends import backend_of
 from pyfused.dispatch import report
 from pyfused.dispatch.autograd import compute, in_autocast_dtype, without_autocast
 from pyfused.dispatch.operator import Forward, Needs, Operand, Options, Tensors
-from pyfused.dispatch.reasons import SMALL
 from pyfused.dispatch.run import unsupported
 from pyfused.ops import definitions, operators
 from pyfused.ops.cross_entropy import split_factors
@@ -253,8 +252,7 @@ def _checked(
     for operand, x in zip(operands, tensors, strict=True):
         if x is not None or not operand.optional:
             checks.tensor(operand.name, x)
-        reason = unsupported((operand,), (x,), tensors[0])
-        if reason is not None and reason is not SMALL:
+        if reason := unsupported((operand,), (x,), tensors[0]):
             raise RuntimeError(f"{operand.name}: expected a tensor that kernels take, but {reason}")
     for name, value in zip(op.fields, options, strict=True):
         if isinstance(value, Tensor):
