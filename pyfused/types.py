@@ -132,10 +132,8 @@ class CrossEntropyOptions(NamedTuple):
         reduction: The reduction over rows (tokens): "none", "mean" or "sum".
         memory_budget: Bytes for the logits in memory at once, None for the default.
         loss_dtype: The dtype of the loss, None for torch's.
-        with_metrics: Whether the call returns a tuple of the loss and the metrics of each target;
-            PREDICTION for a tuple of the loss and the prediction, a float64 tensor (2, ...) of the
-            largest logit of each row, before softcap and scale, and of its class, -1 if unknown;
-            BOTH for a tuple of the three.
+        with_metrics: Whether the call returns a tuple of the loss and the metrics of each target.
+        with_prediction: Whether a call of a layer returns a `heads.HeadResult`.
         torch_options: The options of torch's linear_cross_entropy, which kernels ignore.
     """
 
@@ -150,7 +148,8 @@ class CrossEntropyOptions(NamedTuple):
     reduction: str = "mean"
     memory_budget: int | None = None
     loss_dtype: torch.dtype | None = None
-    with_metrics: bool | str = False
+    with_metrics: bool = False
+    with_prediction: bool = False
     torch_options: Any = None
 
     def row_options(self) -> RowOptions:
@@ -171,7 +170,6 @@ class CrossEntropyOptions(NamedTuple):
         )
 
 
-PREDICTION, BOTH = "prediction", "both"
 _NUMBERS = frozenset((float, int))
 
 

@@ -42,7 +42,6 @@ from pyfused.dispatch.operator import requires_grad
 from pyfused.dispatch.run import decide, run
 from pyfused.ops.operators import LINEAR_CROSS_ENTROPY, OPERATORS
 from pyfused.torch_internals import PLAIN, DisableTorchFunctionSubclass, tree_map_only, version_of
-from pyfused.types import BOTH, PREDICTION
 
 # These act on the node of the tensor, which its views do not have.
 _GRAD_FN = getattr(Tensor, "grad_fn").__get__  # noqa: B009
@@ -90,7 +89,7 @@ class HeadCall:
         versions: The inputs that must not change until the logits are read, and their versions.
         autocast: The dtype of autocast, None if it was disabled.
         hooks: The active hooks of saved tensors.
-        records: What the pass over a loss returns as well. Predictions cost nothing on CPUs.
+        records: Whether losses record predictions, which costs nothing on CPUs.
         is_fused: Whether a loss of each row has been fused, on the CPU.
         largest: The largest logit of each row before a scale and a cap, and its class, which is -1
             without a fused loss; and the constant that was added to these logits.
@@ -107,7 +106,7 @@ class HeadCall:
         self.device: torch.device = hidden.device
         self.head, self.options, self.autocast = head, options, active_autocast(hidden)
         self.hooks = torch_internals.saved_tensors_hooks(True)
-        self.records = BOTH if options.metrics else hidden.is_cpu and PREDICTION
+        self.records = options.metrics or hidden.is_cpu
         self.is_fused = torch.zeros(hidden.shape[:-1].numel(), dtype=torch.bool, device="cpu")
         self.largest: Any = None
         self.needs_grad = self.computed = self.bypassed = False
@@ -189,7 +188,8 @@ class HeadCall:
         It is fused for few rows, too, as torch's loss would need the logits of all rows.
         """
         op = LINEAR_CROSS_ENTROPY
-        options |= {"with_metrics": self.records, "memory_budget": self.options.memory_budget}
+        options |= {"with_metrics": self.options.metrics, "with_prediction": self.records}
+        options["memory_budget"] = self.options.memory_budget
         autocast = torch.autocast(self.device.type, self.autocast, self.autocast is not None)
         with autocast, torch.set_grad_enabled(value.records_grad()):
             call = (*self.operands(value, index), *operands), op.options(**options)
@@ -399,11 +399,12 @@ class _Value:
         )
         if isinstance(result, str):
             return result
-        loss, *records = result if call.records else (result,)
+        loss = result
         if call.records:
-            call.record(self, index, records[-1], target != ignore_index)
-        if call.options.metrics:
-            call.head.pyfused_metrics = records[0]
+            loss, metrics, prediction = result
+            call.record(self, index, prediction, target != ignore_index)
+            if metrics is not None:
+                call.head.pyfused_metrics = metrics
         call.is_fused[rows] = True
         if (node := loss.grad_fn) is not None:
             call.bypassed = True  # the node does not keep the call

@@ -17,16 +17,15 @@ from pyfused.dispatch.operator import Forward, Needs, Operand, Options, Tensors
 from pyfused.layout import accumulate_dtype, with_leading_dims
 from pyfused.ops import definitions, metrics
 from pyfused.ops.head_loop import ALL_ROWS, HeadLoop, Rows, rows_that_count
-from pyfused.ops.heads import BlockResult, HeadBlocks, cap_backward, capped
+from pyfused.ops.heads import BlockResult, HeadBlocks, HeadResult, cap_backward, capped
 from pyfused.ops.row_sources import LogitRows, class_range
 from pyfused.ops.rows import RowLoss, RowOperator, loss_forward
 from pyfused.types import (
-    BOTH,
+    INDEX,
     LOG_P,
     LSE,
     MAXIMUM,
     METRICS_FIELDS,
-    PREDICTION,
     RESULTS,
     SMOOTH,
     SMOOTHING_FIELDS,
@@ -56,7 +55,7 @@ class CrossEntropyLoss(RowLoss):
     def fields(self, options: Options) -> int:
         if options.label_smoothing != 0:
             return SMOOTHING_FIELDS
-        return METRICS_FIELDS if options.with_metrics else STATE_FIELDS
+        return METRICS_FIELDS if options.with_metrics or options.with_prediction else STATE_FIELDS
 
     def inputs(
         self, tensors: Tensors, options: Options, all_rows: bool
@@ -157,28 +156,23 @@ class CrossEntropyLoss(RowLoss):
         x, saved = capped(logits, options.softcap, rounds=True)
         if target.is_floating_point():
             target = target.to(logits.dtype)
-        kind, state, prediction = options.with_metrics if outputs.loss else False, None, None
-        if kind in (True, BOTH):
+        state = prediction = written = None
+        if outputs.loss and options.with_metrics:
             state = metrics_state(x, target, options, self.fields(options))
-        if kind in (PREDICTION, BOTH):
+        if outputs.loss and options.with_prediction:
             if options.softcap is None and backend.predicts(x):
-                prediction = x.new_empty((2, len(x)), dtype=torch.float64)
+                prediction = written = x.new_empty((2, len(x)), dtype=torch.float64)
             else:
-                maximum = torch.stack([each.double() for each in logits.max(1)])
-                state = maximum if state is None else torch.cat([state, maximum])
+                prediction = torch.stack([each.double() for each in logits.max(1)])
         tensors = x, target, weight, token_weight, None
-        loss, gradients = backend.cross_entropy(tensors, options, outputs, grad_output, prediction)
+        loss, gradients = backend.cross_entropy(tensors, options, outputs, grad_output, written)
         gradient, grad_target = gradients
         if options.softcap is not None and gradient is not None:
             gradient = cap_backward(gradient, saved, options.softcap)
-        if prediction is not None:
-            state = prediction if state is None else torch.cat([state, prediction])
-        return loss, (gradient, grad_target), state
+        return BlockResult(loss, (gradient, grad_target), state, prediction)
 
     def prediction_from(self, state: Tensor, options: Options) -> Tensor:
-        """Returns the largest logit of each row and its class, given states of rows or blocks."""
-        if len(state) in (2, self.fields(options) + 2):  # of `block`
-            return state[-2:]
+        """Returns the largest logit of each row and its class, given the state of each row."""
         maximum, index = state[MAXIMUM:SMOOTH]
         is_scaled = options.softcap is not None or options.scale != 1
         if is_scaled and backend_of(state).ASYNCHRONOUS:  # it is that of scaled, capped logits
@@ -199,7 +193,7 @@ def split_factors(
 
 
 def empty_state(tensors: Tensors, options: CrossEntropyOptions) -> Tensor | None:
-    """Returns a tensor for RESULTS and the prediction of each row, which the loss's kernel fills.
+    """Returns a tensor for the state of each row, whose metrics the loss's kernel writes.
 
     Returns None if it cannot: it computes none of rows of weight 0, and none of scaled logits.
     """
@@ -208,13 +202,13 @@ def empty_state(tensors: Tensors, options: CrossEntropyOptions) -> Tensor | None
     has_factors = token_weight is not None or target.is_floating_point()
     if is_scaled or has_factors or backend_of(input).ASYNCHRONOUS:
         return None
-    state: Tensor = input.new_empty((len(RESULTS) + 2, target.numel()), dtype=torch.float64)
+    state: Tensor = input.new_empty((METRICS_FIELDS, target.numel()), dtype=torch.float64)
     return state
 
 
 def lacks_rows(state: Tensor, target: Tensor, options: CrossEntropyOptions) -> bool:
     """Returns whether a row that is not ignored has no results, because a logit is not finite."""
-    lacking = state[-1] < 0
+    lacking = state[INDEX] < 0
     return bool(lacking.any()) and bool(
         (lacking & (target.flatten() != options.ignore_index)).any()
     )
@@ -285,7 +279,8 @@ class CrossEntropy(RowOperator):
             return self.state_forward(tensors, options, needs, dtype=dtype)
         kernel, state = backend_of(tensors[0]).cross_entropy, None
         if options.with_metrics and (state := empty_state(tensors, options)) is not None:
-            kernel = partial(kernel, results=state[:-2], prediction=state[-2:])
+            results, prediction = state[: len(RESULTS)], state[MAXIMUM:SMOOTH]
+            kernel = partial(kernel, results=results, prediction=prediction)
         loss, saved, gradients = loss_forward(kernel, tensors, options, needs, dtype)
         if not options.with_metrics:
             return loss, saved, gradients
@@ -355,22 +350,22 @@ class LinearCrossEntropy(RowOperator):
     def finished(self, result: Any, tensors: Tensors, options: Options) -> Any:
         input, target, leading = in_autocast_dtype(tensors[0]), tensors[3], tensors[0].shape[:-1]
         dtype = definitions.dtype_of_loss(options, input, *tensors[3:5])
-        loss, state = result if options.with_metrics else (result, None)
-        loss = with_leading_dims(loss, leading).to(dtype)
-        if state is None:
-            return loss
-        if options.with_metrics != True:  # noqa: E712
-            prediction = self.loss.prediction_from(state, options).reshape(2, *leading)
-            if options.with_metrics == PREDICTION:
-                return loss, prediction
-        if target.is_floating_point():
-            target = target.reshape(-1, target.shape[-1])
-        else:
-            target = target.to(torch.int64).flatten()
-        wide = self.wide_dtype((input, *tensors[1:]))
-        fields = metrics.from_state(state, target, options.ignore_index, wide)
-        found = metrics.Metrics(*[with_leading_dims(x, leading) for x in fields])
-        return (loss, found, prediction) if options.with_metrics == BOTH else (loss, found)
+        results = result if isinstance(result, tuple) else (result,)
+        loss, state, prediction, *_ = *results, None, None
+        loss, found = with_leading_dims(loss, leading).to(dtype), None
+        if options.with_metrics:
+            if target.is_floating_point():
+                target = target.reshape(-1, target.shape[-1])
+            else:
+                target = target.to(torch.int64).flatten()
+            wide = self.wide_dtype((input, *tensors[1:]))
+            fields = metrics.from_state(state, target, options.ignore_index, wide)
+            found = metrics.Metrics(*[with_leading_dims(x, leading) for x in fields])
+        if options.with_prediction:
+            if prediction is None:
+                prediction = self.loss.prediction_from(state, options)
+            return HeadResult(loss, found, prediction.reshape(2, *leading))
+        return loss if found is None else (loss, found)
 
     def loop(self, tensors: Tensors, options: Options, needs: Needs) -> HeadLoop:
         """Returns the loop over blocks of rows with all classes."""

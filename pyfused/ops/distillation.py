@@ -208,7 +208,7 @@ class DivergenceLoss(RowLoss):
         multiply(input, weight, bias, teacher_logits)
         tensors = logits, teacher_logits, token_weight, None
         loss, (gradient,) = divergence_kernel(tensors, options, outputs, grad_output, *others)
-        return loss, (gradient, None), None
+        return BlockResult(loss, (gradient, None))
 
 
 class TopKLoss(DivergenceLoss):
@@ -242,7 +242,7 @@ class TopKLoss(DivergenceLoss):
         loss, gradient = _topk(x, inputs, grad_output, options, bool(outputs.gradients))
         if gradient is not None:
             gradient = cap_backward(gradient, saved, options.softcap).to(logits.dtype)
-        return loss, (gradient, None), None
+        return BlockResult(loss, (gradient, None))
 
 
 # ---- the operators -------------------------------------------------------------------------------

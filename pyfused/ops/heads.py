@@ -7,7 +7,7 @@ size.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,12 +17,40 @@ from pyfused.dispatch.operator import Needs, Options, Tensors
 from pyfused.layout import accumulate_dtype
 from pyfused.ops.elementwise import SOFTCAP
 from pyfused.ops.head_loop import HeadLoop, Layer, hooks_are_active, memory_of
+from pyfused.ops.metrics import Metrics
 from pyfused.ops.rows import RowOperator
 from pyfused.types import Gradients, Outputs
 
-# The loss of each row of a block, or their sum; the gradients of the logits, which may overwrite
-# them, and of the target; and the states of the rows, for metrics. Each may be None.
-BlockResult = tuple[Tensor | None, Gradients, Tensor | None]
+
+class HeadResult(NamedTuple):
+    """The result of a call with predictions.
+
+    Attributes:
+        metrics: None if they were not requested.
+        prediction: A float64 tensor (2, ...) of the largest logit of each row, before softcap and
+            scale, and its class, -1 if unknown.
+    """
+
+    loss: Tensor
+    metrics: Metrics | None
+    prediction: Tensor
+
+
+class BlockResult(NamedTuple):
+    """The result of a block of rows, or of all rows.
+
+    Attributes:
+        loss: The loss of each row, or their sum.
+        gradients: Of the logits, which may overwrite them, and the target; of all rows, the
+            gradients of the layer and the target.
+        state: The states of the rows, for metrics.
+        prediction: As in `HeadResult`.
+    """
+
+    loss: Tensor | None
+    gradients: Gradients
+    state: Tensor | None = None
+    prediction: Tensor | None = None
 
 
 class HeadBlocks:
@@ -52,8 +80,8 @@ class HeadBlocks:
         grad_output: Tensor | None = None,
         logits: Tensor | None = None,
         keeps: bool = False,
-    ) -> tuple[Any, ...]:
-        """Returns the loss, the gradients, the states of all rows for metrics, and a kept block.
+    ) -> tuple[BlockResult, Tensor | None]:
+        """Returns the result of all rows, and a kept block.
 
         Args:
             needs: Whether each of the first tensors needs a gradient; () to compute none.
@@ -96,8 +124,8 @@ class HeadBlocks:
                 part[i] = None if part[i] is None else part[i][block]
             grad = grad[block] if unreduced and grad is not None else grad
             result = loss.block(logits, part, grad, options, outputs)
-            block_loss, (gradient, grad_target), state = result
-            results.append((block_loss, grad_target, state))
+            results.append(result)
+            gradient = result.gradients[0]
             if gradient is not None and rows.counts is not None and options.softcap is not None:
                 gradient.masked_fill_(~rows.counts[block].unsqueeze(-1), 0)  # 0 times NaN is NaN
             if not keeps:
@@ -109,7 +137,7 @@ class HeadBlocks:
 
         layer = Layer(input, weight, bias)
         sums = self.loop.run(layer, step, counts=rows.counts, logits=logits)
-        return *self.collected(results, sums, divisor, 0 if keeps else len(needs)), kept
+        return self.collected(results, sums, divisor, 0 if keeps else len(needs)), kept
 
     def gradients(self, needs: Needs, kept: Tensor, grad_output: Tensor) -> Gradients:
         """Returns the gradients of a reduced loss whose logits' gradient the forward pass kept."""
@@ -123,29 +151,30 @@ class HeadBlocks:
         layer = Layer(*self.tensors[:3])
         sums = self.loop.run(layer, step, counts=self.rows.counts, logits=kept)
         if not is_scaled:  # grad_output is infinite or NaN
-            return self.compute(needs, grad_output)[1]  # type: ignore[no-any-return]
-        return self.collected([(None,) * 3], sums, None, len(needs))[1]
+            return self.compute(needs, grad_output)[0].gradients
+        return self.collected([BlockResult(None, (None, None))], sums, None, len(needs)).gradients
 
     def collected(
-        self, results: Sequence[Any], gradients: Gradients, divisor: Any, count: int
+        self, results: Sequence[BlockResult], gradients: Gradients, divisor: Any, count: int
     ) -> BlockResult:
         """Returns the results of all rows.
 
         Args:
-            results: The loss, the gradient of the target and the states of each block.
+            results: The results of the blocks.
             gradients: The gradients of the layer.
             count: The number of gradients to return.
         """
-        (losses, grad_targets, states), rows = zip(*results, strict=True), self.rows
+        (losses, parts, *others), rows = zip(*results, strict=True), self.rows
         unreduced = self.options.reduction == "none"
         loss = joined(losses, unreduced)
         if loss is not None:
             loss = (loss if divisor is None else loss / divisor).to(self.wide)
             loss = rows.spread(loss) if unreduced else loss
-        state = None if states[0] is None else rows.spread(torch.cat(states, 1), 1)
-        grad_input, *others = gradients
-        gradients = rows.spread(grad_input), *others, rows.spread(joined(grad_targets, True))
-        return loss, gradients[:count], state
+        records = [None if x[0] is None else rows.spread(torch.cat(x, 1), 1) for x in others]
+        grad_input, *grad_layer = gradients
+        grad_target = joined([grad_target for _, grad_target in parts], True)
+        gradients = rows.spread(grad_input), *grad_layer, rows.spread(grad_target)
+        return BlockResult(loss, gradients[:count], *records)
 
 
 def joined(parts: Sequence[Any], unreduced: bool) -> Tensor | None:

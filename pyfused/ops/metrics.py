@@ -37,8 +37,8 @@ class Metrics(NamedTuple):
 def from_state(state: Tensor, target: Tensor, ignore_index: int, dtype: torch.dtype) -> Metrics:
     """Returns the metrics, computed from the state of rows, for a target of any shape."""
     state = state.detach().reshape(len(state), -1)
-    index = state[INDEX if len(state) > INDEX else -1]
-    return _from_rows(state[: len(RESULTS)].to(dtype), index.long(), target, ignore_index)
+    results, index = state[: len(RESULTS)].to(dtype), state[INDEX].long()
+    return _from_rows(results, index, target, ignore_index)
 
 
 def log_sum_exp(input: Tensor, dim: int) -> Tensor:

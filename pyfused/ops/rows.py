@@ -236,9 +236,10 @@ class RowOperator(Operator):
         needed: Needs = ()
         if True in needs and gradients_in_forward(options.reduction, self.input_dtype(tensors)):
             needed, keeps = needs, needs[1] and True not in needs[3:]
-        loss, gradients, state, kept = blocks.compute(needed, keeps=keeps)
+        (loss, gradients, state, prediction), kept = blocks.compute(needed, keeps=keeps)
         saved = tensors if state is kept is None else (*tensors, state, kept)
-        return loss if state is None else (loss, state), saved, gradients
+        result = loss if state is prediction is None else (loss, state, prediction)
+        return result, saved, gradients
 
     def state_forward(
         self,
@@ -258,14 +259,15 @@ class RowOperator(Operator):
             keeps_logits: Whether to keep logits that have been computed for the backward pass.
         """
         loss, keeps = self.loss, keeps_logits and True in needs
-        source = self.source(tensors, options, needs, all_rows=bool(options.with_metrics))
+        source = self.source(tensors, options, needs, all_rows=options.with_metrics)
         state, result, logits = source.state(loss.fields(options), results, keeps)
         if result is None:
             # Users may change the result in place, so it does not share the state's memory.
             result = loss.result_from(state, tensors, options, source.classes.total)
             result = result.to(dtype or self.wide_dtype(tensors), copy=True)
         saved = *tensors, state, logits
-        return (result, state) if options.with_metrics else result, saved, ()
+        with_state = options.with_metrics or getattr(options, "with_prediction", False)
+        return (result, state) if with_state else result, saved, ()
 
     def backward(
         self, saved: Tensors, options: Options, needs: Needs, grad_output: Tensor
@@ -276,7 +278,7 @@ class RowOperator(Operator):
             in_forward = gradients_in_forward(options.reduction, self.input_dtype(tensors))
             if in_forward and kept is not None:
                 return blocks.gradients(needs, kept, grad_output)  # type: ignore[no-any-return]
-            return blocks.compute(needs, grad_output, kept)[1]  # type: ignore[no-any-return]
+            return blocks.compute(needs, grad_output, kept)[0].gradients  # type: ignore[no-any-return]
         source = self.source(saved, options, needs)
         call = tensors, options, source.classes.total, grad_output
         gradients = source.gradients(state, self.loss.grad_results(state, *call), kept)
