@@ -9,9 +9,9 @@ The head of a converted model returns `LazyLogits`, a tensor without memory, whi
 4. Every other operator of ATen reads the logits, which are then computed once, and is torch's.
 
 The tensor is a wrapper subclass with torch's own autograd graph, which begins with `_Head`.
-``__torch_function__`` replaces the loss and calls other functions as they are, with lazy logits;
-if one of their operators needs values, it calls the function again with a plain view.
-``__torch_dispatch__`` returns the lazy result of an operator that has a rule.
+``__torch_function__`` replaces the loss, and calls other functions as they are.
+``__torch_dispatch__`` receives their operators: it returns the lazy result of an operator that has
+a rule, and calls any other with the values.
 
 A program that torch.compile traces breaks its graph at a large head, unless it has to be whole. A
 frame that uses lazy logits is left to Python, where Dynamo would break its graph at each operator.
@@ -19,21 +19,18 @@ frame that uses lazy logits is left to Python, where Dynamo would break its grap
 
 from __future__ import annotations
 
-import itertools
 import math
 import threading
 import warnings
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import get_gradient_edge
 from torch.nn import functional as F
 
 from pyfused import torch_internals
@@ -47,23 +44,21 @@ from pyfused.torch_internals import PLAIN, DisableTorchFunctionSubclass, tree_ma
 _GRAD_FN = getattr(Tensor, "grad_fn").__get__  # noqa: B009
 _SET_DATA = getattr(Tensor, "data").__set__  # noqa: B009
 _OF_NODES = {_GRAD_FN, Tensor.register_hook, Tensor.retain_grad}
-_OF_NODES |= {Tensor.register_post_accumulate_grad_hook}
+_BACKWARD = {torch.autograd.grad, torch.autograd.backward, Tensor.backward}
 # These access memory without an operator of ATen.
 _NAMES_OF_MEMORY = (
     "numpy tolist data_ptr const_data_ptr storage untyped_storage share_memory_"
     " __array__ __dlpack__ __deepcopy__ __reduce_ex__"
 )
 _OF_MEMORY = {getattr(Tensor, name) for name in _NAMES_OF_MEMORY.split()}
-_BACKWARD = {torch.autograd.grad, torch.autograd.backward, Tensor.backward}
 # The product of a head with few rows takes as long as reading its weight. On an AMD EPYC, 64 losses
 # of 4 rows took several times as long as with all logits, and losses of 64 rows 1.1 times.
 FEW_ROWS = 32
 _COST = "This takes time, and memory for all logits."
 _ADVICE = (
-    f"{_COST} One cross_entropy of each row needs no logits, "
-    "and its argmax is known afterwards. For other losses, call "
-    "pyfused.functional.linear_log_probs, or linear_cross_entropy(z_loss=...) for a z-loss. Or "
-    "call pyfused.revert(model)"
+    f"{_COST} One cross_entropy of each row needs no logits, and its argmax is known afterwards. "
+    "For other losses, call pyfused.functional.linear_log_probs, or "
+    "linear_cross_entropy(z_loss=...) for a z-loss. Or call pyfused.revert(model)"
 )
 
 
@@ -89,7 +84,6 @@ class HeadCall:
         versions: The inputs that must not change until the logits are read, and their versions.
         autocast: The dtype of autocast, None if it was disabled.
         hooks: The active hooks of saved tensors.
-        records: Whether losses record predictions, which costs nothing on CPUs.
         is_fused: Whether a loss of each row has been fused, on the CPU.
         largest: The largest logit of each row before a scale and a cap, and its class, which is -1
             without a fused loss; and the constant that was added to these logits.
@@ -106,7 +100,6 @@ class HeadCall:
         self.device: torch.device = hidden.device
         self.head, self.options, self.autocast = head, options, active_autocast(hidden)
         self.hooks = torch_internals.saved_tensors_hooks(True)
-        self.records = options.metrics or hidden.is_cpu
         self.is_fused = torch.zeros(hidden.shape[:-1].numel(), dtype=torch.bool, device="cpu")
         self.largest: Any = None
         self.needs_grad = self.computed = self.bypassed = False
@@ -134,13 +127,13 @@ class HeadCall:
         hidden, weight, bias = (x if x is None else x.to(dtype) for x in self.inputs)
         return F.linear(hidden, weight, bias)  # type: ignore[arg-type]
 
-    def why_ended(self) -> tuple[str, str] | None:
-        """Returns why the logits cannot be computed any more, and the line that did it, or None."""
+    def why_ended(self) -> str | None:
+        """Returns why the logits cannot be computed any more, None if they can be."""
         if self.ended.is_set():
-            return "the backward pass of their loss", "`backward()`"
+            return "the backward pass of their loss"
         freed = not self.inputs[1].untyped_storage().nbytes()  # by FSDP
         if freed or any(version_of(x) != version for x, version in self.versions):
-            return "a change of the head's input, weight or bias", "the change"
+            return "a change of the head's input, weight or bias"
         return None
 
     def check(self, reader: str) -> None:
@@ -151,27 +144,21 @@ class HeadCall:
         """
         if not (reason := self.why_ended()):
             return
-        event, line = reason
         known = "the rows that count in it are known: select these, as in logits[mask].argmax(-1)"
         if self.largest is not None and self.largest[1] is not None:
             known = "logits + prior are known, where prior is the constant that the loss added"
         raise RuntimeError(
             f"pyfused.convert: expected the logits of {self.options.model_name} to be read before "
-            f"{event}, got {reader} after it. Move the line with {reader} above {line}, or call "
+            f"{reason}, got {reader} after it. Move the line with {reader} up, or call "
             f"pyfused.revert(model). After a loss, the argmax, max and topk(1) of {known}. On "
             "GPUs, this needs pyfused.convert(model, metrics=True)"
         )
 
-    def compute(self, reader: str, warns: bool = True) -> None:
-        """Computes all lazy tensors of this call, because an operator reads one of them.
+    def compute(self) -> None:
+        """Computes all lazy tensors of this call.
 
         Several threads may do so; the first result of each tensor counts.
         """
-        if not self.computed:
-            self.check(reader)
-            if warns:
-                fused = " after a loss that has not computed them" * bool(self.is_fused.any())
-                self.warn(f"{reader}{fused}. {_ADVICE}")
         for reference in [*self.values]:  # before an operator changes one of them in place
             if (value := reference()) is not None:
                 value.compute()
@@ -187,9 +174,9 @@ class HeadCall:
 
         It is fused for few rows, too, as torch's loss would need the logits of all rows.
         """
-        op = LINEAR_CROSS_ENTROPY
-        options |= {"with_metrics": self.options.metrics, "with_prediction": self.records}
-        options["memory_budget"] = self.options.memory_budget
+        op, (_, metrics, memory_budget, _) = LINEAR_CROSS_ENTROPY, self.options
+        options |= {"with_metrics": metrics, "memory_budget": memory_budget}
+        options["with_prediction"] = metrics or self.device.type == "cpu"  # where it costs nothing
         autocast = torch.autocast(self.device.type, self.autocast, self.autocast is not None)
         with autocast, torch.set_grad_enabled(value.records_grad()):
             call = (*self.operands(value, index), *operands), op.options(**options)
@@ -200,33 +187,37 @@ class HeadCall:
         """Returns the hidden states of some rows, the weight, and the bias with the constant."""
         hidden, weight, bias = self.inputs
         x = hidden.reshape(-1, hidden.shape[-1])
-        x = x[index] if type(index) is slice else F.embedding(self.moved(index), x)
+        if type(index) is slice:
+            x = x[index]
+        else:
+            x = F.embedding(index.to(x.device, non_blocking=True), x)
         if value.constant is not None:
             bias = value.constant if bias is None else bias + value.constant
         return x.view(*value.numbers.shape, x.shape[-1]), weight, bias
-
-    def moved(self, x: Tensor) -> Tensor:
-        """Returns a tensor on the device of the logits, without waiting for it."""
-        return x.to(self.device, non_blocking=True)
 
     def record(self, value: _Value, index: Any, largest: Tensor, counts: Tensor) -> None:
         """Records the largest logits of the rows that count in a loss."""
         if self.largest is None:
             self.largest = largest.new_full((2, len(self.is_fused)), -1), value.constant
-        known, constant = self.largest
-        if _equal(constant, value.constant):
+        if (known := self.largest_of(value)) is not None:
             known[0, index] = largest[0].flatten()
             known[1, index] = largest[1].where(counts, -1).flatten()
+
+    def largest_of(self, value: _Value) -> Tensor | None:
+        """Returns the recorded logits and classes if the constant of a tensor was added to them."""
+        known, constant = self.largest or (None, None)
+        constants = [x for x in (constant, value.constant) if x is not None]
+        same = not constants or (len(constants) == 2 and torch.equal(*constants))
+        return known if same else None
 
     def register_hook(self, tensor: Any, hook: Callable[[Any], Any]) -> Any:
         """Registers a hook of a gradient that the backward pass of the loss does not compute.
 
-        Wrappers of models register such hooks on all outputs. FSDP and DeepSpeed prepare the
-        backward pass in them, which has to precede all gradients of parameters; Fabric checks who
-        has started it. The node of the logits would be reached too late for the one and never for
-        both, so a hook runs on the node of each loss that has bypassed the logits, once in a
-        backward pass, and with None, as torch passes for an undefined gradient. A backward pass
-        that reaches the node of the logits through another operator calls it there.
+        Wrappers of models register such hooks on all outputs: FSDP and DeepSpeed prepare the
+        backward pass in them, before any gradient of a parameter, and Fabric checks who has started
+        it. So a hook runs once in a backward pass, when that reaches a loss that has bypassed the
+        logits, with None, as torch passes for an undefined gradient; or at the node of the logits
+        if another operator leads there.
         """
         last: Any = None
 
@@ -303,6 +294,16 @@ class _Value:
             self.operation = None
         return self.real
 
+    def read(self, reader: str) -> Tensor:
+        """Returns the values for an operator, and computes all lazy tensors of the head's call."""
+        call = self.call
+        if not call.computed:
+            call.check(reader)
+            fused = " after a loss that has not computed them" * bool(call.is_fused.any())
+            call.warn(f"{reader}{fused}. {_ADVICE}")
+        call.compute()
+        return self.compute()
+
     def records_grad(self) -> bool:
         """Returns whether the result of an operator requires a gradient."""
         return torch.is_grad_enabled() and self.needs_grad
@@ -366,7 +367,8 @@ class _Value:
             return f"log_softmax {'precedes' if self.log else 'does not precede'} it"
         if isinstance(target, Tensor) and target.is_floating_point():
             return "target holds class probabilities; call linear_cross_entropy for these"
-        if not self.is_target(target):
+        is_plain = type(target) in PLAIN and target.dtype is torch.int64
+        if not (is_plain and (target.shape, target.device) == (self.numbers.shape, call.device)):
             return "target is not a plain int64 tensor on the device of the logits"
         if not target.numel():
             return "it has no rows"
@@ -380,14 +382,8 @@ class _Value:
         limited = call.options.metrics or call.options.memory_budget is not None
         if few and call.is_fused.any() and not limited:
             return "it is one of several losses of few rows; compute one loss of all rows"
-        if not (
-            type(ignore_index) is int
-            and size_average is reduce is None
-            and reduction in ("none", "mean", "sum")
-            and type(label_smoothing) in (int, float)
-            and 0 <= label_smoothing <= 1
-        ):
-            return "some of its arguments are deprecated or invalid"
+        if not size_average is reduce is None:
+            return "size_average and reduce are deprecated"
         result = call.run(
             *(self, index, target, weight, None, None),
             ignore_index=ignore_index,
@@ -399,12 +395,11 @@ class _Value:
         )
         if isinstance(result, str):
             return result
-        loss = result
-        if call.records:
-            loss, metrics, prediction = result
+        loss, metrics, prediction = (result, None, None) if type(result) is Tensor else result
+        if prediction is not None:
             call.record(self, index, prediction, target != ignore_index)
-            if metrics is not None:
-                call.head.pyfused_metrics = metrics
+        if metrics is not None:
+            call.head.pyfused_metrics = metrics
         call.is_fused[rows] = True
         if (node := loss.grad_fn) is not None:
             call.bypassed = True  # the node does not keep the call
@@ -419,23 +414,17 @@ class _Value:
         values, classes = results
         if not values.requires_grad or self.call.why_ended():
             return results
-        with torch.autocast(self.call.device.type, enabled=False):
-            rows, weight, bias = self.call.operands(self, self.index())
-            classes = classes.view(self.numbers.shape)
-            dtype = self.call.autocast or rows.dtype
-            wide = [x.to(dtype).double() for x in (rows, F.embedding(classes, weight))]
-            x = (wide[0] * wide[1]).sum(-1)
-            if bias is not None:
-                x = x + bias[classes].to(dtype)
-            x = self.scale * (x if self.cap is None else self.cap * (x / self.cap).tanh())
-        return type(results)((x.view_as(values).to(values.dtype), results[1]))
+        rows, weight, bias = self.call.operands(self, self.index())
+        index, dtype = classes.view(self.numbers.shape), self.call.autocast or rows.dtype
+        pair = [x.to(dtype).double() for x in (rows, F.embedding(index, weight))]
+        x = (pair[0] * pair[1]).sum(-1)
+        x = x if bias is None else x + bias[index].to(dtype)
+        return type(results)((self.scaled(x).view_as(values), classes))
 
-    def is_target(self, target: Any) -> bool:
-        """Returns whether a tensor has a class index for each row."""
-        if type(target) not in PLAIN or target.dtype is not torch.int64:
-            return False
-        fits: bool = target.shape == self.numbers.shape
-        return fits and target.device == self.call.device
+    def scaled(self, x: Tensor) -> Tensor:
+        """Returns some of the logits, given x of the equation above in float64."""
+        x = x if self.cap is None else self.cap * (x / self.cap).tanh()
+        return (self.scale * x).to(self.example.dtype)
 
     def is_constant(self, tensor: Any, dtype: torch.dtype) -> bool:
         """Returns whether a tensor has a number for each class, in a dtype."""
@@ -453,9 +442,16 @@ class _Value:
 
 
 def _same(value: _Value, function: Any, args: Any, kwargs: Any) -> Any:  # noqa: ARG001
-    """The same values."""
+    """The same values, or a cast to float32."""
+    before, device = value.example.dtype, value.call.device
+    dtype = kwargs.get("dtype") or before
+    widens = dtype is torch.float32 and before is not torch.float64 and not value.log
+    moves = (kwargs.get("device") or device) != device or kwargs.get("pin_memory")
+    if moves or not (widens or dtype is before):
+        return None
     needs_grad = value.records_grad() and function is not aten.detach.default
-    function = partial(function, **kwargs)
+    kept = {name: x for name, x in kwargs.items() if name in ("dtype", "memory_format")}
+    function = partial(function, **kept)
     return value.result(function(value.example), function, needs_grad=needs_grad)
 
 
@@ -471,29 +467,29 @@ def _view(value: _Value, function: Any, args: Any, kwargs: Any) -> Any:  # noqa:
 
 
 def _move(value: _Value, function: Any, args: Any, kwargs: Any) -> Any:  # noqa: ARG001
-    """A permutation of the dimensions, or a slice of rows."""
-    size = value.example.shape[value.dim]
+    """A permutation of the dimensions, a slice of rows, or several slices."""
     numbers = value.numbers.unsqueeze(value.dim).expand(value.example.shape)  # of each logit
-    numbers = function(numbers, *args)
+    moved, examples = function(numbers, *args), function(value.example, *args)
+    if isinstance(moved, Tensor):
+        return _moved(value, moved, examples, function, *args)
+    results = []
+    for i, (piece, example) in enumerate(zip(moved, examples, strict=True)):
+        result = _moved(value, piece, example, lambda x, i=i: function(x, *args)[i])
+        if result is None:
+            return None
+        results.append(result)
+    return results
+
+
+def _moved(value: _Value, numbers: Tensor, example: Tensor, function: Any, *args: Any) -> Any:
+    """The logits of these numbers, unless they lack classes of a row."""
+    classes = value.example.shape[value.dim], 0
     sizes = zip(numbers.shape, numbers.stride(), strict=True)
-    dims = [i for i, each in enumerate(sizes) if each == (size, 0)]
+    dims = [i for i, each in enumerate(sizes) if each == classes]
     if len(dims) != 1:
         return None
-    (dim,), example = dims, function(value.example, *args)
+    (dim,) = dims
     return value.result(example, function, *args, dim=dim, numbers=numbers.select(dim, 0))
-
-
-def _pieces(value: _Value, function: Any, args: Any, kwargs: Any) -> Any:  # noqa: ARG001
-    """The slices of rows over which a loop iterates, or of a split."""
-    pieces, is_loop = function(value.example, *args), function is aten.unbind.int
-    (dim,) = args[not is_loop :] or (0,)
-    if dim in value.dims():
-        return None
-    ends = itertools.accumulate(1 if is_loop else each.shape[dim] for each in pieces)
-    if is_loop:
-        return [_move(value, aten.select.int, (dim, end - 1), {}) for end in ends]
-    slices = itertools.pairwise((0, *ends))
-    return [_move(value, aten.slice.Tensor, (dim, *each), {}) for each in slices]
 
 
 def _index(value: _Value, function: Any, args: Any, kwargs: Any) -> Any:  # noqa: ARG001
@@ -502,34 +498,20 @@ def _index(value: _Value, function: Any, args: Any, kwargs: Any) -> Any:  # noqa
         function, args = aten.index.Tensor, ([None] * (args[0] % value.example.dim()) + [args[1]],)
     shape, numbers, indices = value.example.shape, value.numbers, list[Tensor | None]()
     for x in args[0]:
-        if x is None:
-            indices.append(None)
-        elif type(x) not in PLAIN:
-            return None
-        elif x.dtype is torch.bool and x.shape == shape[len(indices) :][: x.dim()] != ():
+        dtype = x.dtype if type(x) in PLAIN else None
+        if dtype is torch.bool and x.shape == shape[len(indices) :][: x.dim()] != ():
             indices += x.nonzero(as_tuple=True)
-        elif x.dtype is torch.int64:
-            indices.append(x.clone())
+        elif x is None or dtype is torch.int64:
+            indices.append(None if x is None else x.clone())
         else:
             return None
-        if x is not None and not x.is_cpu:
-            numbers = value.call.moved(numbers)
+        if dtype is not None and not x.is_cpu:
+            numbers = numbers.to(x.device, non_blocking=True)
     if value.dim != numbers.dim() or len(indices) > value.dim:
         return None
     numbers = function(numbers, indices)
     example = function(value.example, [x if x is None else x.to("meta") for x in indices])
     return value.result(example, function, indices, dim=numbers.dim(), numbers=numbers)
-
-
-def _cast(value: _Value, function: Any, args: Any, kwargs: Any) -> Any:  # noqa: ARG001
-    """A cast to float32, or a copy."""
-    before, device = value.example.dtype, kwargs.get("device")
-    dtype = kwargs.get("dtype") or before
-    casts = dtype is before or (dtype is torch.float32 and before is not torch.float64)
-    if not casts or device not in (None, value.call.device) or kwargs.get("pin_memory"):
-        return None
-    function = partial(function, dtype=dtype, memory_format=kwargs.get("memory_format"))
-    return value.result(function(value.example), function)
 
 
 def _scale(value: _Value, function: Any, args: Any, kwargs: Any) -> Any:  # noqa: ARG001
@@ -540,8 +522,6 @@ def _scale(value: _Value, function: Any, args: Any, kwargs: Any) -> Any:  # noqa
     scale = value.scale / number if function in _QUOTIENTS else value.scale * number
     if not 0 < scale < math.inf:
         return None
-    # The rounding of a quotient and a product is not a factor.
-    scale = 1.0 if math.isclose(scale, 1.0, rel_tol=1e-15) else scale
     return value.result(torch.empty_like(value.example), function, number, scale=scale)
 
 
@@ -578,30 +558,17 @@ def _largest(value: _Value, function: Any, args: Any, kwargs: Any) -> Any:
     options = {"dim": -1 if "k" in names else None} | dict(zip(names, args, strict=False)) | kwargs
     dims = (*value.dims(), None) if is_argmax and value.example.dim() == 1 else value.dims()
     is_largest = options.get("k", 1) == 1 and options.get("largest", True)
-    known, constant = value.call.largest or (None, None)
-    if (
-        known is None
-        or not _equal(constant, value.constant)
-        or options["dim"] not in dims
-        or not is_largest
-    ):
+    known = value.call.largest_of(value)
+    if known is None or options["dim"] not in dims or not is_largest:
         return None
-    x, classes = known[:, value.call.moved(value.numbers)]
+    x, classes = known[:, value.numbers.to(known.device, non_blocking=True)]
     if (value.log and not is_argmax) or (classes < 0).any():
         return None
-    x = x.to(value.call.autocast or value.call.inputs[0].dtype).double()
-    x = value.scale * (x if value.cap is None else value.cap * (x / value.cap).tanh())
-    results = x.to(value.example.dtype), classes.long()
+    x = value.scaled(x.to(value.call.autocast or value.call.inputs[0].dtype).double())
+    results = [x, classes.long()]
     if "k" in names or options.get("keepdim"):
-        results = results[0].unsqueeze(value.dim), results[1].unsqueeze(value.dim)
-    return results[1] if is_argmax else results
-
-
-def _equal(constant: Tensor | None, other: Tensor | None) -> bool:
-    """Returns whether two constants of `_Value` are the same."""
-    if constant is None or other is None:
-        return constant is other
-    return torch.equal(constant, other)
+        results = [x.unsqueeze(value.dim) for x in results]
+    return results[1] if is_argmax else tuple(results)
 
 
 aten: Any = torch.ops.aten
@@ -615,27 +582,23 @@ _LARGEST = {
 _MOVES = (
     *(aten.transpose.int, aten.t.default, aten.permute.default, aten.select.int, aten.slice.Tensor),
     *(aten.unsqueeze.default, aten.squeeze.default, aten.squeeze.dim, aten.squeeze.dims),
+    *(aten.unbind.int, aten.split.Tensor, aten.split_with_sizes.default),
 )
-_PIECES = aten.unbind.int, aten.split.Tensor, aten.split_with_sizes.default
+_COPIES = aten.alias.default, aten.detach.default, aten.clone.default, aten._to_copy.default
 _RULES: dict[Any, Callable[..., Any]] = {
-    **dict.fromkeys((aten.alias.default, aten.detach.default, aten.clone.default), _same),
+    **dict.fromkeys(_COPIES, _same),
     **dict.fromkeys((aten.view.default, aten._unsafe_view.default), _view),
     **dict.fromkeys(_MOVES, _move),
-    **dict.fromkeys(_PIECES, _pieces),
     **dict.fromkeys((aten.index.Tensor, aten.index_select.default), _index),
-    aten._to_copy.default: _cast,
     **dict.fromkeys((aten.mul.Tensor, aten.mul.Scalar, *_QUOTIENTS), _scale),
     aten.tanh.default: _cap,
     aten.add.Tensor: _add,
     aten._log_softmax.default: _log_softmax,
     **dict.fromkeys(_LARGEST, _largest),
 }
-_OF_LOG = _same, _view, _move, _pieces, _index, _largest
-_RULES_OF_LOG = {operator: rule for operator, rule in _RULES.items() if rule in _OF_LOG}
-_INDEXES = "getitem", "index", "select", "slice"
+_EQUATION = _scale, _cap, _add, _log_softmax  # what precedes log_softmax
 # Operators without values whose results are not new tensors.
-_NAMES_OF_METADATA = "is_same_size", "is_pinned", "dense_dim", "sparse_dim"
-_OF_METADATA = {getattr(aten, name).default for name in _NAMES_OF_METADATA}
+_OF_METADATA = "is_same_size", "is_pinned", "dense_dim", "sparse_dim"
 
 
 def _original(function: Any) -> Any:
@@ -674,11 +637,10 @@ class LazyLogits(Tensor):
                 if call.options.metrics:
                     call.head.pyfused_metrics = None
                 if tensor.value.has_rules(tensor):
-                    result = tensor.value.cross_entropy(original, *args[1:], **kwargs)
-                    if not isinstance(result, str):
-                        return result
-                    reason = result
-                    call.compute(name, warns=False)
+                    reason = tensor.value.cross_entropy(original, *args[1:], **kwargs)
+                    if not isinstance(reason, str):
+                        return reason
+                    call.compute()
             if is_lazy and function in _OF_NODES:
                 if tensor.value.call.bypassed and tensor.requires_grad:
                     if function is Tensor.register_hook:
@@ -686,18 +648,15 @@ class LazyLogits(Tensor):
                     if function == _GRAD_FN:
                         return _BypassedNode()
                 _expect_gradient(tensor, name)
-                return function(*args, **kwargs)
             if is_lazy and function == _SET_DATA:
-                raise _error_in_place("memory", name)
+                raise _error(f"expected no change of the memory of a model's logits, got {name}")
             if function in _BACKWARD:
-                edge = partial(_edge_of, function=function)
-                others, kwargs = tree_map_only(LazyLogits, edge, (args[1:], kwargs))
-                args = *args[:1], *others
-            elif not reason and function not in _OF_MEMORY:
-                result = _without_values(function, args, kwargs)
-                if result is not _NEEDS_VALUES:
-                    is_largest = is_lazy and name in ("max", "topk")
-                    return tensor.value.largest_with_gradient(result) if is_largest else result
+                expect = partial(_expect_gradient, reader="autograd.grad")
+                tree_map_only(LazyLogits, expect, (args[1:], kwargs))
+            if original not in _LOSSES and function not in _OF_MEMORY:
+                result = function(*args, **kwargs)
+                is_known = is_lazy and name in ("max", "topk") and not tensor.value.call.computed
+                return tensor.value.largest_with_gradient(result) if is_known else result
             view = partial(_view_of, reader=name)
             args, kwargs = tree_map_only(LazyLogits, view, (args, kwargs))
         result = function(*args, **kwargs)
@@ -705,20 +664,14 @@ class LazyLogits(Tensor):
             call.warn(f"{name}, because {reason}. {_COST}")
             if report.active and function is original:
                 report.counted(OPERATORS[name], args, (), reason, function)
-        if not is_lazy or result is not args[0]:
-            return result
-        if result.shape != tensor.shape:
-            raise _error_in_place("shape", name)
-        return tensor
+        return result
 
     def __repr__(self) -> str:  # type: ignore[override]
         """Shows what is known, so that print and a debugger do not compute the logits."""
         value = self.value
         if value.operation is None:
             return repr(value.real)
-        x = value.example
-        shown = f"shape={tuple(x.shape)}, dtype={x.dtype}, device={value.call.device}"
-        return f"LazyLogits({shown}, not computed)"
+        return f"LazyLogits(shape={tuple(value.example.shape)}, dtype={self.dtype}, not computed)"
 
     __format__ = object.__format__
 
@@ -733,28 +686,26 @@ class LazyLogits(Tensor):
     ) -> Any:
         kwargs, name = kwargs or {}, _name_of(function)
         tensor: Any = args[0] if args else None
-        if function in _OF_METADATA:
+        is_new = name.startswith("new_") or name.endswith("_like")
+        if is_new or name in _OF_METADATA:
             args = tree_map_only(LazyLogits, lambda x: x.value.example, args)
-            return function(*args, **kwargs)
-        refuses = getattr(_THREAD, "refuses_values", False)
-        if _is_factory(name) and not refuses:
-            return function(tensor.value.example, *args[1:], **{"device": tensor.device} | kwargs)
+            return function(*args, **({"device": tensor.device} if is_new else {}) | kwargs)
+        if function is aten.alias.default and torch_internals.calls_overrides():
+            raise _error("expected logits.as_subclass(cls), got Tensor.as_subclass(logits, cls)")
         if isinstance(tensor, LazyLogits) and tensor.value.has_rules(tensor):
-            rule = (_RULES_OF_LOG if tensor.value.log else _RULES).get(function)
-            result = rule and rule(tensor.value, function, args[1:], kwargs)
+            rule: Any = _RULES.get(function)
+            applies = rule is not None and not (tensor.value.log and rule in _EQUATION)
+            result = rule(tensor.value, function, args[1:], kwargs) if applies else None
             if result is None and tensor.is_inference():  # autograd has decomposed no operator
                 result = function.decompose(*args, **kwargs)
             if result is not None and result is not NotImplemented:
                 return result
-        if refuses:
-            raise _ValuesNeededError
-        values_of = partial(_values_of, reader=name)
-        values, kwargs = tree_map_only(LazyLogits, values_of, (args, kwargs))
+        values, kwargs = tree_map_only(LazyLogits, lambda x: x.value.read(name), (args, kwargs))
         result = function(*values, **kwargs)
         if result is not values[0]:
             return result
         if result.shape != tensor.shape:
-            raise _error_in_place("shape", str(function))
+            raise _error(f"expected no change of the shape of a model's logits, got {name}")
         return tensor
 
 
@@ -792,25 +743,11 @@ class _Head(torch.autograd.Function):
 _head: Any = torch_internals.apply_of(_Head)
 
 
-def _values_of(x: LazyLogits, reader: str) -> Tensor:
-    """Returns the values of a lazy tensor."""
-    x.value.call.compute(reader)
-    return x.value.compute()
-
-
 def _view_of(x: LazyLogits, reader: str) -> Tensor:
     """Returns a plain view of a lazy tensor for an operator."""
-    x.value.call.compute(reader)
+    x.value.read(reader)
     with torch.inference_mode(x.is_inference()):
         return aten.alias(x)  # type: ignore[no-any-return]  # with any layout of the gradient
-
-
-def _edge_of(x: LazyLogits, function: Any) -> Any:
-    """Returns the node of lazy logits for a backward pass."""
-    _expect_gradient(x, "autograd.grad")
-    if function is not torch.autograd.grad:
-        x.retain_grad()
-    return get_gradient_edge(x)
 
 
 def _expect_gradient(x: Any, reader: str) -> None:
@@ -821,14 +758,11 @@ def _expect_gradient(x: Any, reader: str) -> None:
     """
     if x.value.call.bypassed and x.requires_grad:
         raise _error_of_gradient("retain_grad or autograd.grad")
-    x.value.call.compute(reader)
+    x.value.read(reader)
 
 
 def _error_of_gradient(expected: str) -> RuntimeError:
-    return RuntimeError(
-        f"pyfused.convert: expected {expected} of logits before their loss, got it after. Call it "
-        "before, or call pyfused.revert(model)"
-    )
+    return _error(f"expected {expected} of logits before their loss, got it after. Call it before")
 
 
 class _BypassedNode:
@@ -838,39 +772,8 @@ class _BypassedNode:
         raise _error_of_gradient(f"{name} of the grad_fn")
 
 
-class _ValuesNeededError(Exception):
-    """An operator of ATen needs the values of lazy logits in `_without_values`."""
-
-
-_NEEDS_VALUES = object()
-_THREAD = threading.local()
-
-
-def _without_values(function: Any, args: Any, kwargs: Any) -> Any:
-    """Returns the result of a function of lazy logits, or _NEEDS_VALUES."""
-    if not _is_factory(_name_of(function)):
-        hooks = torch_internals.saved_tensors_hooks(True)
-        _THREAD.refuses_values = True
-        try:
-            with nullcontext() if hooks is None else torch.no_grad():  # which calls no hooks
-                result = function(*args, **kwargs)
-        except _ValuesNeededError:
-            return _NEEDS_VALUES
-        finally:
-            _THREAD.refuses_values = False
-        if hooks is None:
-            return result
-    return function(*args, **kwargs)
-
-
-def _is_factory(name: str) -> bool:
-    """Returns whether a function of this name returns a new tensor, without reading values."""
-    return name.startswith("new_") or name.endswith("_like")
-
-
-def _error_in_place(part: str, name: str) -> RuntimeError:
-    message = f"expected no operator that changes the {part} of a model's logits in place"
-    return RuntimeError(f"pyfused.convert: {message}, got {name}. Call pyfused.revert(model)")
+def _error(problem: str) -> RuntimeError:
+    return RuntimeError(f"pyfused.convert: {problem}. Or call pyfused.revert(model)")
 
 
 def active_autocast(x: Tensor) -> torch.dtype | None:
@@ -884,5 +787,4 @@ def _name_of(function: Any) -> str:
     name = getattr(function, "__name__", str(function))
     if name in ("__get__", "__set__"):
         return function.__self__.__name__  # type: ignore[no-any-return]
-    name = name.partition(".")[0].strip("_")
-    return {"to_copy": "to"}.get(name, "indexing" if name in _INDEXES else name)
+    return name.partition(".")[0].strip("_")
