@@ -101,6 +101,8 @@ template <class T, bool kInPlace> class LogitRow {
   int64_t chunk_of_maximum = -1;
   double smooth = 0;  // relative to smooth_pivot
   A smooth_pivot = 0;
+  double weight_sum = 0;  // of the first `summed` classes
+  int64_t summed = 0;
   alignas(kVectorBytes) A ones[kChunk];
   Row<T, kInPlace> row;
 
@@ -145,9 +147,11 @@ template <class T, bool kInPlace> class LogitRow {
     const A* const weight = rows.weight ? rows.weight + rows.first_class : nullptr;
     if (pivot != smooth_pivot) {
       const int64_t before = preceding + first;
+      const A* const added = weight ? weight - preceding + summed : nullptr;
       Sum sum;
-      if (weight) add_terms<A>(sum, before, [=](int64_t i) { return weight[i - preceding]; });
-      const double weight_sum = weight ? sum.value() : double(before);
+      if (weight) add_terms<A>(sum, before - summed, [=](int64_t i) { return added[i]; });
+      weight_sum += weight ? sum.value() : double(before - summed);
+      summed = before;
       smooth += (double(smooth_pivot) - double(pivot)) * weight_sum;
       smooth_pivot = pivot;
     }
