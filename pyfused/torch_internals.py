@@ -53,8 +53,6 @@ has_names: Callable[[Tensor], bool] | None = getattr(torch.Tensor, "has_names", 
 # These two are documented in torch's notes "Extending PyTorch".
 DisableTorchFunctionSubclass: Any = _required("torch._C.DisableTorchFunctionSubclass")
 make_wrapper_subclass: Callable[..., Tensor] = _required("torch.Tensor._make_wrapper_subclass")
-# Returns whether functions call __torch_function__ of tensor subclasses.
-calls_overrides: Callable[[], bool] = _required("torch._C._is_torch_function_enabled")
 # Makes reading the address of a tensor without memory an error, instead of returning 0.
 throw_on_data_ptr: Callable[[Tensor], None] = getattr(
     torch._C, "_set_throw_on_mutable_data_ptr", lambda _: None

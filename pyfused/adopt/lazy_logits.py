@@ -671,7 +671,8 @@ class LazyLogits(Tensor):
         value = self.value
         if value.operation is None:
             return repr(value.real)
-        return f"LazyLogits(shape={tuple(value.example.shape)}, dtype={self.dtype}, not computed)"
+        shown = f"shape={tuple(self.shape)}, dtype={self.dtype}, device={self.device}"
+        return f"LazyLogits({shown}, not computed)"
 
     __format__ = object.__format__
 
@@ -690,8 +691,6 @@ class LazyLogits(Tensor):
         if is_new or name in _OF_METADATA:
             args = tree_map_only(LazyLogits, lambda x: x.value.example, args)
             return function(*args, **({"device": tensor.device} if is_new else {}) | kwargs)
-        if function is aten.alias.default and torch_internals.calls_overrides():
-            raise _error("expected logits.as_subclass(cls), got Tensor.as_subclass(logits, cls)")
         if isinstance(tensor, LazyLogits) and tensor.value.has_rules(tensor):
             rule: Any = _RULES.get(function)
             applies = rule is not None and not (tensor.value.log and rule in _EQUATION)

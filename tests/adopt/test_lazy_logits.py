@@ -727,15 +727,6 @@ def test_addresses() -> None:
         assert_close(torch.from_dlpack(logits), Model()(X).detach())
 
 
-def test_as_subclass_as_a_function() -> None:
-    """torch does not let a tensor subclass replace the function, only the method."""
-    logits = pyfused.convert(Model(), head="head")(X)
-    with pytest.raises(
-        RuntimeError, match=r"expected logits.as_subclass\(cls\), got Tensor.as_sub"
-    ):
-        Tensor.as_subclass(logits, Other)
-
-
 # ---- when logits can be read ---------------------------------------------------------------------
 
 
