@@ -50,7 +50,7 @@ _NAMES_OF_MEMORY = (
     "numpy tolist data_ptr const_data_ptr storage untyped_storage share_memory_"
     " __array__ __dlpack__ __deepcopy__ __reduce_ex__"
 )
-_OF_MEMORY = {getattr(Tensor, name) for name in _NAMES_OF_MEMORY.split()}
+_OF_MEMORY = {getattr(Tensor, name, None) for name in _NAMES_OF_MEMORY.split()}
 # The product of a head with few rows takes as long as reading its weight. On an AMD EPYC, 64 losses
 # of 4 rows took several times as long as with all logits, and losses of 64 rows 1.1 times.
 FEW_ROWS = 32
