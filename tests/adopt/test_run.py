@@ -89,33 +89,50 @@ def test_a_program_that_does_not_exist(tmp_path: Path) -> None:
 
 
 PROGRAM = """
-import atexit, os, sys, threading
+import atexit, multiprocessing, os, sys, threading
 from torch import ones
-from torch.nn.functional import softsign
-softsign(ones(1 << 15))
-threading.Timer(0.1, lambda: softsign(ones(1 << 15))).start()
-atexit.register(print, "at exit", file=sys.stderr)
-print(hasattr(softsign, "__wrapped__"), flush=True)
+from torch.nn.functional import softsign  # the program is read after the patch
+class Result:
+    def __init__(self): self.is_patched = hasattr(softsign, "__wrapped__")
+def call(results):
+    softsign(ones(1 << 15))
+    results.put(Result())
+if __name__ == "__main__":
+    softsign(ones(1 << 15))
+    threading.Timer(0.1, lambda: softsign(ones(1 << 15))).start()
+    atexit.register(print, "at exit", file=sys.stderr)
+    print(Result().is_patched, flush=True)
+    for context in map(multiprocessing.get_context, CHILDREN):
+        results = context.Queue()
+        child = context.Process(target=call, args=(results,))
+        child.start()
+        print(results.get().is_patched)
+        child.join()
+    END
 """
 
 
 @pytest.mark.parametrize(
-    ("end", "rank", "code", "error", "report"),
+    ("end", "rank", "code", "error", "calls", "children"),
     [
-        ("sys.exit(3)", "0", 3, [], {"softsign": 2}),
-        ("raise ValueError", "0", 1, ["ValueError"], {"softsign": 2}),
-        ("os._exit(4)", "0", 4, [], None),
-        ("", "1", 0, [], None),
+        ("sys.exit(3)", "0", 3, [], 2, ()),
+        ("raise ValueError", "0", 1, ["ValueError"], 2, ()),
+        ("os._exit(4)", "0", 4, [], 0, ()),
+        ("pass", "1", 0, [], 0, ()),
+        pytest.param("pass", "0", 0, [], 2, ("spawn", "fork"), marks=pytest.mark.slow),
     ],
 )
 def test_the_first_rank_prints_the_report_last(
-    end: str, rank: str, code: int, error: list[str], report: Any, tmp_path: Path
+    end: str, rank: str, code: int, error: list[str], calls: int, children: Any, tmp_path: Path
 ) -> None:
-    (tmp_path / "script.py").write_text(PROGRAM + end)
+    program = PROGRAM.replace("CHILDREN", repr(children)).replace("END", end)
+    (tmp_path / "script.py").write_text(program)
     done = plain("-m", "pyfused", "run", "script.py", cwd=tmp_path, RANK=rank)
-    errors, _, end = done.stderr.partition("at exit\n")
-    assert (done.returncode, done.stdout, errors.splitlines()[-1:]) == (code, "True\n", error)
-    assert (counts(end) or None, bool(end)) == (report, report is not None)
+    errors, _, report = done.stderr.partition("at exit\n")
+    assert done.stdout == "True\n" + "False\nTrue\n" * bool(children), done.stderr
+    assert (done.returncode, errors.splitlines()[-1:]) == (code, error)
+    assert counts(report) == ({"softsign": calls} if calls else {})
+    assert done.stderr.count("kernels took ") == bool(report) == (calls > 0)
 
 
 def test_programs_that_import_patch_or_move(tmp_path: Path) -> None:
@@ -139,37 +156,6 @@ print(report)
     done = counted(folder=tmp_path, code=code.replace("FOLDER", repr(str(tmp_path))))
     assert counts(done.stdout) == {"softsign": 1}, done.stderr
     assert counts(done.stderr) == {"softsign": 2, "__main__.double": 1}
-
-
-@pytest.mark.slow
-def test_child_processes(tmp_path: Path) -> None:
-    code = """
-import multiprocessing, torch
-from torch.nn.functional import softsign  # the program is read after the patch
-
-class Result:
-    def __init__(self):
-        self.is_patched = hasattr(softsign, "__wrapped__")
-
-def call(results):
-    softsign(torch.ones(1 << 15))
-    results.put(Result())
-
-if __name__ == "__main__":
-    softsign(torch.ones(1 << 15))
-    for method in ("spawn", "fork"):
-        context = multiprocessing.get_context(method)
-        results = context.Queue()
-        child = context.Process(target=call, args=(results,))
-        child.start()
-        print(results.get().is_patched)
-        child.join()
-"""
-    (tmp_path / "script.py").write_text(code)
-    done = plain("-m", "pyfused", "run", "script.py", cwd=tmp_path)
-    assert done.stdout == "False\nTrue\n", done.stderr
-    assert done.stderr.count("kernels took ") == 1
-    assert counts(done.stderr) == {"softsign": 1}
 
 
 KEEPS = "from pyfused import memory; print(memory.stats().keeps); memory.keep(False)"
