@@ -23,7 +23,7 @@ import pages
 import pyfused
 
 # Only type checkers import Unpack. With it, autodoc evaluates and links signatures that name it.
-for module in (pyfused.functional, pyfused.nn):
+for module in (pyfused.functional, pyfused.nn, pyfused.vocab_parallel):
     module.Unpack = Unpack
 
 project = "pyfused"

@@ -282,7 +282,7 @@ BAD: dict[str, dict[str, Any]] = {
     },
     "RuntimeError: linear_weight: expected shape (C, D)": {"linear_weight": ONES[None]},
     "RuntimeError: linear_bias: expected": {"linear_weight": ONES, "linear_bias": ONES},
-    "TypeError: linear_weight: expected a Te": {"linear_weight": torch.nn.Linear(5, 5)},
+    "TypeError: linear_weight: expected a Tensor": {"linear_weight": torch.nn.Linear(5, 5)},
 }
 
 
