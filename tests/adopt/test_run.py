@@ -118,6 +118,7 @@ if __name__ == "__main__":
         ("sys.exit(3)", "0", 3, [], 2, ()),
         ("raise ValueError", "0", 1, ["ValueError"], 2, ()),
         ("os._exit(4)", "0", 4, [], 0, ()),
+        ("os.fork() and os.wait()", "0", 0, [], 2, ()),
         ("pass", "1", 0, [], 0, ()),
         pytest.param("pass", "0", 0, [], 2, ("spawn", "fork"), marks=pytest.mark.slow),
     ],
