@@ -385,7 +385,7 @@ def test_functions_patched_by_others_are_not_patched(
 def test_later_patches_by_others_are_not_undone() -> None:
     pyfused.patch()
     ours, F.relu = F.relu, len
-    with pytest.raises(RuntimeError, match=r"pyfused's function at torch\.\S*\.relu, got len"):
+    with pytest.raises(RuntimeError, match=r"at torch\.nn\.functional\.relu, got len"):
         pyfused.unpatch()
     assert F.relu is len
     F.relu = ours
