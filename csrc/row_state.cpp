@@ -158,8 +158,9 @@ template <class T, bool kInPlace> class LogitRow {
     Sum terms;
     if (weight) {
       add_terms<A>(terms, n, [=](int64_t i) { return weight[first + i] * (widen(x[i]) - pivot); });
-    } else {  // a branch inside the loop would make it half as fast
-      add_terms<A>(terms, n, [=](int64_t i) { return widen(x[i]) - pivot; });
+    } else {  // in double, because the mean of the logits may be near 0
+      const double from = double(pivot);
+      add_terms<double>(terms, n, [=](int64_t i) { return double(widen(x[i])) - from; });
     }
     smooth += terms.value();
   }
