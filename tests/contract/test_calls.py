@@ -62,7 +62,7 @@ CALLS: dict[str, tuple[Callable[[Tensor], Tensor], int]] = {
     "softmax": (lambda x: fused.softmax(x, 1).sum(), 25),
     "log_probs": (lambda x: fused.log_probs(x, CLASSES)[0].sum(), 47),
     "kl_div_with_logits": (lambda x: fused.kl_div_with_logits(x, OTHER), 45),
-    "linear_cross_entropy": (lambda x: fused.linear_cross_entropy(x, OTHER, CLASSES), 95),
+    "linear_cross_entropy": (lambda x: fused.linear_cross_entropy(x, OTHER, CLASSES), 97),
     "linear_log_probs": (lambda x: fused.linear_log_probs(x, OTHER, CLASSES)[0].sum(), 100),
 }
 
@@ -72,7 +72,7 @@ CALLS: dict[str, tuple[Callable[[Tensor], Tensor], int]] = {
 def test_a_step_calls_few_python_functions(name: str) -> None:
     call, most = CALLS[name]
     x = torch.randn(6, 5, requires_grad=True)
-    most += 3 * (save_apart is _SavedTensor)  # functions for torch 2.11
+    most += 5 * (save_apart is _SavedTensor)  # functions for torch 2.11
     assert python_calls(lambda: call(x).backward(), "pyfused") <= most
 
 
