@@ -44,7 +44,8 @@ def test_caches_are_bounded(example: Example) -> None:
     tracemalloc.start()
     try:
         before = memory_after(calls[:270])  # fills the caches
-        assert memory_after(calls[270:]) - before < 1 << 15
+        # An entry of a cache takes up to 0.5 KB, and its table may be resized meanwhile.
+        assert memory_after(calls[270:]) - before < 1 << 16
     finally:
         tracemalloc.stop()
 
