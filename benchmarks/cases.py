@@ -27,7 +27,7 @@ Quartiles = tuple[float, float, float]
 
 def of_family(*families: str) -> tuple[str, ...]:
     """Returns the operators of families. Families are named, as older revisions may lack some."""
-    return tuple(name for name, op in OPERATORS.items() if type(op).__name__ in families)
+    return tuple(name for name, op in OPERATORS.items() if op.family in families)
 
 
 POINTWISE, ACTIVATIONS = of_family("PointwiseLoss"), of_family("Activation")

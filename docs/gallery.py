@@ -32,7 +32,7 @@ from torch import Tensor
 import pyfused
 import pyfused.functional
 from pyfused.dispatch.operator import Operator
-from pyfused.dispatch.sizes import ALWAYS, LOGITS, NEVER, ON_CPU, Limits, _row, limits
+from pyfused.dispatch.sizes import ALWAYS, LOGITS, NEVER, ON_CPU, Limits, _row, limits_of
 from pyfused.ops.operators import OPERATORS
 
 sys.path += [str(Path(__file__).parents[1] / folder) for folder in ("benchmarks", "examples")]
@@ -501,7 +501,7 @@ def _ratio(row: Row | None) -> str:
         if peer in _compared(row):
             text += f", {_certain(*row.peers[peer].ratio):.1f} times {name}"
     text += f", for {row.case.removeprefix(row.op).strip()}"
-    smallest = limits(OPERATORS[row.op], 2)[0]
+    smallest = limits_of(OPERATORS[row.op], torch.float32, torch.device("cpu"), 2)[0]
     if smallest > ALWAYS:
         text += f". Kernels run from {words(smallest)} elements on"
     return f"{text}."

@@ -10,7 +10,7 @@ from itertools import combinations, product
 from numbers import Integral, Real
 from traceback import extract_tb
 from types import NoneType
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -23,7 +23,7 @@ from pyfused.dispatch.explanation import Explanation, explanation_of
 from pyfused.dispatch.operator import REDUCTIONS, Operand, Options, grad_enabled, requires_grad
 from pyfused.dispatch.reasons import SMALL
 from pyfused.dispatch.report import recorded
-from pyfused.dispatch.sizes import is_small
+from pyfused.dispatch.sizes import torch_computes
 from pyfused.formula_compiler import trace
 from pyfused.formula_compiler.capture import Capture
 from pyfused.formula_compiler.kernel import Kernel
@@ -34,7 +34,14 @@ from pyfused.formula_compiler.program import (
     UntraceableError,
 )
 from pyfused.layout import broadcast_with
-from pyfused.ops.pointwise_loss import Divisor, PointwiseLoss, reduced
+from pyfused.ops.pointwise_loss import (
+    Divisor,
+    PointwiseLoss,
+    parameters_of,
+    reduced,
+    trace_loss,
+    traced_dtypes,
+)
 from pyfused.torch_internals import never_traced
 from pyfused.types import NUMBER, Outputs, Scalar
 
@@ -45,70 +52,34 @@ _KINDS = frozenset((bool, int, str, NoneType))  # of static parameters
 _INTEGERS = frozenset((torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64))
 
 
-class FormulaOperator(PointwiseLoss):
-    """The operator of a user's formula; an activation is a loss without reduction.
+class Trace(NamedTuple):
+    """A kernel of a user's formula, and why it cannot be compiled; None if it can."""
 
-    A formula has an operator for each choice of masks among its operands, and for each value of its
-    static parameters. Its numbers are the other parameters.
+    kernel: Kernel
+    problem: str | None
+
+
+class TracedKernels:
+    """The kernels of a user's formula, traced for some values of the parameters.
 
     Attributes:
-        problem: Why the formula is not traced, "" if it is.
+        problem: Why the formula is not traced, None if it is.
+        trace: Takes the cases of the numbers, and returns their `Trace`.
+        find: As in `DeclaredKernels`.
     """
 
-    infers_dtype = True  # float32 masks promote half precision
-
-    def __init__(
-        self, formula: Formula, masks: tuple[bool, ...], static: dict[str, Any], problem: str
-    ) -> None:
-        self.user, self.problem = formula, problem
-        numbers = [name for name in formula.defaults if name not in static]
-        count = len(formula.operands)
-
-        def named(values: Sequence[Any]) -> dict[str, Any]:
-            return static | dict(zip(numbers, values, strict=True))
-
-        def evaluate(function: Any, *arguments: Any) -> Any:
-            operands, values = arguments[:count], named(arguments[count:])
-            return function(*operands, **formula.with_tensors(operands, values))
-
-        def compute(*arguments: Any) -> Tensor:
-            *tensors, weight, options = arguments
-            value = formula.by_torch(tensors, named(options[:-1]))
-            return reduced(value, options.reduction, weight)
-
-        operands = zip(formula.operands, masks, strict=True)
-        super().__init__(
-            name=f"{formula.__module__ or '__main__'}.{formula.__qualname__}",
-            module="",
-            operands=(
-                *[Operand(x, converts=True, differentiated=not is_mask) for x, is_mask in operands],
-                Operand("weight", differentiated=False, optional=True, converts=True),
-            ),
-            numbers=tuple(map(Scalar, numbers)),
-            choices=("reduction",),
-            fallback_reason=self._reason_of_shapes,
-            torch=compute,
-            formula=partial(evaluate, formula.captured),
-            gradient=partial(evaluate, formula.slopes_of) if formula.slopes is not None else None,
-            denominators={"mean": _mean_of_weights},
-            masks=tuple([k for k, is_mask in enumerate(masks) if is_mask]),
-        )
-        self.family, self.check_shapes = formula.family, None
-        self.invalid_options = self._invalid_options  # not cached by numbers, as 0.0 == -0.0
-        self.all_outputs = Outputs(True, (True,) * count)
-        self.traced = lru_cache(_MOST_TRACES)(self._traced)  # by `cases_of`
+    def __init__(self, formula: Formula, problem: str | None, op: PointwiseLoss) -> None:
+        self.formula, self.problem, self.op = formula, problem, op
+        self.any_numbers: tuple[Any, ...] = (NUMBER,) * len(op.numbers)
+        self.outputs = Outputs(True, (True,) * len(op.variables))
+        self.trace = lru_cache(_MOST_TRACES)(self._trace)
+        self.find = lru_cache(256)(self._find)
         self.broadcasts = lru_cache(_MOST_TRACES)(self._broadcasts)
-
-    @cached_property
-    def generic(self) -> Kernel | str:
-        """The kernel for any numbers, or why there is none."""
-        return self.problem or self.traced((NUMBER,) * len(self.numbers))
 
     @cached_property
     def exponents(self) -> set[int]:
         """The indices of the numbers that exponents are computed from."""
-        assert isinstance(self.generic, Kernel)
-        ((_, e, _),) = self.generic.methods
+        ((_, e, _),) = self.trace(self.any_numbers).kernel.methods
         todo = [a[1] for op, a in e.nodes if op == "pow" and e.scalars[a[1]]]
         found = set[int]()
         while todo:
@@ -122,43 +93,39 @@ class FormulaOperator(PointwiseLoss):
     def cases_of(self, options: Options) -> tuple[Any, ...]:
         """Returns the case of each number: itself if it has its own kernel, else NUMBER."""
         special = self.exponents
+        if not special:
+            return self.any_numbers
         return tuple([
             x if k in special and x in EXPONENTS and (x or math.copysign(1.0, x) > 0) else NUMBER
-            for k, x in enumerate(options[: len(self.numbers)])  # -0.0 is not special
+            for k, x in enumerate(options[: len(self.any_numbers)])  # -0.0 is not special
         ])  # fmt: skip
 
-    def _invalid_options(self, *options: Any) -> str | None:
-        if isinstance(self.generic, str):
-            return self.generic
-        kernel = self.traced(self.cases_of(options))
-        if isinstance(kernel, str):
-            return kernel
+    def _find(
+        self, cases: tuple[Any, ...], _operands: int, outputs: Outputs
+    ) -> tuple[Program, Parameters]:
+        kernel, _ = self.trace(cases)
+        return kernel.program(outputs), parameters_of(self.op, kernel)
+
+    def reason_of_options(self, *options: Any) -> str | None:
+        """Returns why no kernel takes the options, None if one does."""
+        generic = self.problem or self.trace(self.any_numbers).problem
+        if generic or (problem := self.trace(self.cases_of(options)).problem):
+            return generic or problem
         if any(map(math.isnan, options[:-1])):
             return "a parameter is NaN"
         return None if options[-1] in REDUCTIONS else f"reduction is {options[-1]!r}"
 
-    def _traced(self, cases: tuple[Any, ...]) -> Kernel | str:
-        """Returns the kernel for the cases of the numbers, or why there is none."""
-        names = [scalar.name for scalar in self.numbers]
-        method = partial(self._trace_kernel, len(self.variables))
-        kernel = Kernel(self.name, dict(zip(names, cases, strict=True)), method, exact=True)
+    def _trace(self, cases: tuple[Any, ...]) -> Trace:
+        names = [scalar.name for scalar in self.op.numbers]
+        method = partial(trace_loss, self.op, len(self.op.variables))
+        kernel = Kernel(self.op.name, dict(zip(names, cases, strict=True)), method, exact=True)
         try:
-            kernel.program(self.all_outputs)
+            kernel.program(self.outputs)
         except Exception as error:  # the user's function may raise anything; torch then runs it
-            return _located(error, self.user)
-        return kernel
+            return Trace(kernel, _located(error, self.formula))
+        return Trace(kernel, None)
 
-    def kernel(
-        self,
-        cases: tuple[Any, ...],
-        operands: int,  # noqa: ARG002
-        outputs: Outputs,
-    ) -> tuple[Program, Parameters]:
-        kernel = self.traced(cases)
-        assert isinstance(kernel, Kernel)
-        return kernel.program(outputs), self._parameters(kernel)
-
-    def _reason_of_shapes(self, *arguments: Any) -> str | None:
+    def reason_of_shapes(self, *arguments: Any) -> str | None:
         """Returns why a kernel, which broadcasts all operands, cannot compute the result."""
         *operands, weight, _ = arguments
         shapes = [x.shape for x in operands]
@@ -176,13 +143,65 @@ class FormulaOperator(PointwiseLoss):
 
     def _broadcasts(self, shapes: tuple[tuple[int, ...], ...]) -> bool:
         """Returns whether the function broadcasts operands of these shapes."""
-        functions = [f for f in (self.formula, self.gradient) if f is not None]
-        numbers, dtypes = (0.5,) * len(self.numbers), self.dtypes(len(shapes))
+        functions = [f for f in (self.op.formula, self.op.gradient) if f is not None]
+        numbers, dtypes = (0.5,) * len(self.op.numbers), traced_dtypes(self.op, len(shapes))
         return trace.broadcasts(functions, shapes, dtypes, numbers)
 
-    def by_operands(self, operands: Sequence[Tensor], options: Options) -> Tensor:
-        masked = [x.bool() if k in self.masks else x for k, x in enumerate(operands)]
-        return super().by_operands(masked, options)
+
+def formula_operator(
+    formula: Formula, masks: tuple[bool, ...], static: dict[str, Any], problem: str | None
+) -> PointwiseLoss:
+    """Returns the operator of a user's formula; an activation is a loss without reduction.
+
+    A formula has an operator for each choice of masks among its operands, and for each value of its
+    static parameters. Its numbers are the other parameters.
+
+    Args:
+        problem: Why the formula is not traced, None if it is.
+    """
+    numbers = [name for name in formula.defaults if name not in static]
+    count = len(formula.operands)
+
+    def named(values: Sequence[Any]) -> dict[str, Any]:
+        return static | dict(zip(numbers, values, strict=True))
+
+    def evaluate(function: Any, *arguments: Any) -> Any:
+        operands, values = arguments[:count], named(arguments[count:])
+        return function(*operands, **formula.with_tensors(operands, values))
+
+    def by_torch(*arguments: Any) -> Tensor:
+        *tensors, weight, options = arguments
+        value = formula.by_torch(tensors, named(options[:-1]))
+        return reduced(value, options.reduction, weight)
+
+    def reference(*arguments: Any) -> Tensor:
+        pairs = zip(arguments, masks, strict=False)
+        operands = [x.bool() if is_mask else x for x, is_mask in pairs]
+        return by_torch(*operands, *arguments[count:])
+
+    operands = zip(formula.operands, masks, strict=True)
+    op = PointwiseLoss(
+        name=f"{formula.__module__ or '__main__'}.{formula.__qualname__}",
+        module="",
+        family=formula.family,
+        operands=(
+            *[Operand(x, converts=True, differentiated=not is_mask) for x, is_mask in operands],
+            Operand("weight", differentiated=False, optional=True, converts=True),
+        ),
+        numbers=tuple(map(Scalar, numbers)),
+        choices=("reduction",),
+        torch=by_torch,
+        reference=reference,
+        formula=partial(evaluate, formula.captured),
+        gradient=partial(evaluate, formula.slopes_of) if formula.slopes is not None else None,
+        denominators={"mean": _mean_of_weights},
+        masks=tuple([k for k, is_mask in enumerate(masks) if is_mask]),
+        infers_dtype=True,  # float32 masks promote half precision
+        kernels_of=partial(TracedKernels, formula, problem),
+    )
+    op.asks_size, op.check_shapes, op.reason = False, None, op.source.reason_of_shapes
+    op.invalid_options = op.source.reason_of_options  # not cached by numbers, as 0.0 == -0.0
+    return op
 
 
 def _located(error: Exception, formula: Formula) -> str:
@@ -364,7 +383,7 @@ class Formula:
         if self.slopes is not None:
             self.slopes_of = _returning_slopes(capture.copy(self.slopes), len(self.operands))
             self.kinds = _differentiated(self.captured, self.slopes_of)
-        self.operators: dict[Any, FormulaOperator] = {}
+        self.operators: dict[Any, PointwiseLoss] = {}
         self.family = "Formula"
         floats, *masked, _ = sorted(product((False, True), repeat=len(self.operands)), key=sum)
         _, static = self._split(self.defaults)
@@ -377,21 +396,23 @@ class Formula:
         self.op = self.operator(floats, static)
         for masks in (floats, *masked):
             op = self.operator(masks, static)
-            if isinstance(kernel := op.generic, Kernel):
+            kernel, problem = op.source.trace(op.source.any_numbers)
+            if problem is None:
                 self.op = op
                 for formula in capture.formulas:
                     formula.is_called = True
-                if len(kernel.program(op.all_outputs).body) >= _LONG:
+                if len(kernel.program(op.source.outputs).body) >= _LONG:
                     op.family = self.family = "LongFormula"
                 return
-        raise UntraceableError(f"{self.__name__}: {self.op.generic}")
+        source = self.op.source
+        raise UntraceableError(f"{self.__name__}: {source.trace(source.any_numbers).problem}")
 
-    def operator(self, masks: tuple[bool, ...], static: dict[str, Any]) -> FormulaOperator:
+    def operator(self, masks: tuple[bool, ...], static: dict[str, Any]) -> PointwiseLoss:
         """Returns the operator for a choice of masks and static parameters."""
         kinds = tuple(map(type, static.values()))
         if not _KINDS.issuperset(kinds):
             name, kind = next(x for x in zip(static, kinds, strict=True) if x[1] not in _KINDS)
-            return FormulaOperator(self, masks, static, f"{name} is a {kind.__name__}")
+            return formula_operator(self, masks, static, f"{name} is a {kind.__name__}")
         key = masks, kinds, *static.values()
         if (op := self.operators.get(key)) is None:
             if len(self.operators) >= _MOST_TRACES:
@@ -399,8 +420,8 @@ class Formula:
                     f"its static parameters have had {_MOST_TRACES} values; pass numbers that "
                     "change as float parameters"
                 )
-                return FormulaOperator(self, masks, static, problem)
-            op = self.operators.setdefault(key, FormulaOperator(self, masks, static, ""))
+                return formula_operator(self, masks, static, problem)
+            op = self.operators.setdefault(key, formula_operator(self, masks, static, None))
         return op
 
     @staticmethod
@@ -419,12 +440,13 @@ class Formula:
     def __call__(self, *operands: Tensor, **named: Any) -> Tensor:
         operands, parameters, reduction, weight = self._bind(operands, named)
         tensors = *operands, weight
-        if is_dynamo_compiling() or is_small(self.op, tensors, ()):
+        if torch_computes(self.op, tensors):
             return reduced(self.by_torch(operands, parameters), reduction, weight)
         masks = tuple([getattr(x, "dtype", None) is torch.bool for x in operands])
         numbers, static = self._split(parameters)
         op = self.operator(masks, static)
-        return dispatch.run(op, tensors, op.options(*numbers, reduction), small=False)
+        result: Tensor = dispatch.run(op, tensors, op.options(*numbers, reduction))
+        return result
 
     def function(self, *operands: Tensor, **named: Any) -> Tensor:
         """Returns the loss of each element, computed by torch's operators without kernels.
@@ -548,8 +570,8 @@ class Formula:
         if problem := self.op.invalid_options(*numbers, "none"):
             return f"{self.__name__}: torch: {problem}"
         needed = tuple([variable.differentiated for variable in self.op.variables])
-        cases, outputs = self.op.cases_of(numbers), Outputs(True, needed)
-        program, parameters = self.op.kernel(cases, len(needed), outputs)
+        cases, outputs = self.op.source.cases_of(numbers), Outputs(True, needed)
+        program, parameters = self.op.source.find(cases, len(needed), outputs)
         read, written = len(needed), sum(needed) + (not self.loss)
         tensors = "1 tensor" if read == 1 else f"{read} tensors"
         return "\n  ".join([

@@ -42,6 +42,7 @@ Other names, such as ``conv2d``, are torch's functions.
 
 from __future__ import annotations
 
+import warnings
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -52,8 +53,9 @@ from typing_extensions import Unpack
 from pyfused import checks
 from pyfused.dispatch.autograd import autocast_dtype
 from pyfused.dispatch.originals import F
+from pyfused.dispatch.reasons import stacklevel
 from pyfused.dispatch.run import run
-from pyfused.dispatch.sizes import is_small, left_to_torch
+from pyfused.dispatch.sizes import torch_computes
 from pyfused.layout import common_dtype
 from pyfused.ops import elementwise, operators
 from pyfused.ops import margin as margins
@@ -98,6 +100,11 @@ _NAMES = sorted([*operators.OPERATORS, *_OTHERS])
 # Defaults of arguments that torch lacks. Identity shows that an argument was not passed: comparing
 # a tensor would read its value.
 _ZERO, _ONE = 0.0, 1.0
+_MEAN_OF_KL_DIV = (  # torch's warning
+    "reduction: 'mean' divides the total loss by both the batch size and the support size."
+    "'batchmean' divides only by the batch size, and aligns with the KL div math definition."
+    "'mean' will be changed to behave the same as 'batchmean' in the next major release."
+)
 if not TYPE_CHECKING:  # without __all__, type checkers export the functions of this file
     __all__ = _NAMES
 
@@ -179,9 +186,8 @@ def cross_entropy(
         RuntimeError, ValueError: A shape, dtype or option is invalid.
     """
     op = operators.CROSS_ENTROPY
-    small = left_to_torch(op, (input,), size_average, reduce, reduction=reduction)
     if (
-        small
+        torch_computes(op, (input,), size_average, reduce, reduction=reduction)
         and softcap is token_weight is denominator is loss_dtype is None
         and gamma is z_loss is _ZERO
         and scale is temperature is _ONE
@@ -206,7 +212,7 @@ def cross_entropy(
         reduction=reduction,
         loss_dtype=loss_dtype,
     )
-    return run(op, (input, target, weight, token_weight, tensor), options, small)
+    return run(op, (input, target, weight, token_weight, tensor), options)
 
 
 def cross_entropy_with_metrics(
@@ -241,7 +247,7 @@ def cross_entropy_with_metrics(
         with_metrics=True,
         **others,
     )
-    return run(op, (input, target, weight, *factors), loss_options)  # type: ignore[return-value]
+    return run(op, (input, target, weight, *factors), loss_options)
 
 
 def additive_margin(
@@ -328,7 +334,7 @@ def linear_cross_entropy(
         As in :func:`cross_entropy`.
     """
     op = operators.LINEAR_CROSS_ENTROPY
-    small = not is_dynamo_compiling() and is_small(op, (input, linear_weight), ())
+    small = not is_dynamo_compiling() and torch_computes(op, (input, linear_weight))
     is_soft = isinstance(target, Tensor) and target.is_floating_point()
     if (
         (small or (ignore_index is not None and is_soft))  # torch's function raises an error then
@@ -372,7 +378,7 @@ def linear_cross_entropy(
         loss_dtype=loss_dtype,
         torch_options=options,
     )
-    return run(op, tensors, loss_options, small)
+    return run(op, tensors, loss_options)
 
 
 def linear_cross_entropy_with_metrics(
@@ -411,7 +417,7 @@ def linear_cross_entropy_with_metrics(
         memory_budget=memory_budget,
         **others,
     )
-    return run(op, tensors, loss_options)  # type: ignore[return-value]
+    return run(op, tensors, loss_options)
 
 
 def log_probs(
@@ -716,13 +722,12 @@ def nll_loss(
     :func:`cross_entropy` fuses this loss with :func:`log_softmax`.
     """
     op = operators.NLL_LOSS
-    if small := left_to_torch(op, (input,), size_average, reduce, reduction=reduction):
+    if torch_computes(op, (input,), size_average, reduce, reduction=reduction):
         return F.nll_loss(input, target, weight, size_average, ignore_index, reduce, reduction)
     return run(
         op,
         (input, target, weight),
         op.options(ignore_index=ignore_index, reduction=reduction),
-        small,
     )
 
 
@@ -745,9 +750,7 @@ def triplet_margin_loss(
     ``p`` of 1 and of 2.
     """
     op = operators.TRIPLET_MARGIN_LOSS
-    if small := left_to_torch(
-        op, (anchor, positive, negative), size_average, reduce, reduction=reduction
-    ):
+    if torch_computes(op, (anchor, positive, negative), size_average, reduce, reduction=reduction):
         return F.triplet_margin_loss(
             anchor, positive, negative, margin, p, eps, swap, size_average, reduce, reduction
         )
@@ -755,7 +758,6 @@ def triplet_margin_loss(
         op,
         (anchor, positive, negative),
         op.options(margin=margin, p=p, eps=eps, swap=swap, reduction=reduction),
-        small,
     )
 
 
@@ -774,13 +776,11 @@ def cosine_embedding_loss(
     ``1 - cos`` for target 1, ``max(0, cos - margin)`` for target -1, and 0 for other targets.
     """
     op = operators.COSINE_EMBEDDING_LOSS
-    if small := left_to_torch(
-        op, (input1, input2, target), size_average, reduce, reduction=reduction
-    ):
+    if torch_computes(op, (input1, input2, target), size_average, reduce, reduction=reduction):
         return F.cosine_embedding_loss(
             input1, input2, target, margin, size_average, reduce, reduction
         )
-    return run(op, (input1, input2, target), op.options(margin=margin, reduction=reduction), small)
+    return run(op, (input1, input2, target), op.options(margin=margin, reduction=reduction))
 
 
 def mse_loss(
@@ -801,9 +801,9 @@ def mse_loss(
         weight: A factor for each element, of the input's shape.
     """
     op = elementwise.MSE_LOSS
-    if small := left_to_torch(op, (input, target), size_average, reduce, reduction=reduction):
+    if torch_computes(op, (input, target), size_average, reduce, reduction=reduction):
         return F.mse_loss(input, target, size_average, reduce, reduction, weight)
-    return run(op, (input, target, weight), op.options(reduction=reduction), small)
+    return run(op, (input, target, weight), op.options(reduction=reduction))
 
 
 def l1_loss(
@@ -819,9 +819,9 @@ def l1_loss(
     The gradient is 0 where input and target are equal.
     """
     op = elementwise.L1_LOSS
-    if small := left_to_torch(op, (input, target), size_average, reduce, reduction=reduction):
+    if torch_computes(op, (input, target), size_average, reduce, reduction=reduction):
         return F.l1_loss(input, target, size_average, reduce, reduction, weight)
-    return run(op, (input, target, weight), op.options(reduction=reduction), small)
+    return run(op, (input, target, weight), op.options(reduction=reduction))
 
 
 def smooth_l1_loss(
@@ -838,9 +838,9 @@ def smooth_l1_loss(
     ``d < beta``, else ``d - beta / 2``.
     """
     op = elementwise.SMOOTH_L1_LOSS
-    if small := left_to_torch(op, (input, target), size_average, reduce, reduction=reduction):
+    if torch_computes(op, (input, target), size_average, reduce, reduction=reduction):
         return F.smooth_l1_loss(input, target, size_average, reduce, reduction, beta)
-    return run(op, (input, target), op.options(beta=beta, reduction=reduction), small)
+    return run(op, (input, target), op.options(beta=beta, reduction=reduction))
 
 
 def huber_loss(
@@ -856,9 +856,9 @@ def huber_loss(
     ``d < delta``, else ``delta * (d - delta / 2)``: ``delta`` times :func:`smooth_l1_loss`.
     """
     op = elementwise.HUBER_LOSS
-    if small := left_to_torch(op, (input, target), reduction=reduction):
+    if torch_computes(op, (input, target), reduction=reduction):
         return F.huber_loss(input, target, reduction, delta, weight)
-    return run(op, (input, target, weight), op.options(delta=delta, reduction=reduction), small)
+    return run(op, (input, target, weight), op.options(delta=delta, reduction=reduction))
 
 
 def binary_cross_entropy(
@@ -880,9 +880,9 @@ def binary_cross_entropy(
             :func:`binary_cross_entropy_with_logits` then.
     """
     op = elementwise.BINARY_CROSS_ENTROPY
-    if small := left_to_torch(op, (input, target), size_average, reduce, reduction=reduction):
+    if torch_computes(op, (input, target), size_average, reduce, reduction=reduction):
         return F.binary_cross_entropy(input, target, weight, size_average, reduce, reduction)
-    return run(op, (input, target, weight), op.options(reduction=reduction), small)
+    return run(op, (input, target, weight), op.options(reduction=reduction))
 
 
 def binary_cross_entropy_with_logits(
@@ -906,11 +906,11 @@ def binary_cross_entropy_with_logits(
         RuntimeError: A weight requires grad.
     """
     op = elementwise.BINARY_CROSS_ENTROPY_WITH_LOGITS
-    if small := left_to_torch(op, (input, target), size_average, reduce, reduction=reduction):
+    if torch_computes(op, (input, target), size_average, reduce, reduction=reduction):
         return F.binary_cross_entropy_with_logits(
             input, target, weight, size_average, reduce, reduction, pos_weight
         )
-    return run(op, (input, target, weight, pos_weight), op.options(reduction=reduction), small)
+    return run(op, (input, target, weight, pos_weight), op.options(reduction=reduction))
 
 
 def kl_div(
@@ -926,9 +926,11 @@ def kl_div(
     The divergence of an element is ``target * (log(target) - input)``, or 0 where the target is 0.
     """
     op = elementwise.KL_DIV
-    if small := left_to_torch(op, (input, target), size_average, reduce, reduction=reduction):
+    if torch_computes(op, (input, target), size_average, reduce, reduction=reduction):
         return F.kl_div(input, target, size_average, reduce, reduction, log_target)
-    return run(op, (input, target), op.options(log_target, reduction), small)
+    if reduction == "mean":
+        warnings.warn(_MEAN_OF_KL_DIV, stacklevel=stacklevel())
+    return run(op, (input, target), op.options(log_target, reduction))
 
 
 def poisson_nll_loss(
@@ -949,7 +951,7 @@ def poisson_nll_loss(
     gradient; torch, and so a small call, returns NaN at targets of 0 or less.
     """
     op = elementwise.POISSON_NLL_LOSS
-    if small := left_to_torch(op, (input, target), size_average, reduce, reduction=reduction):
+    if torch_computes(op, (input, target), size_average, reduce, reduction=reduction):
         return F.poisson_nll_loss(
             input, target, log_input, full, size_average, eps, reduce, reduction
         )
@@ -957,7 +959,6 @@ def poisson_nll_loss(
         op,
         (input, target),
         op.options(eps=eps, log_input=log_input, full=full, reduction=reduction),
-        small,
     )
 
 
@@ -979,9 +980,9 @@ def gaussian_nll_loss(
             ``var`` is invalid.
     """
     op = elementwise.GAUSSIAN_NLL_LOSS
-    if small := left_to_torch(op, (input, target, var), reduction=reduction):
+    if torch_computes(op, (input, target, var), reduction=reduction):
         return F.gaussian_nll_loss(input, target, var, full, eps, reduction)
-    return run(op, (input, target, var), op.options(eps=eps, full=full, reduction=reduction), small)
+    return run(op, (input, target, var), op.options(eps=eps, full=full, reduction=reduction))
 
 
 def soft_margin_loss(
@@ -996,9 +997,9 @@ def soft_margin_loss(
     Unlike torch's operator, it stays finite where the exponential overflows.
     """
     op = elementwise.SOFT_MARGIN_LOSS
-    if small := left_to_torch(op, (input, target), size_average, reduce, reduction=reduction):
+    if torch_computes(op, (input, target), size_average, reduce, reduction=reduction):
         return F.soft_margin_loss(input, target, size_average, reduce, reduction)
-    return run(op, (input, target), op.options(reduction=reduction), small)
+    return run(op, (input, target), op.options(reduction=reduction))
 
 
 def hinge_embedding_loss(
@@ -1015,9 +1016,9 @@ def hinge_embedding_loss(
     it is -1. For other targets it is the sum of both.
     """
     op = elementwise.HINGE_EMBEDDING_LOSS
-    if small := left_to_torch(op, (input, target), size_average, reduce, reduction=reduction):
+    if torch_computes(op, (input, target), size_average, reduce, reduction=reduction):
         return F.hinge_embedding_loss(input, target, margin, size_average, reduce, reduction)
-    return run(op, (input, target), op.options(margin=margin, reduction=reduction), small)
+    return run(op, (input, target), op.options(margin=margin, reduction=reduction))
 
 
 def margin_ranking_loss(
@@ -1034,13 +1035,11 @@ def margin_ranking_loss(
     The loss of an element is ``max(0, -target * (input1 - input2) + margin)``.
     """
     op = elementwise.MARGIN_RANKING_LOSS
-    if small := left_to_torch(
-        op, (input1, input2, target), size_average, reduce, reduction=reduction
-    ):
+    if torch_computes(op, (input1, input2, target), size_average, reduce, reduction=reduction):
         return F.margin_ranking_loss(
             input1, input2, target, margin, size_average, reduce, reduction
         )
-    return run(op, (input1, input2, target), op.options(margin=margin, reduction=reduction), small)
+    return run(op, (input1, input2, target), op.options(margin=margin, reduction=reduction))
 
 
 def quantile_loss(
@@ -1161,9 +1160,9 @@ def rmse_loss(
     if weight is not None:
         checks.tensor("weight", weight)
     dtype = autocast_dtype(common_dtype(input, target, weight), input.device)
-    tensors = map(_without_halves, (input, target, weight))
-    op = elementwise.MSE_LOSS
-    loss = run(op, (*tensors,), op.options(reduction=reduction))
+    tensors: Any = map(_without_halves, (input, target, weight))
+    input, target, weight = tensors
+    loss = mse_loss(input, target, reduction=reduction, weight=weight)
     return (loss + eps).sqrt().to(dtype)
 
 
@@ -1176,25 +1175,25 @@ def _without_halves(tensor: Tensor | None) -> Tensor | None:
 def relu(input: Tensor, inplace: bool = False) -> Tensor:
     """Returns ``max(input, 0)``; NaN stays NaN."""
     op = elementwise.RELU
-    if inplace is not False or (small := left_to_torch(op, (input,))):
+    if inplace is not False or torch_computes(op, (input,)):
         return F.relu(input, inplace)
-    return run(op, (input,), (), small)
+    return run(op, (input,), ())
 
 
 def leaky_relu(input: Tensor, negative_slope: float = 0.01, inplace: bool = False) -> Tensor:
     """Returns ``input`` where it is positive, elsewhere ``negative_slope * input``."""
     op = elementwise.LEAKY_RELU
-    if inplace is not False or (small := left_to_torch(op, (input,))):
+    if inplace is not False or torch_computes(op, (input,)):
         return F.leaky_relu(input, negative_slope, inplace)
-    return run(op, (input,), op.options(negative_slope=negative_slope), small)
+    return run(op, (input,), op.options(negative_slope=negative_slope))
 
 
 def tanh(input: Tensor) -> Tensor:
     """Returns the hyperbolic tangent."""
     op = elementwise.TANH
-    if small := left_to_torch(op, (input,)):
+    if torch_computes(op, (input,)):
         return F.tanh(input)
-    return run(op, (input,), (), small)
+    return run(op, (input,), ())
 
 
 def softcap(input: Tensor, cap: float = 30.0) -> Tensor:
@@ -1216,9 +1215,9 @@ def silu(input: Tensor, inplace: bool = False) -> Tensor:
     If ``inplace`` is True and a gradient is needed, torch's operator runs, and copies the input.
     """
     op = elementwise.SILU
-    if inplace is not False or (small := left_to_torch(op, (input,))):
+    if inplace is not False or torch_computes(op, (input,)):
         return F.silu(input, inplace)
-    return run(op, (input,), (), small)
+    return run(op, (input,), ())
 
 
 def gelu(input: Tensor, *, approximate: Approximate = "none", **others: Any) -> Tensor:
@@ -1235,57 +1234,57 @@ def gelu(input: Tensor, *, approximate: Approximate = "none", **others: Any) -> 
         others: torch's other arguments, such as ``out``; torch's operator runs.
     """
     op = elementwise.GELU
-    if others or (small := left_to_torch(op, (input,))):
+    if others or torch_computes(op, (input,)):
         return F.gelu(input, approximate=approximate, **others)
-    return run(op, (input,), op.options(approximate=approximate), small)
+    return run(op, (input,), op.options(approximate=approximate))
 
 
 def sigmoid(input: Tensor) -> Tensor:
     """Returns ``1 / (1 + exp(-input))``."""
     op = elementwise.SIGMOID
-    if small := left_to_torch(op, (input,)):
+    if torch_computes(op, (input,)):
         return F.sigmoid(input)
-    return run(op, (input,), (), small)
+    return run(op, (input,), ())
 
 
 def elu(input: Tensor, alpha: float = 1.0, inplace: bool = False) -> Tensor:
     """Returns ``input`` where it is positive, elsewhere ``alpha * (exp(input) - 1)``."""
     op = elementwise.ELU
-    if inplace is not False or (small := left_to_torch(op, (input,))):
+    if inplace is not False or torch_computes(op, (input,)):
         return F.elu(input, alpha, inplace)
-    return run(op, (input,), op.options(alpha=alpha), small)
+    return run(op, (input,), op.options(alpha=alpha))
 
 
 def selu(input: Tensor, inplace: bool = False) -> Tensor:
     """Returns 1.0507 times :func:`elu` with ``alpha`` 1.6733, which keeps mean and variance."""
     op = elementwise.SELU
-    if inplace is not False or (small := left_to_torch(op, (input,))):
+    if inplace is not False or torch_computes(op, (input,)):
         return F.selu(input, inplace)
-    return run(op, (input,), (), small)
+    return run(op, (input,), ())
 
 
 def celu(input: Tensor, alpha: float = 1.0, inplace: bool = False) -> Tensor:
     """Returns ``input`` where it is positive, elsewhere ``alpha * (exp(input / alpha) - 1)``."""
     op = elementwise.CELU
-    if inplace is not False or (small := left_to_torch(op, (input,))):
+    if inplace is not False or torch_computes(op, (input,)):
         return F.celu(input, alpha, inplace)
-    return run(op, (input,), op.options(alpha=alpha), small)
+    return run(op, (input,), op.options(alpha=alpha))
 
 
 def mish(input: Tensor, inplace: bool = False) -> Tensor:
     """Returns ``input * tanh(log(1 + exp(input)))``."""
     op = elementwise.MISH
-    if inplace is not False or (small := left_to_torch(op, (input,))):
+    if inplace is not False or torch_computes(op, (input,)):
         return F.mish(input, inplace)
-    return run(op, (input,), (), small)
+    return run(op, (input,), ())
 
 
 def softplus(input: Tensor, beta: float = 1.0, threshold: float = 20.0, **others: Any) -> Tensor:
     """Returns ``log(1 + exp(beta * input)) / beta``."""
     op = elementwise.SOFTPLUS
-    if others or (small := left_to_torch(op, (input,))):
+    if others or torch_computes(op, (input,)):
         return F.softplus(input, beta, threshold, **others)
-    return run(op, (input,), op.options(beta=beta, threshold=threshold), small)
+    return run(op, (input,), op.options(beta=beta, threshold=threshold))
 
 
 def logsigmoid(input: Tensor, **others: Any) -> Tensor:
@@ -1295,25 +1294,25 @@ def logsigmoid(input: Tensor, **others: Any) -> Tensor:
         others: As in :func:`gelu`.
     """
     op = elementwise.LOGSIGMOID
-    if others or (small := left_to_torch(op, (input,))):
+    if others or torch_computes(op, (input,)):
         return F.logsigmoid(input, **others)
-    return run(op, (input,), (), small)
+    return run(op, (input,), ())
 
 
 def softsign(input: Tensor) -> Tensor:
     """Returns ``input / (1 + abs(input))``."""
     op = elementwise.SOFTSIGN
-    if small := left_to_torch(op, (input,)):
+    if torch_computes(op, (input,)):
         return F.softsign(input)
-    return run(op, (input,), (), small)
+    return run(op, (input,), ())
 
 
 def tanhshrink(input: Tensor) -> Tensor:
     """Returns ``input - tanh(input)``."""
     op = elementwise.TANHSHRINK
-    if small := left_to_torch(op, (input,)):
+    if torch_computes(op, (input,)):
         return F.tanhshrink(input)
-    return run(op, (input,), (), small)
+    return run(op, (input,), ())
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
@@ -1374,9 +1373,9 @@ def softmax(
     op = operators.SOFTMAX
     if dim is None and isinstance(input, Tensor):
         return F.softmax(input, dim, _stacklevel + 1, dtype)  # warns, and names the caller's line
-    if small := left_to_torch(op, (input,), dim=dim):
+    if torch_computes(op, (input,), dim=dim):
         return F.softmax(input, dim, _stacklevel, dtype)
-    return run(op, (input,), op.options(dim=dim, dtype=dtype), small)
+    return run(op, (input,), op.options(dim=dim, dtype=dtype))
 
 
 def log_softmax(
@@ -1398,6 +1397,6 @@ def log_softmax(
         return F.log_softmax(
             input, dim, _stacklevel + 1, dtype
         )  # warns, and names the caller's line
-    if small := left_to_torch(op, (input,), dim=dim):
+    if torch_computes(op, (input,), dim=dim):
         return F.log_softmax(input, dim, _stacklevel, dtype)
-    return run(op, (input,), op.options(dim=dim, dtype=dtype), small)
+    return run(op, (input,), op.options(dim=dim, dtype=dtype))

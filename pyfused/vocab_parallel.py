@@ -32,9 +32,9 @@ from torch import Tensor
 from pyfused import checks
 from pyfused.backends import backend_of
 from pyfused.dispatch import report
-from pyfused.dispatch.autograd import compute, in_autocast_dtype, without_autocast
+from pyfused.dispatch.autograd import compute, in_autocast_dtype
 from pyfused.dispatch.operator import Forward, Needs, Operand, Options, Tensors
-from pyfused.dispatch.run import unsupported
+from pyfused.dispatch.reasons import unsupported
 from pyfused.ops import definitions, operators
 from pyfused.ops.cross_entropy import split_factors
 from pyfused.ops.head_loop import HeadLoop
@@ -223,12 +223,10 @@ def _run(op: Any, tensors: list[Any], options: Options, shard: VocabShard) -> Te
         dtype = definitions.dtype_of_loss(options, tensors[0], target, None)
     else:
         dtype = op.wide_dtype(tensors)
-    function = compute
     if report.active:
-        function = report.counted(op, tensors, options, None, compute)
-    sharded = _ShardedOperator(op, classes, size, shard.group, dtype)
-    with without_autocast(input.device.type):
-        result: Tensor = function(sharded, tensors, options, len(tensors[op.layer]))
+        report.count_call(op, tensors, options, None)
+    call = _ShardedOperator(op, classes, size, shard.group, dtype), tensors, options
+    result: Tensor = report.timed(compute, *call) if report.active else compute(*call)
     return result
 
 
@@ -296,6 +294,10 @@ class _ShardedOperator:
     ) -> None:
         self.op, self.name, self.classes = op, f"vocab_parallel_{op.name}", classes
         self.size, self.group, self.dtype = size, group, dtype
+        self.num_differentiable, self.finish = 3 if op.is_linear else 1, None
+
+    def prepare(self, tensors: Tensors, _: Options) -> Tensors:
+        return tensors
 
     def rows(self, tensors: Tensors, options: Options, needs: Needs) -> tuple[Tensor, Any]:
         """Returns the targets, and the source of the rows, None if this process has no logits."""
@@ -342,7 +344,7 @@ class _ShardedOperator:
             _reduced(gradients[0], self.group)
         return gradients
 
-    def define(self, *_: Any) -> NoReturn:
+    def reference_backward(self, *_: Any) -> NoReturn:
         """Raises, instead of computing gradients that kernels do not compute."""
         expected = "a backward pass of first order, without modes or hooks that change tensors"
         got = "create_graph=True" if torch.is_grad_enabled() else "another one"

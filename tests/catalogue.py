@@ -22,7 +22,17 @@ import torch.nn.functional as F
 from compare import DEVICE, FLOATS, HALF
 from conftest import backend
 from layouts import LAYOUTS, SAME_VALUES, Layout, contiguous
-from samples import DEPRECATED, OF_CLASSES, declared, draw, operands, options, values_of
+from samples import (
+    DEPRECATED,
+    declared,
+    draw,
+    has_classes,
+    is_divergence,
+    is_log_probs,
+    operands,
+    options,
+    values_of,
+)
 from torch import Tensor
 from torch_reference import torch_function
 
@@ -31,9 +41,7 @@ from pyfused.backends import cpu
 from pyfused.dispatch.operator import Operator
 from pyfused.layout import loss_shape
 from pyfused.ops.activation import Activation
-from pyfused.ops.distillation import Divergence
 from pyfused.ops.embedding import EmbeddingLoss
-from pyfused.ops.log_probs import LogProbsOperator
 from pyfused.ops.operators import KL_DIV_WITH_LOGITS, LINEAR_CROSS_ENTROPY, LOG_PROBS, OPERATORS
 from pyfused.ops.softmax import Softmax
 
@@ -126,7 +134,7 @@ def reference(call: Call, **given: Any) -> Any:
 
 def stacked(call: Call, function: Callable[..., Any], given: dict[str, Any]) -> Any:
     found = function(**given)
-    if not isinstance(call.op, LogProbsOperator):
+    if not is_log_probs(call.op):
         return found
     stacked = torch.stack([result for result in found[:3] if result is not None])
     if not given.get("return_metrics"):
@@ -189,7 +197,7 @@ def examples(op: Operator) -> Iterator[Example]:
     required = [name for name, default in every.items() if default is inspect.Parameter.empty]
     base = {name: values[name][0] for name in required}
     if "dim" in every:
-        base["dim"] = -1 if isinstance(op, Divergence) else 1  # the classes in `operands`
+        base["dim"] = -1 if is_divergence(op) else 1  # the classes in `operands`
     optional = [operand.name for operand in declared(op).values() if operand.optional]
     yield Example(op, "", base)
     for operand in op.operands:
@@ -210,7 +218,7 @@ def examples(op: Operator) -> Iterator[Example]:
             text = "tensor" if isinstance(value, Tensor) else str(value).removeprefix("torch.")
             yield Example(op, f"{name}={text}", base | {name: value})
     together = {name: found[0] for name, found in values.items() if name not in ALONE and found}
-    if isinstance(op, OF_CLASSES):
+    if has_classes(op):
         together.pop("gamma", None)  # incompatible with label_smoothing
     if every.get("reduction") == "none":
         together["reduction"] = "mean"
@@ -295,9 +303,9 @@ def random_call(op: Operator, seed: int, elements: int, shared: Shared | None = 
         given.pop("denominator", None)
     if given.get("negative_slope") == 0.0:
         given["negative_slope"] = -0.5
-    if isinstance(op, OF_CLASSES):
+    if has_classes(op):
         found = of_classes(rng, elements, op, given)
-    elif isinstance(op, Divergence):
+    elif is_divergence(op):
         *rows, classes = shape_of(rng, elements, rng.choice([1, 2, 3]))
         classes = 5 if classes == 1 else classes  # torch's value would be a rounding error
         k = rng.randint(1, max(classes // 2, 1))
@@ -315,7 +323,7 @@ def random_call(op: Operator, seed: int, elements: int, shared: Shared | None = 
     else:
         found = of_elements(rng, elements, op, given)
     if op in (LOG_PROBS, KL_DIV_WITH_LOGITS):
-        of_language_model = isinstance(op, Divergence) or rng.once_in(2)
+        of_language_model = is_divergence(op) or rng.once_in(2)
         given["dim"] = -1 if of_language_model else 1
         if found["logits"].dim() < 3:
             del given["dim"]
@@ -326,7 +334,7 @@ def random_call(op: Operator, seed: int, elements: int, shared: Shared | None = 
     same, chosen = [*SAME_VALUES.values()], [*LAYOUTS.values()]
     tensors: dict[str, Any] = {}
     for name, operand in declared(op).items():
-        alike = op.is_linear or isinstance(op, Divergence)
+        alike = op.is_linear or is_divergence(op)
         mixed = tensors and not alike and rng.once_in(20)
         x = found[name]
         if operand.optional and not rng.once_in(3) and name not in (shared or ()):

@@ -11,12 +11,12 @@ import pytest
 import torch
 from catalogue import ROUNDED, Call, ours
 from compare import DEVICE, HALF
-from samples import OF_CLASSES
+from samples import is_divergence
 from torch import Tensor
 
 from pyfused.layout import loss_shape
-from pyfused.ops.distillation import Divergence
 from pyfused.ops.operators import CROSS_ENTROPY
+from pyfused.ops.rows import RowOperator
 from pyfused.ops.softmax import Softmax
 
 EPS = torch.finfo(torch.float32).eps
@@ -65,7 +65,7 @@ def tolerances(call: Call, native: list[Tensor]) -> list[float]:
     mean = call.given.get("reduction") in ("mean", "batchmean")
     mean = mean and "denominator" not in call.given
     lost = [EPS / max(native[-1].numel(), 1) if mean else EPS] * len(native)
-    if isinstance(call.op, Divergence):  # equal rows leave a rounding error
+    if is_divergence(call.op):  # equal rows leave a rounding error
         lost = [x / min(1.0, float(call.given.get("temperature", 1.0))) for x in lost]
         first, lost[0] = next(iter(call.given.values())), EPS
         if call.given.get("reduction") == "sum" or "denominator" in call.given:
@@ -91,9 +91,7 @@ def precision(call: Call) -> float:
     # softmax saves its rounded output; gradients of broadcast operands are sums of rounded terms.
     rounds = isinstance(call.op, Softmax) or getattr(call.op, "saves", "") == "output"
     rounds |= call.op.is_linear or bool(call.given.keys() & {*ROUNDED}) or bool(call.shared)
-    rounds |= (
-        not isinstance(call.op, (*OF_CLASSES, Divergence)) and len({x.shape for x in tensors}) > 1
-    )
+    rounds |= not isinstance(call.op, RowOperator) and len({x.shape for x in tensors}) > 1
     halves = [torch.finfo(x).eps for x in (dtype, *(x.dtype for x in tensors)) if x in HALF]
     if halves and rounds:  # kl_div computes log(target) in the target's dtype
         return max(halves)

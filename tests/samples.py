@@ -25,12 +25,12 @@ from torch_reference import parameters, torch_function
 from pyfused import functional as fused
 from pyfused.dispatch.operator import TOKEN_WEIGHT, Operand, Operator
 from pyfused.ops.activation import Activation
-from pyfused.ops.cross_entropy import CrossEntropy, LinearCrossEntropy, NllLoss
-from pyfused.ops.distillation import Divergence
+from pyfused.ops.distillation import DivergenceLoss
 from pyfused.ops.embedding import EmbeddingLoss
-from pyfused.ops.log_probs import LogProbsOperator
+from pyfused.ops.log_probs import LogProbsLoss
 from pyfused.ops.operators import CROSS_ENTROPY, LINEAR_CROSS_ENTROPY, OPERATORS
-from pyfused.ops.pointwise_loss import Gated, PointwiseLoss, weight_or_elements
+from pyfused.ops.pointwise_loss import PointwiseLoss, weight_or_elements
+from pyfused.ops.rows import RowOperator
 from pyfused.types import Choice
 
 INF, NAN = float("inf"), float("nan")
@@ -150,9 +150,24 @@ SAMPLES = {
 }
 
 
+# ---- families of operators of rows --------------------------------------------------------------
+
+
+def is_divergence(op: Operator) -> bool:
+    return isinstance(op, RowOperator) and isinstance(op.loss, DivergenceLoss)
+
+
+def is_log_probs(op: Operator) -> bool:
+    return isinstance(op, RowOperator) and isinstance(op.loss, LogProbsLoss)
+
+
+def has_classes(op: Operator) -> bool:
+    """Returns whether the targets are classes."""
+    return isinstance(op, RowOperator) and not is_divergence(op)
+
+
 # ---- options -------------------------------------------------------------------------------------
 
-OF_CLASSES = (CrossEntropy, LinearCrossEntropy, LogProbsOperator, NllLoss)
 # These operators have more options and results than torch's functions.
 WITH_OPTIONS = (CROSS_ENTROPY, LINEAR_CROSS_ENTROPY)
 LEFT_OUT = ("_stacklevel", "options", "others", "teacher_requires_grad")
@@ -250,7 +265,7 @@ def tried_of(op: Operator) -> tuple[dict[str, Any], ...]:
 
 for _op in OPERATORS.values():
     if isinstance(_op, (Activation, PointwiseLoss)):
-        _in_torch = hasattr(torch.nn.functional, _op.name) or isinstance(_op, Gated)
+        _in_torch = hasattr(torch.nn.functional, _op.name) or _op.family == "Gated"
         _sample = SAMPLES.get(_op.name, Sample() if _in_torch else None)
         if _sample is not None:  # test_completeness.py reports missing samples
             _sample = replace(_sample, tried=_sample.tried or tried_of(_op))
@@ -339,9 +354,9 @@ def operands(
         soft: Whether targets are probabilities, if the operator supports them.
         features: The number of features of a linear layer's input.
     """
-    if isinstance(op, OF_CLASSES):
+    if has_classes(op):
         return logits_and_targets(op, shape, given, soft, features)
-    if isinstance(op, Divergence):
+    if is_divergence(op):
         return predictions(shape, features)
     if isinstance(op, EmbeddingLoss):
         rows = tuple(shape)
@@ -444,7 +459,7 @@ class Loss:
 def losses() -> list[Loss]:
     found = []
     for op in OPERATORS.values():
-        is_loss = isinstance(op, PointwiseLoss) and not isinstance(op, Gated)
+        is_loss = isinstance(op, PointwiseLoss) and op.family != "Gated"
         if is_loss and op.name in SAMPLES:  # test_completeness.py reports missing samples
             always = tuple(o for o in op.variables if not o.optional)
             for operands in dict.fromkeys((always, op.variables)):

@@ -12,19 +12,16 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from pyfused.backends import cpu
-from pyfused.formula import FormulaOperator
-from pyfused.formula_compiler.kernel import Kernel
+from pyfused.ops.pointwise_loss import PointwiseLoss
 from pyfused.torch_internals import DispatchMode, is_mutable
 from pyfused.types import Outputs
 
 Function = Callable[[Sequence[Tensor]], Tensor]
 
 
-def _points(op: FormulaOperator, cases: tuple[Any, ...], dtype: torch.dtype) -> list[Tensor]:
+def _points(op: PointwiseLoss, cases: tuple[Any, ...], dtype: torch.dtype) -> list[Tensor]:
     """Returns operands: random values, ties, literals, the largest number, infinities and NaN."""
-    kernel = op.traced(cases)
-    assert isinstance(kernel, Kernel)
-    ((_, e, _),) = kernel.methods
+    ((_, e, _),) = op.source.trace(cases).kernel.methods
     literals = [float(arguments[0]) for name, arguments in e.nodes if name == "literal"]
     generator, n, info = torch.Generator().manual_seed(0), 256, torch.finfo(dtype)
     special = [0.0, 0.5, 1.0, 2.0, info.max, info.tiny, math.inf, *literals]
@@ -104,18 +101,18 @@ def _compare(
 
 
 def check(
-    op: FormulaOperator, numbers: Any, kernels: Any = cpu.pointwise_loss, dtype: Any = torch.float64
+    op: PointwiseLoss, numbers: Any, kernels: Any = cpu.pointwise_loss, dtype: Any = torch.float64
 ) -> None:
     """Compares the kernel's results with the function's, and its gradients for any grad_output."""
     options = op.options(*numbers, "none")
     assert not (problem := op.invalid_options(*options)), problem
-    cases = op.cases_of(options)
+    cases = op.source.cases_of(options)
     points, names = _points(op, cases, dtype), [variable.name for variable in op.variables]
     ones = torch.ones_like(points[0])
     grad_output = torch.tensor([2.0, math.nan, -0.0, math.inf], dtype=dtype).repeat(len(ones) // 4)
 
     def run(outputs: Outputs, grad_output: Tensor | None) -> list[Tensor]:
-        program, parameters = op.kernel(cases, len(points), outputs)
+        program, parameters = op.source.find(cases, len(points), outputs)
         call = program, points, None, parameters(options), "none", outputs, None, grad_output
         value, gradients = kernels(*call)
         return [value, *gradients]
@@ -133,10 +130,10 @@ def check(
             f"the function {expected[k, i].item():.9g}; {len(wrong)} of {right.numel()} differ"
         )
 
-    results = torch.stack(run(op.all_outputs, None))
-    function = partial(op.unreduced, options=options)
+    results = torch.stack(run(op.source.outputs, None))
+    function = partial(op._unreduced, options=options)
     verify(results, *_compare(results.double(), function, points, op.masks), ones)
-    _, *gradients = run(op.all_outputs._replace(loss=False), grad_output)
+    _, *gradients = run(op.source.outputs._replace(loss=False), grad_output)
     scaled, info = torch.stack([results[0], *gradients]), torch.finfo(dtype)
     product = torch.stack([results[0], *results[1:] * grad_output])
     right = (scaled - product).abs() <= 4 * info.eps * product.abs() + info.tiny

@@ -6,7 +6,6 @@ import copy
 import inspect
 from collections.abc import Callable
 from difflib import get_close_matches
-from types import SimpleNamespace
 from typing import Any
 
 import torch.nn.functional
@@ -104,4 +103,4 @@ def _reason(op: Operator, arguments: dict[str, Any]) -> str:
     if isinstance(op, Softmax) and arguments.get("dim") is None:
         return "dim is not given"
     tensors = [arguments.get(operand.name) for operand in op.all_operands]
-    return why_small(op, tensors, SimpleNamespace(**arguments))
+    return why_small(op, tensors, arguments.get("dim", 1))

@@ -36,7 +36,7 @@ from torch.nn import functional as F
 from pyfused import torch_internals
 from pyfused.dispatch import reasons, report
 from pyfused.dispatch.operator import requires_grad
-from pyfused.dispatch.run import decide, run
+from pyfused.dispatch.run import fallback_reason, run
 from pyfused.ops.operators import LINEAR_CROSS_ENTROPY, OPERATORS
 from pyfused.torch_internals import PLAIN, DisableTorchFunctionSubclass, tree_map_only, version_of
 
@@ -180,8 +180,7 @@ class HeadCall:
         autocast = torch.autocast(self.device.type, self.autocast, self.autocast is not None)
         with autocast, torch.set_grad_enabled(value.records_grad()):
             call = (*self.operands(value, index), *operands), op.options(**options)
-            method, _ = decide(op, *call, small=False)
-            return method if isinstance(method, str) else run(op, *call, small=False)
+            return fallback_reason(op, *call) or run(op, *call)
 
     def operands(self, value: _Value, index: Any) -> tuple[Tensor, Tensor, Tensor | None]:
         """Returns the hidden states of some rows, the weight, and the bias with the constant."""
@@ -663,7 +662,7 @@ class LazyLogits(Tensor):
         if reason:  # only now, as the arguments were valid
             call.warn(f"{name}, because {reason}. {_COST}")
             if report.active and function is original:
-                report.counted(OPERATORS[name], args, (), reason, function)
+                report.count_call(OPERATORS[name], args, (), reason)
         return result
 
     def __repr__(self) -> str:  # type: ignore[override]

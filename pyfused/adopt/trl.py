@@ -19,7 +19,7 @@ from torch.compiler import is_dynamo_compiling
 
 from pyfused.dispatch.reasons import SMALL, first_time
 from pyfused.dispatch.run import fallback_reason
-from pyfused.dispatch.sizes import is_small
+from pyfused.dispatch.sizes import torch_computes
 from pyfused.functional import linear_log_probs
 from pyfused.ops.operators import LINEAR_LOG_PROBS
 
@@ -146,7 +146,7 @@ def _original_reason(
     """
     hidden, weight, bias, target = tensors
     call = LINEAR_LOG_PROBS, (hidden, weight, bias, target), LINEAR_LOG_PROBS.options()
-    if not is_dynamo_compiling() and is_small(*call):
+    if not is_dynamo_compiling() and torch_computes(*call[:2]):
         return SMALL
     if hasattr(weight, "ds_id"):
         return "the weight is partitioned by ZeRO-3"

@@ -13,8 +13,7 @@ from pyfused import memory
 from pyfused.backends import backend_of
 from pyfused.dispatch import report
 from pyfused.dispatch.operator import Operand
-from pyfused.dispatch.reasons import log_once
-from pyfused.dispatch.run import unsupported
+from pyfused.dispatch.reasons import log_once, unsupported
 from pyfused.layout import is_dense
 from pyfused.torch_internals import (
     active_mode,
@@ -55,28 +54,26 @@ def without_autocast(device: str) -> AbstractContextManager[Any]:
     return torch.autocast(device, enabled=False) if enabled else nullcontext()
 
 
-def compute(op: Any, tensors: Sequence[Any], options: Any, student: int) -> Any:
-    """Returns the output of an operator's kernel, with an autograd graph if it needs one.
-
-    Args:
-        tensors, options: As in `Operator.forward`.
-        student: The number of tensors that may need a gradient; they come first.
-    """
-    needs = [False] * student
+def compute(op: Any, tensors: Sequence[Any], options: Any) -> Any:
+    """Returns the result of a call from its kernel, with an autograd graph if it needs one."""
+    inputs = op.prepare(tensors, options)
+    needs = [False] * op.num_differentiable
     if torch.is_grad_enabled() and not torch.is_inference_mode_enabled():
-        for i, x in enumerate(tensors[:student]):
+        for i, x in enumerate(inputs[: op.num_differentiable]):
             needs[i] = x is not None and x.requires_grad
-        if True in needs:
-            return apply((op, options, tuple(needs)), *tensors)
-    return op.forward(tensors, options, tuple(needs))[0]
+    if True in needs:
+        output = apply((op, options, tuple(needs)), *inputs)
+    else:
+        output = op.forward(inputs, options, tuple(needs))[0]
+    return output if op.finish is None else op.finish(output, tensors, options)
 
 
 class Fused(torch.autograd.Function):
     """The autograd function of all operators, which calls their `forward` and `backward`.
 
-    A call saves the tensors from which `Operator.backward` and `Operator.define` compute gradients.
-    If its forward pass has computed the gradients, it saves them too, and backward scales them.
-    They are saved apart: reading them does not check whether the tensors were changed.
+    A call saves the tensors from which `Operator.backward` and `Operator.reference_backward`
+    compute gradients. If its forward pass has computed the gradients, it saves them, too, and
+    backward scales them without reading the other tensors, which may have been changed.
     """
 
     @staticmethod
@@ -207,7 +204,7 @@ def _computed_gradients(ctx: Any, grad_output: Tensor, reason: str | None) -> Gr
         ctx.gradients = ()
         memory.release()  # torch's operators do not reuse it
     log_once(f"backward of {op.name}", reason)
-    gradients: Gradients = op.define(saved, options, needs, grad_output)
+    gradients: Gradients = op.reference_backward(saved, options, needs, grad_output)
     return in_graph(gradients, saved) if create_graph else gradients
 
 
@@ -226,16 +223,16 @@ def in_graph(gradients: Gradients, saved: Sequence[Any]) -> Gradients:
     inputs = [x for x in saved if x is not None and x.requires_grad]
     return tuple(
         [
-            x if x is None or x.requires_grad or not inputs else _minus_nothing(x, inputs)
+            x if x is None or x.requires_grad or not inputs else _keep_in_graph(x, inputs)
             for x in gradients
         ]
     )
 
 
-def _minus_nothing(gradient: Tensor, inputs: Sequence[Tensor]) -> Tensor:
-    """Returns a gradient as a function of the inputs, with derivative 0.
+def _keep_in_graph(gradient: Tensor, inputs: Sequence[Tensor]) -> Tensor:
+    """Returns a gradient that depends on the inputs, with derivative 0.
 
-    Sums of no elements, unlike an autograd function, can be differentiated in every transform.
+    It subtracts sums of no elements, which can be differentiated in every transform.
     """
     for x in inputs:
         gradient = gradient - x.unsqueeze(0)[:0].sum().to(gradient.dtype)  # -0.0 stays -0.0

@@ -43,7 +43,7 @@ def explanation_of(
     """
     if reason is not None:
         if reason is SMALL:
-            reason = why_small(op, tensors, options)
+            reason = why_small(op, tensors, getattr(options, "dim", 1))
         return Explanation(op.name, "torch", reason)
     backend, products = "triton" if takes_triton(tensors[0]) else "cpu", None
     if op.is_linear:

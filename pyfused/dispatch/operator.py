@@ -10,11 +10,10 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections import namedtuple
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
-from itertools import product
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -81,62 +80,79 @@ class Operator(ABC):
             reduction last.
         options: Makes the options of a call from keywords. It is declared as their NamedTuple
             class, or None to make one of the numbers and the choices.
-        torch: The definition in torch's operators. Takes the tensors and the options.
-        fallback_reason: Takes the tensors and the options; returns why torch's operator has to
-            compute the call, None if a kernel can.
-        check_shapes: Takes the tensors, one by one, and the options, and raises for shapes and
-            dtypes that neither kernels nor definitions take; None if `fallback_reason` looks at
-            them.
+        torch: Computes a call by torch's operators. Takes the tensors, one by one, and the options.
+        reference: Computes the differentiable result of a call by torch's operators, from the
+            operands that kernels take; by default ``torch``.
+        reason: Takes the same; returns why kernels do not support the shapes and dtypes, None if
+            they do.
+        extends_torch: Takes the same; returns whether torch's function lacks an argument that is
+            used. None if it has all of them.
+        check_shapes: Takes the same, and raises for shapes and dtypes that neither kernels nor
+            definitions support; None if `reason` looks at them.
 
         in_torch: Whether torch has a function of this name.
+        finish: Takes the output of a kernel, the tensors and the options of the call, and returns
+            the result; None if that is the output.
+        asks_size: Whether dispatch asks for the size of a call. Otherwise the function that makes
+            the call has asked, and a small call is torch's, with the arguments as they came.
         all_operands: The operands and the factors.
         names: The names of the arguments.
         fields: The names of the options; the numbers come first.
+        parameters: A formula's parameters: the numbers, and the choices with their own kernels.
         invalid_options: Takes the options of a call, one by one, and returns why no kernel takes
             them, None if one does.
         compared: The index of each number with ``compared_with``, and of its operand.
-        family: The name of the row of sizes.py for operators without their own row.
+        family: The name of the row of sizes.py for operators without their own row; by default the
+            name of the class.
         broadcast: The indices of the tensors that broadcast with the input.
         is_linear: Whether the size of a call is the number of a linear layer's outputs.
-        limits: The limits of sizes.py, by dtype and the number of threads or the GPU.
         least: The smallest number of elements for which a kernel runs, on GPUs and on CPUs.
-        student: The number of tensors of a kernel that may need a gradient; they come first.
+        num_differentiable: The number of a kernel's inputs that may need a gradient; they come
+            first.
     """
 
     name: str
     module: str
     operands: tuple[Operand, ...] = (Operand("input"),)
+    factors: tuple[Operand, ...] = ()
     numbers: tuple[Scalar, ...] = ()
     choices: tuple[Any, ...] = ()
     options: Any = None
     torch: Callable[..., Any] = field(default=None)  # type: ignore[assignment]
-    fallback_reason: Callable[..., str | None] | None = None
+    reference: Callable[..., Any] = field(default=None)  # type: ignore[assignment]
+    reason: Callable[..., str | None] | None = None
+    extends_torch: Callable[..., bool] | None = None
     check_shapes: Callable[..., None] | None = None
+    family: str = ""
 
     in_torch: bool = field(init=False)
+    asks_size: bool = field(init=False)
+    finish: Callable[[Any, Tensors, Options], Any] | None = field(init=False, default=None)
     all_operands: tuple[Operand, ...] = field(init=False)
     names: tuple[str, ...] = field(init=False)
     fields: tuple[str, ...] = field(init=False)
+    parameters: tuple[Scalar | Choice, ...] = field(init=False)
     invalid_options: Callable[..., str | None] = field(init=False)
     compared: tuple[tuple[int, int], ...] = field(init=False)
-    student: int = field(init=False, default=1)
-    family: str = field(init=False)
+    num_differentiable: int = field(init=False, default=1)
     broadcast: tuple[int, ...] = field(init=False, default=())
     is_linear: bool = field(init=False)
-    limits: dict[Any, Any] = field(init=False, default_factory=dict)
     least: tuple[int, int] = field(init=False, default=(0, 0))
-    factors: ClassVar[tuple[Operand, ...]] = ()
 
     def __post_init__(self) -> None:
         self._declare_options()
+        self.parameters = *self.numbers, *[choice for choice in self.choices if choice.values]
+        if self.reference is None:
+            self.reference = self.torch
         self.in_torch = hasattr(F, self.name)
         self.all_operands = *self.operands, *self.factors
         self.names = *[operand.name for operand in self.all_operands], *self.fields
         self.invalid_options = lru_cache(maxsize=256, typed=True)(self._invalid_options)
         pairs = [(i, number.compared_with) for i, number in enumerate(self.numbers)]
         self.compared = tuple([(i, self.names.index(name)) for i, name in pairs if name])
-        self.family = type(self).__name__
+        self.family = self.family or type(self).__name__
         self.is_linear = "linear_weight" in self.names
+        self.asks_size = self.is_linear or not self.in_torch
 
     # ---- options ---------------------------------------------------------------------------------
 
@@ -163,22 +179,26 @@ class Operator(ABC):
                 value = scalar.low if scalar.clamped and not value > scalar.low else value
                 is_valid = scalar.low <= value <= scalar.high
                 is_valid = is_valid and (value > 0 or not scalar.positive)
+                if isinstance(value, int) and not -(1 << 63) <= value < 1 << 63:
+                    return f"{scalar.name} is an int of more than 64 bits"
             if not is_valid:
                 return f"{scalar.name} is {value!r}"
         return checks.reason(self.check_choices, self.options(*options))
 
-    def check_choices(self, options: Options) -> None:  # noqa: B027
+    def check_choices(self, options: Options) -> None:
         """Raises for invalid options that are not numbers."""
+        for choice, value in zip(self.choices, options[len(self.numbers) :], strict=True):
+            if choice.values:
+                checks.choice(choice.name, value, choice.values)
 
     # ---- sizes -----------------------------------------------------------------------------------
 
-    def needs_no_gradient(self, tensors: Tensors) -> bool:
-        """Returns whether a call needs no gradient."""
-        if grad_enabled():
-            for operand, x in zip(self.operands, tensors, strict=False):
-                if operand.differentiated and getattr(x, "requires_grad", False):
-                    return False
-        return True
+    def needs_gradient(self, tensors: Tensors) -> bool:
+        """Returns whether a call needs the gradient of an operand."""
+        pairs = zip(self.operands, tensors, strict=False)
+        return grad_enabled() and any(
+            operand.differentiated and getattr(x, "requires_grad", False) for operand, x in pairs
+        )
 
     def elements(self, tensors: Tensors) -> int:
         """Returns the number of elements of the logits, or of the broadcast operands."""
@@ -190,41 +210,39 @@ class Operator(ABC):
 
     # ---- calls -----------------------------------------------------------------------------------
 
-    @abstractmethod
-    def fused(self, tensors: Tensors, options: Options) -> Any:
-        """Returns the result of a call for which dispatch has no reason to fall back."""
+    def unsupported(self, tensors: Tensors, options: Options) -> str | None:
+        """Returns why no kernel supports the shapes and dtypes of a call, None if one does."""
+        if self.reason is not None and (reason := self.reason(*tensors, options)):
+            return reason
+        check = self.check_shapes
+        return None if check is None else checks.reason(check, *tensors, options)
+
+    def prepare(self, tensors: Tensors, options: Options) -> Tensors:  # noqa: ARG002
+        """Returns the inputs of a kernel: the tensors in the form that kernels take."""
+        return tensors
 
     @abstractmethod
-    def forward(self, tensors: Tensors, options: Options, needs: Needs) -> Forward:
-        """Computes the output, the tensors to save, and the gradients of the first tensors.
+    def forward(self, inputs: Tensors, options: Options, needs: Needs) -> Forward:
+        """Computes the output, the tensors to save, and the gradients of the first inputs.
 
         The gradients are () if backward computes them. If the output is a tuple, only its first
         item is differentiable.
 
         Args:
-            tensors: The tensors in the form that kernels take.
-            needs: Whether each of the first tensors needs a gradient.
+            needs: Whether each of the first inputs needs a gradient.
         """
 
     @abstractmethod
     def backward(
         self, saved: Tensors, options: Options, needs: Needs, grad_output: Tensor
     ) -> Gradients:
-        """Computes the gradients of the first tensors from the saved ones."""
+        """Computes the gradients of the first inputs from the saved tensors."""
 
     @abstractmethod
-    def define(
+    def reference_backward(
         self, saved: Tensors, options: Options, needs: Needs, grad_output: Tensor
     ) -> Gradients:
-        """Computes the same gradients from torch's definition, which is differentiable."""
-
-    # ---- checks ----------------------------------------------------------------------------------
-
-    def method_of(self, tensors: Tensors, options: Options) -> Any:
-        """Returns the method that computes a call, or why no kernel takes its shapes and dtypes."""
-        reason = self.fallback_reason and self.fallback_reason(*tensors, options)
-        check = self.check_shapes
-        return reason or (check and checks.reason(check, *tensors, options)) or self.fused
+        """Computes the same gradients by torch's operators, so that they are differentiable."""
 
     def by_torch(self, tensors: Tensors, options: Options) -> Any:
         """Returns the result of torch's operators, which raise their errors for invalid arguments.
@@ -233,9 +251,12 @@ class Operator(ABC):
             IndexError, RuntimeError, TypeError, ValueError: torch lacks the function or an option,
                 and an argument is invalid.
         """
-        if not self.in_torch:
+        extends = self.extends_torch is not None and self.extends_torch(*tensors, options)
+        if extends or not self.in_torch:
             self.check_call(tensors, options)
         return self.torch(*tensors, options)
+
+    # ---- checks ----------------------------------------------------------------------------------
 
     def check_call(self, tensors: Tensors, options: Options) -> None:
         self.check_types(tensors, options)
@@ -254,51 +275,6 @@ class Operator(ABC):
         for scalar, value in zip(self.numbers, options, strict=False):
             checks.bounded(scalar, value)
         self.check_choices(options)
-
-
-@dataclass(eq=False, kw_only=True, repr=False)
-class SpecializedOperator(Operator):
-    """An operator with a kernel for each combination of special values of its parameters.
-
-    Attributes:
-        parameters: A formula's parameters: the numbers, and the choices with their own kernels.
-        special: The values of each parameter that have their own kernels.
-    """
-
-    parameters: tuple[Scalar | Choice, ...] = field(init=False)
-    special: tuple[tuple[Any, ...], ...] = field(init=False)
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.parameters = *self.numbers, *[choice for choice in self.choices if choice.values]
-        self.special = tuple([
-            x.special if isinstance(x, Scalar) else x.values for x in self.parameters
-        ])  # fmt: skip
-
-    def kernel_of(self, values: Sequence[Any]) -> str:
-        """Returns the name of the kernel for these values of the formula's parameters."""
-        name = self.name
-        for parameter, case in zip(self.parameters, values, strict=False):
-            if isinstance(parameter, Scalar):
-                name += f"_{parameter.name}_{case:g}" if case in parameter.special else ""
-            elif isinstance(parameter.values[0], bool):
-                name += f"_{parameter.name}" if case else ""
-            else:
-                name += f"_{case}" if case != parameter.values[0] else ""
-        return name
-
-    def kernel_cases(self) -> Iterator[tuple[str, dict[str, Any]]]:
-        """Yields the name of each kernel and the cases of the parameters that it supports."""
-        parameters = self.parameters
-        kinds = [x.cases if isinstance(x, Scalar) else x.values for x in parameters]
-        for values in product(*kinds):
-            names = [parameter.name for parameter in parameters]
-            yield self.kernel_of(values), dict(zip(names, values, strict=True))
-
-    def check_choices(self, options: Options) -> None:
-        for parameter, value in zip(self.parameters, options, strict=False):
-            if isinstance(parameter, Choice):
-                checks.choice(parameter.name, value, parameter.values)
 
 
 def grad_enabled() -> bool:

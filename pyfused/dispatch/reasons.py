@@ -1,17 +1,34 @@
-"""Reasons to fall back to torch's operator that several modules share, and their log."""
+"""Reasons to fall back to torch's operator, and their log."""
 
 from __future__ import annotations
 
 import logging
 import sys
+from collections.abc import Sequence
+from typing import Any
 
+import torch
 from torch.compiler import is_dynamo_compiling
+
+from pyfused import backends
+from pyfused.backends import DTYPES, cpu, unsupported_device
+from pyfused.dispatch.operator import requires_grad
+from pyfused.torch_internals import (
+    PLAIN,
+    has_names,
+    is_batched,
+    is_functorch_wrapped,
+    is_lazy_clone,
+    is_zero_tensor,
+)
 
 SMALL = "torch is faster at this size"
 FUSED = "torch.compile: Inductor fuses it with its neighbours"
 _log = logging.getLogger("pyfused")
 not_reported: set[str] = set()  # reasons of calls that torch's function passes to another one
 _reported: dict[tuple[str, str], object] = {}
+_INDICES = (torch.int64, torch.uint8)
+_CONVERTED = (*_INDICES, torch.bool, torch.int8, torch.int16, torch.int32)
 _OURS_AND_TORCHS = (f"{__name__.partition('.')[0]}.", "torch.")
 
 
@@ -37,3 +54,53 @@ def stacklevel() -> int:
     ):
         frame, level = frame.f_back, level + 1
     return level
+
+
+def unsupported(
+    operands: Sequence[Any], tensors: Sequence[Any], input: Any = None, is_traced: bool = False
+) -> str | None:
+    """Returns why the kernels for the input's device do not take a tensor, None if they take all.
+
+    Args:
+        operands: The operands, or other declared arguments, that have these values.
+        input: The first tensor of the call; None to look only at how tensors are stored.
+        is_traced: Whether Dynamo traces the call: how tensors are stored is unknown, and comparing
+            a size would restrict the program.
+    """
+    is_forced = backends.FORCED is not None or cpu.MISSING is not None
+    for operand, x in zip(operands, tensors, strict=True):
+        if x is None and operand.optional:
+            continue
+        name = operand.name
+        if type(x) not in PLAIN:
+            if operand.number and type(x) is float:
+                continue
+            return f"{name} is a {type(x).__name__}"
+        if not is_traced:
+            if x.layout is not torch.strided:
+                return f"{name} has layout {x.layout}"
+            if x.is_neg() or is_zero_tensor(x):
+                return f"{name} is lazily negated or zero"
+            if x.is_nested:
+                return f"{name} is nested"
+            if has_names is not None and has_names(x):
+                return f"{name} has named dimensions"
+            if is_functorch_wrapped(x):
+                return f"{name} is used outside of its torch.func transform"
+            if is_batched(x):
+                return f"{name} is batched"
+            if is_lazy_clone(x):  # reading its address would copy it
+                return f"{name} is a lazy clone"
+        if input is None:
+            continue
+        are_on_gpus = is_forced or not x.is_cpu or not input.is_cpu
+        if are_on_gpus and (reason := unsupported_device(name, x, input)):
+            return reason
+        dtype = x.dtype
+        if dtype not in DTYPES:
+            others = _CONVERTED if operand.converts else _INDICES if operand.indices else ()
+            if dtype not in others:
+                return f"{name} has dtype {dtype}"
+        if x.requires_grad and not operand.differentiated and requires_grad(x):
+            return f"{name} requires grad"
+    return None

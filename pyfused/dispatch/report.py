@@ -7,7 +7,7 @@ import threading
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import cache, partial
+from functools import cache
 from time import perf_counter
 from typing import Any
 
@@ -140,30 +140,21 @@ def recorded() -> Iterator[list[tuple[Any, ...]]]:
 # ---- what dispatch calls while reports are active ------------------------------------------------
 
 
-def counted(
-    op: Operator,
-    tensors: Tensors,
-    options: Options,
-    reason: str | None,
-    kernel: Callable[..., Any],
-) -> Callable[..., Any]:
-    """Counts a decision, and returns the kernel, which adds its time when it is called.
+def count_call(op: Operator, tensors: Tensors, options: Options, reason: str | None) -> None:
+    """Counts a call that is dispatched.
 
     Args:
         reason: Why torch computes the call, None if a kernel does.
     """
     if compiler_traces():
         add_traced(op.name)
-        return kernel
-    if reason in reasons.not_reported:
-        return kernel
-    if (calls := _recording.calls) is not None:
-        calls.append((op, tensors, options, reason))
-    if reason is None:
-        _record(Report._add_call, op.name, op.elements(tensors))
-    else:
-        _record(Report._add_left, op.name, reason)
-    return partial(timed, kernel)
+    elif reason not in reasons.not_reported:
+        if (calls := _recording.calls) is not None:
+            calls.append((op, tensors, options, reason))
+        if reason is None:
+            _record(Report._add_call, op.name, op.elements(tensors))
+        else:
+            _record(Report._add_left, op.name, reason)
 
 
 @called_while_tracing
@@ -179,7 +170,9 @@ def count_compiled(name: str) -> None:
 
 
 def timed(kernel: Callable[..., Any], *args: Any) -> Any:
-    """Calls a kernel, and adds its time."""
+    """Calls a kernel, and adds its time, unless torch.compile traces it."""
+    if compiler_traces():
+        return kernel(*args)
     start = clock()
     try:
         return kernel(*args)

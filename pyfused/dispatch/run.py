@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Sequence
 from functools import lru_cache
 from numbers import Integral
 from types import NoneType
@@ -17,47 +16,33 @@ import torch
 from torch import Tensor
 from torch.compiler import is_dynamo_compiling
 
-from pyfused import backends, checks
-from pyfused.backends import DTYPES, cpu, takes_triton, unsupported_device
+from pyfused import checks
+from pyfused.backends import takes_triton
 from pyfused.dispatch import reasons, report, sizes
-from pyfused.dispatch.operator import Operator, Options, Tensors, requires_grad
-from pyfused.dispatch.reasons import FUSED, SMALL
-from pyfused.dispatch.sizes import is_small
-from pyfused.torch_internals import (
-    PLAIN,
-    active_mode,
-    functorch_is_active,
-    has_names,
-    is_batched,
-    is_exporting,
-    is_functorch_wrapped,
-    is_lazy_clone,
-    is_zero_tensor,
-)
+from pyfused.dispatch.autograd import compute
+from pyfused.dispatch.operator import Operator, Options, Tensors
+from pyfused.dispatch.reasons import FUSED, SMALL, unsupported
+from pyfused.torch_internals import PLAIN, active_mode, functorch_is_active, is_exporting
 
-_INDICES = (torch.int64, torch.uint8)
-_CONVERTED = (*_INDICES, torch.bool, torch.int8, torch.int16, torch.int32)
-_NUMBERS = frozenset((float, NoneType))
-_CHOICES = frozenset((str, bool, int, float, torch.dtype, NoneType))
+_FLOATS, _NUMBERS = frozenset((float, NoneType)), frozenset((float, int, NoneType))
+_PLAIN_OPTIONS = frozenset((str, bool, int, float, torch.dtype, NoneType))
 
 
-def run(op: Any, tensors: Tensors, options: Options, small: bool | None = None) -> Tensor:
-    """Returns an operator's result, from a fused kernel or from torch's operator.
-
-    Args:
-        small: What `left_to_torch` has returned.
-    """
+def run(op: Any, tensors: Tensors, options: Options) -> Any:
+    """Returns an operator's result, from a fused kernel or from torch's operator."""
     if is_dynamo_compiling():
-        return _run_compiled(op, tensors, options)  # type: ignore[no-any-return]
-    fused, converted = decide(op, tensors, options, small)
-    reason = fused if isinstance(fused, str) else None
+        return _run_compiled(op, tensors, options)
+    reason = fallback_reason(op, tensors, options)
     if report.active:
-        fused = report.counted(op, tensors, options, reason, fused)
-    if reason is None:
-        return fused(tensors, converted)  # type: ignore[no-any-return]
-    if reason is not SMALL:
-        report_fallback(op, tensors, options, reason)
-    return op.by_torch(tensors, options)  # type: ignore[no-any-return]
+        report.count_call(op, tensors, options, reason)
+    if reason is not None:
+        if reason is not SMALL:
+            report_fallback(op, tensors, options, reason)
+        return op.by_torch(tensors, options)
+    if op.compared or not _FLOATS.issuperset(map(type, options[: len(op.numbers)])):
+        options = _converted(op, options, tensors)
+    call = op, tensors, options
+    return report.timed(compute, *call) if report.active else compute(*call)
 
 
 def _run_compiled(op: Any, tensors: Tensors, options: Options) -> Any:
@@ -72,112 +57,56 @@ def _run_compiled(op: Any, tensors: Tensors, options: Options) -> Any:
 
 
 def fallback_reason(op: Operator, tensors: Tensors, options: Options) -> str | None:
-    """Returns why torch's operator computes a call, None if a kernel does."""
+    """Returns why torch's operator computes a call, None if a kernel does.
+
+    It does not ask for the size if the function of the call has done so; see `Operator.asks_size`.
+    """
     if is_dynamo_compiling():
         return _compiler_reason(op, tensors, options)
-    method, _ = decide(op, tensors, options)
-    return method if isinstance(method, str) else None
-
-
-def decide(
-    op: Operator, tensors: Tensors, options: Options, small: bool | None = None
-) -> tuple[Any, Options]:
-    """Returns how a call is computed: a method of the operator, or why torch computes it.
-
-    Also returns the options of the method, in which numbers are floats.
-    """
-    if small or (small is None and is_small(op, tensors, options)):
-        return SMALL, options
+    if op.asks_size:
+        reduction, dim = getattr(options, "reduction", None), getattr(options, "dim", 1)
+        if sizes.torch_computes(op, tensors, None, None, reduction, dim):
+            return SMALL
     if reason := active_mode() or unsupported(op.all_operands, tensors, tensors[0]):
-        return reason, options
+        return reason
     count = len(op.numbers)
-    are_floats = not count or _NUMBERS.issuperset(map(type, options[:count]))
-    if op.compared or not (are_floats and _CHOICES.issuperset(map(type, options[count:]))):
-        options = _converted(op, options, tensors)
-        if isinstance(options, str):
-            return options, ()
-    return op.invalid_options(*options) or op.method_of(tensors, options), options
-
-
-def unsupported(
-    operands: Sequence[Any], tensors: Sequence[Any], input: Any = None, is_traced: bool = False
-) -> str | None:
-    """Returns why the kernels for the input's device do not take a tensor, None if they take all.
-
-    Args:
-        operands: The operands, or other declared arguments, that have these values.
-        input: The first tensor of the call; None to look only at how tensors are stored.
-        is_traced: Whether Dynamo traces the call: how tensors are stored is unknown, and comparing
-            a size would restrict the program.
-    """
-    is_forced = backends.FORCED is not None or cpu.MISSING is not None
-    for operand, x in zip(operands, tensors, strict=True):
-        if x is None and operand.optional:
-            continue
-        name = operand.name
-        if type(x) not in PLAIN:
-            if operand.number and type(x) is float:
-                continue
-            return f"{name} is a {type(x).__name__}"
-        if not is_traced:
-            if x.layout is not torch.strided:
-                return f"{name} has layout {x.layout}"
-            if x.is_neg() or is_zero_tensor(x):
-                return f"{name} is lazily negated or zero"
-            if x.is_nested:
-                return f"{name} is nested"
-            if has_names is not None and has_names(x):
-                return f"{name} has named dimensions"
-            if is_functorch_wrapped(x):
-                return f"{name} is used outside of its torch.func transform"
-            if is_batched(x):
-                return f"{name} is batched"
-            if is_lazy_clone(x):  # reading its address would copy it
-                return f"{name} is a lazy clone"
-        if input is None:
-            continue
-        are_on_gpus = is_forced or not x.is_cpu or not input.is_cpu
-        if are_on_gpus and (reason := unsupported_device(name, x, input)):
+    are_numbers = _NUMBERS.issuperset(map(type, options[:count]))
+    if not (are_numbers and _PLAIN_OPTIONS.issuperset(map(type, options[count:]))):
+        if reason := _reason_of_options(op, options):
             return reason
-        dtype = x.dtype
-        if dtype not in DTYPES:
-            others = _CONVERTED if operand.converts else _INDICES if operand.indices else ()
-            if dtype not in others:
-                return f"{name} has dtype {dtype}"
-        if x.requires_grad and not operand.differentiated and requires_grad(x):
-            return f"{name} requires grad"
-    return None
+        options = _converted(op, options, tensors)
+    return op.invalid_options(*options) or op.unsupported(tensors, options)
 
 
 # ---- options -------------------------------------------------------------------------------------
 
 
-def _converted(op: Operator, options: Options, tensors: Tensors) -> Options | str:
-    """Returns the options of a kernel, in which numbers are floats, or why there are none.
+def _reason_of_options(op: Operator, options: Options) -> str | None:
+    """Returns why kernels do not take an option's type, None if they take all."""
+    count = len(op.numbers)
+    for scalar, value in zip(op.numbers, options[:count], strict=True):
+        if value is not None and not checks.is_number(value):
+            kind = "tensor" if isinstance(value, Tensor) else type(value).__name__
+            return f"{scalar.name} is a {kind}"
+    for choice, value in zip(op.choices, options[count:], strict=True):
+        if not (choice.of_torch or type(value) in _PLAIN_OPTIONS or isinstance(value, Integral)):
+            return f"{choice.name} is a {type(value).__name__}"
+    return None
+
+
+def _converted(op: Operator, options: Options, tensors: Tensors) -> Options:
+    """Returns the options of a kernel: numbers are floats, and other integers are ints.
 
     A number that is compared with an operand is rounded to its dtype.
     """
     count = len(op.numbers)
-    numbers, choices = options[:count], options[count:]
-    converted = list[Any]()
-    for scalar, value in zip(op.numbers, numbers, strict=True):
-        if value is not None and not checks.is_number(value):
-            kind = "tensor" if isinstance(value, Tensor) else type(value).__name__
-            return f"{scalar.name} is a {kind}"
-        if isinstance(value, Integral) and not -(1 << 63) <= int(value) < 1 << 63:
-            return f"{scalar.name} is an int of more than 64 bits"
-        converted.append(None if value is None else float(value))
-    for choice, value in zip(op.choices, choices, strict=True):
-        is_integer = isinstance(value, Integral) and not isinstance(value, bool)
-        if choice.of_torch:
-            value = None
-        elif type(value) not in _CHOICES and not is_integer:
-            return f"{choice.name} is a {type(value).__name__}"
-        converted.append(int(value) if is_integer else value)
+    converted = [None if value is None else float(value) for value in options[:count]]
     for i, operand in op.compared:
-        dtype = getattr(tensors[operand], "dtype", None)
-        if converted[i] is not None and dtype in DTYPES:
-            converted[i] = _rounded(converted[i], dtype)
+        if (number := converted[i]) is not None:
+            converted[i] = _rounded(number, tensors[operand].dtype)
+    for choice, value in zip(op.choices, options[count:], strict=True):
+        is_plain = type(value) in _PLAIN_OPTIONS
+        converted.append(None if choice.of_torch else value if is_plain else int(value))
     return op.options(*converted)
 
 
@@ -209,7 +138,7 @@ def _compiler_reason(op: Operator, tensors: Tensors, options: Options) -> str | 
             return f"torch.compile: {name} is a tensor"
     if reason := unsupported(op.all_operands, tensors, tensors[0], is_traced=True):
         return reason
-    return None if op.fallback_reason is None else op.fallback_reason(*tensors, options)
+    return None if op.reason is None else op.reason(*tensors, options)
 
 
 # ---- fallbacks -----------------------------------------------------------------------------------

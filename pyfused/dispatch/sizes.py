@@ -17,7 +17,7 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -27,7 +27,7 @@ from torch.overrides import has_torch_function_unary
 
 from pyfused import backends
 from pyfused.backends import cpu, without_triton
-from pyfused.dispatch.operator import Operator, Options, Tensors
+from pyfused.dispatch.operator import Operator, Tensors
 from pyfused.dispatch.reasons import SMALL as SMALL_REASON
 from pyfused.dispatch.report import add_traced
 from pyfused.torch_internals import PLAIN, has_function_mode
@@ -45,24 +45,26 @@ class Limits(NamedTuple):
     """The sizes from which an operator's calls are dispatched to a kernel, in elements.
 
     Attributes:
-        from_elements: The size for all other calls.
-        few_classes: For rows of few contiguous classes, which torch does not vectorise. If this is
-            set, `unreduced` is for few classes at other strides.
-        without_gradient: For calls without a gradient, where torch's forward pass is faster or
-            slower than its backward pass.
-        unreduced: For losses that are not reduced, which write one more output.
+        from_elements: The smallest size, except for few classes.
+        few_classes: The size for rows of few contiguous classes, which torch does not vectorise; 0
+            if their number does not matter. If it is set, `unreduced` is for few classes that are
+            not contiguous.
+        without_gradient: A larger size for calls without a gradient, where torch's forward pass is
+            faster than its backward pass; 0 for the same size.
+        unreduced: A larger size for losses that are not reduced, which write one more output; 0 for
+            the same size.
     """
 
     from_elements: int
-    few_classes: int | None = None
-    without_gradient: int | None = None
-    unreduced: int | None = None
+    few_classes: int = 0
+    without_gradient: int = 0
+    unreduced: int = 0
 
     def scaled(self, factor: int, threads: int) -> Limits:
         """Returns limits measured with two threads for others, times a factor, up to LOGITS."""
 
-        def scale(limit: int | None) -> Any:
-            if limit is None or not TINY <= limit < LOGITS:
+        def scale(limit: int) -> int:
+            if not TINY <= limit < LOGITS:
                 return limit
             grows = max(2, threads) if limit > 2 * PER_THREAD else 2
             return min(LOGITS, limit * factor * grows // 2)
@@ -207,67 +209,38 @@ COMPILED: dict[str, tuple[int, int]] = dict.fromkeys(LINEAR, (2 * LARGE, LOGITS)
 
 def _row(table: dict[str, Limits], op: Operator) -> Limits | None:
     """Returns the limits of an operator or its family."""
-    names = op.name, op.family, *[kind.__name__ for kind in type(op).__mro__]
-    return next((table[name] for name in names if name in table), None)
+    return table.get(op.name) or table.get(op.family)
 
 
-def limits(op: Operator, where: int | torch.device, dtype: torch.dtype = torch.float32) -> Limits:
-    """Returns the limits of an operator with a number of CPU threads, or on a GPU."""
-    found = op.limits.get((where, dtype))
-    if found is None:
-        found = op.limits[where, dtype] = _limits(op, where, dtype)
-    return found
-
-
-def _limits(op: Operator, where: int | torch.device, dtype: torch.dtype) -> Limits:
-    if isinstance(where, torch.device):
-        elements = 1e3 * HOST_US * gb_per_s(where) / dtype.itemsize  # of one pass
+@lru_cache(maxsize=1024)
+def limits_of(op: Operator, dtype: torch.dtype, device: torch.device, threads: int) -> Limits:
+    """Returns the limits of an operator on a device; on CPUs, with a number of threads."""
+    if device.type != "cpu":
+        elements = 1e3 * HOST_US * gb_per_s(device) / dtype.itemsize  # of one pass
         first, few = (
             max(SMALL, 1 << math.ceil(math.log2(elements / passes)))
             for passes in (PASSES_OF.get(op.name, PASSES), PASSES_OF_FEW)
         )
-        return _row(ON_GPU, op) or Limits(first, few if op.name == "cross_entropy" else None)
+        return _row(ON_GPU, op) or Limits(first, few if op.name == "cross_entropy" else 0)
     if dtype in HALVES and op.name in ON_CPU_OF_HALVES:
-        return ON_CPU_OF_HALVES[op.name].scaled(1, where)
+        return ON_CPU_OF_HALVES[op.name].scaled(1, threads)
     factor = HALVES.get(dtype, 1)
     if op.is_linear and factor > 1 and cpu.product_dtype(dtype) is torch.float32:
         factor = 1  # products take most of the time, and torch's are slower
     row: Any = _row(ON_CPU, op) or Limits(LOGITS)
     if dtype is torch.float16:
         row = Limits(*[NEVER if limit == LOGITS else limit for limit in row])
-    return row.scaled(factor, where)  # type: ignore[no-any-return]
+    return row.scaled(factor, threads)  # type: ignore[no-any-return]
 
 
-def limit_of(op: Any, tensors: Tensors, reduction: str | None, dim: Any, found: Limits) -> int:
-    """Returns which of an operator's limits applies to a call."""
+def why_small(op: Operator, tensors: Tensors, dim: Any) -> str:
+    """Returns why torch computes a small call, with the numbers that decide it on GPUs."""
     input = tensors[0]
-    if found.few_classes is not None:
-        is_strided = input.layout is torch.strided and not input.is_nested
-        if not is_strided or type(dim) is not int or not -input.dim() <= dim < input.dim():
-            return found.from_elements
-        few = VECTOR // min(input.element_size(), 4) - 1 if input.is_cpu else FEW_ON_GPU
-        if input.size(dim) > few:
-            return found.from_elements
-        if input.stride(dim) == 1 and (not input.is_cpu or dim % input.dim() == input.dim() - 1):
-            return found.few_classes
-    if found.unreduced is not None and reduction == "none":
-        return found.unreduced
-    if found.without_gradient is not None and op.needs_no_gradient(tensors):
-        return found.without_gradient
-    return found.from_elements
-
-
-def _where(input: Tensor) -> int | torch.device:
-    return torch.get_num_threads() if input.is_cpu else input.device
-
-
-def why_small(op: Operator, tensors: Tensors, options: Options) -> str:
-    """Returns why torch computes a small call, with what decides besides its size."""
-    input = tensors[0]
-    found = limits(op, _where(input), input.dtype)
-    reduction, dim = getattr(options, "reduction", None), getattr(options, "dim", 1)
-    limit = limit_of(op, tensors, reduction, dim, found)
-    if input.is_cpu or found.from_elements == NEVER or not input.numel():
+    if input.is_cpu or not input.numel():
+        return SMALL_REASON
+    limits = limits_of(op, input.dtype, input.device, torch.get_num_threads())
+    limit = limits.few_classes if limits.few_classes and _are_few(input, dim) else limits[0]
+    if limit == NEVER:
         return SMALL_REASON
     reason = f"{SMALL_REASON}: kernels run from {limit:,} elements"
     if _row(ON_GPU, op):
@@ -297,59 +270,38 @@ def every_size() -> Iterator[None]:
         FORCED = before
 
 
-def left_to_torch(
+def torch_computes(
     op: Operator,
     tensors: Tensors,
     size_average: bool | None = None,
     reduce: bool | None = None,
     reduction: str | None = None,
-    dim: int = 1,
-) -> bool | None:
-    """Returns whether torch's function of an operator's name computes a call.
+    dim: int | None = 1,
+) -> bool:
+    """Returns whether torch computes a call because it is small or empty, or cannot be dispatched.
 
-    None leaves the decision to `run`, which asks `is_small`. torch's function computes calls in
-    programs that are compiled, for the deprecated arguments, and if the call is small or the input
-    no tensor: proxies of torch.fx record the arguments as they came. Each function asks this first,
-    so that it adds little to the time of a small call. `run` decides about calls whose tensors
-    broadcast.
+    torch also computes calls in compiled programs, and calls with the deprecated arguments. Each
+    function of ``functional.py`` that torch has asks this first, so that it adds little to the time
+    of a small call. The size of tensor subclasses, and in function modes, is not looked at: these
+    have to see torch's function and nothing else, and dispatch decides about them.
 
     Args:
         tensors: The tensors of the call; optional ones at the end may be omitted.
         reduction: The reduction of a loss.
         dim: The dimension of the classes.
     """
-    input = tensors[0]
     if not size_average is reduce is None:
         return True
     if is_dynamo_compiling():
         return add_traced(op.name)
-    if type(input) is not Tensor or (has_torch_function_unary(input) and has_function_mode()):
-        # A mode has to see torch's function and nothing else.
-        return None if isinstance(input, Tensor) else True
-    elements = input.numel()
-    if type(elements) is not int or FORCED is not None:  # torch.jit.trace returns a tensor
-        return None
-    for i in op.broadcast:
-        if type(tensors[i]) is not Tensor or tensors[i].shape != input.shape:
-            return None
-    return elements < op.least[input.is_cpu] or _is_below_limit(
-        op, elements, tensors, reduction, dim
-    )
-
-
-def is_small(op: Operator, tensors: Tensors, options: Options) -> bool:
-    """Returns whether a call is dispatched to torch's operator because it is small or empty.
-
-    It must not be called during compilation, because the program would depend on the size.
-    """
     input = tensors[0]
     if type(input) not in PLAIN or (has_torch_function_unary(input) and has_function_mode()):
         return False
     elements = input.numel()
-    if type(elements) is not int or input.is_nested:
+    if type(elements) is not int:  # torch.jit.trace returns a tensor
         return False
     if op.is_linear:
-        if type(tensors[1]) not in PLAIN or tensors[1].is_nested:
+        if type(tensors[1]) not in PLAIN or tensors[1].is_nested or input.is_nested:
             return False
         elements = op.elements(tensors)
     for i in op.broadcast:
@@ -357,28 +309,39 @@ def is_small(op: Operator, tensors: Tensors, options: Options) -> bool:
         if type(other) not in PLAIN:
             if isinstance(other, Tensor):
                 return False
-        elif other.is_nested or other.shape != input.shape:
+        elif input.is_nested or other.is_nested or other.shape != input.shape:
             elements = op.elements(tensors)
             break
     if FORCED is not None:
-        return elements < ALWAYS
-    reduction, dim = getattr(options, "reduction", None), getattr(options, "dim", 1)
-    return elements < op.least[input.is_cpu] or _is_below_limit(
-        op, elements, tensors, reduction, dim
-    )
+        return not elements
+    if elements < op.least[input.is_cpu]:
+        return True
+    limits = limits_of(op, input.dtype, input.device, torch.get_num_threads())
+    if elements >= max(limits):
+        return False
+    if limits.few_classes:
+        if not _are_few(input, dim):
+            return elements < limits.from_elements
+        if input.stride(dim) == 1 and (not input.is_cpu or dim % input.dim() == input.dim() - 1):
+            return elements < limits.few_classes
+    if elements < limits.from_elements or (reduction == "none" and elements < limits.unreduced):
+        return True
+    return elements < limits.without_gradient and not op.needs_gradient(tensors)
+
+
+def _are_few(input: Tensor, dim: Any) -> bool:
+    """Returns whether a dimension has so few classes that torch does not vectorise them."""
+    if input.layout is not torch.strided or input.is_nested or type(dim) is not int:
+        return False
+    if not -input.dim() <= dim < input.dim():
+        return False
+    few = VECTOR // min(input.element_size(), 4) - 1 if input.is_cpu else FEW_ON_GPU
+    return input.size(dim) <= few
 
 
 def converted_limit(op: Operator, input: Tensor) -> int:
     """Returns the number of logits from which the head of a converted model gains."""
-    by_name = limits(op, _where(input), input.dtype).from_elements
-    return max(by_name, min(LOGITS, CONVERTED * by_name)) if FORCED is None else 0
-
-
-def _is_below_limit(
-    op: Operator, elements: int, tensors: Tensors, reduction: str | None, dim: Any
-) -> bool:
-    """Returns whether a number of elements is below the limit of a call; 0 always is."""
-    input = tensors[0]
-    where = torch.get_num_threads() if input.is_cpu else input.device
-    found = op.limits.get((where, input.dtype)) or limits(op, where, input.dtype)
-    return elements < limit_of(op, tensors, reduction, dim, found)
+    if FORCED is not None:
+        return 0
+    limits = limits_of(op, input.dtype, input.device, torch.get_num_threads())
+    return max(limits.from_elements, min(LOGITS, CONVERTED * limits.from_elements))

@@ -6,16 +6,19 @@ the expressions. Triton code is generated from the programs at their first use o
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
+from itertools import product
 from typing import Any, NamedTuple
 
 import torch
 
 from pyfused.formula_compiler.program import Expressions, Program, compiled
 from pyfused.formula_compiler.trace import Function, expressions_of
-from pyfused.types import NUMBER, Outputs
+from pyfused.types import NUMBER, Choice, Outputs, Scalar
+
+Parameter = Scalar | Choice
 
 
 class Method(NamedTuple):
@@ -72,3 +75,22 @@ class Kernel:
     ) -> tuple[Expressions, list[int]]:
         """Traces a function of operands, the case and the scale; returns its expressions."""
         return expressions_of(function, dtypes, self.case, self.exact)
+
+
+def variant_name(name: str, parameters: Sequence[Parameter], values: Sequence[Any]) -> str:
+    """Returns the name of an operator's kernel for these values of its parameters."""
+    for parameter, value in zip(parameters, values, strict=False):
+        if isinstance(parameter, Scalar):
+            name += f"_{parameter.name}_{value:g}" if value in parameter.special else ""
+        elif isinstance(parameter.values[0], bool):
+            name += f"_{parameter.name}" if value else ""
+        else:
+            name += f"_{value}" if value != parameter.values[0] else ""
+    return name
+
+
+def variants(name: str, parameters: Sequence[Parameter]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yields the name of each kernel of an operator, and the case of each parameter."""
+    names = [parameter.name for parameter in parameters]
+    for values in product(*[x.cases if isinstance(x, Scalar) else x.values for x in parameters]):
+        yield variant_name(name, parameters, values), dict(zip(names, values, strict=True))

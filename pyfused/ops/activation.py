@@ -11,22 +11,22 @@ import torch
 from torch import Tensor
 
 from pyfused.backends import backend_of
-from pyfused.dispatch.autograd import compute, differentiate
+from pyfused.dispatch.autograd import differentiate
 from pyfused.dispatch.operator import (
     Forward,
     Needs,
+    Operator,
     Options,
-    SpecializedOperator,
     Tensors,
 )
 from pyfused.dispatch.originals import F
 from pyfused.formula_compiler import trace
-from pyfused.formula_compiler.kernel import Kernel, Method
+from pyfused.formula_compiler.kernel import Kernel, Method, variant_name, variants
 from pyfused.types import Gradients
 
 
 @dataclass(eq=False, kw_only=True, repr=False)
-class Activation(SpecializedOperator):
+class Activation(Operator):
     """An elementwise function of one tensor.
 
     Attributes:
@@ -50,23 +50,21 @@ class Activation(SpecializedOperator):
             self.torch = lambda input, options: function(input, *options)
         super().__post_init__()
 
-    def fused(self, tensors: Tensors, options: Options) -> Tensor:
-        inputs = (tensors[0].contiguous(),) if self.contiguous else tensors
-        result: Tensor = compute(self, inputs, options, 1)
-        return result
+    def prepare(self, tensors: Tensors, options: Options) -> Tensors:  # noqa: ARG002
+        return (tensors[0].contiguous(),) if self.contiguous else tensors
 
-    def forward(self, tensors: Tensors, options: Options, _needs: Needs) -> Forward:
-        (x,) = tensors
-        output = backend_of(x).activation(self.kernels[self.kernel_of(options)], x, options)
+    def forward(self, inputs: Tensors, options: Options, _needs: Needs) -> Forward:
+        (x,), kernel = inputs, self.kernels[variant_name(self.name, self.parameters, options)]
+        output = backend_of(x).activation(kernel, x, options)
         return output, (output if self.saves == "output" else x,), ()
 
     def backward(
         self, saved: Tensors, options: Options, _needs: Needs, grad_output: Tensor
     ) -> Gradients:
-        (x,), kernel = saved, self.kernels[self.kernel_of(options)]
+        (x,), kernel = saved, self.kernels[variant_name(self.name, self.parameters, options)]
         return (backend_of(x).activation_backward(kernel, grad_output, x, options),)
 
-    def define(
+    def reference_backward(
         self, saved: Tensors, options: Options, _needs: Needs, grad_output: Tensor
     ) -> Gradients:
         if self.saves == "input":
@@ -78,7 +76,8 @@ class Activation(SpecializedOperator):
     @cached_property
     def kernels(self) -> dict[str, Kernel]:
         """Returns the kernels by name, one for each combination of flags and words."""
-        return {name: Kernel(name, case, self._trace_kernel) for name, case in self.kernel_cases()}
+        cases = variants(self.name, self.parameters)
+        return {name: Kernel(name, case, self._trace_kernel) for name, case in cases}
 
     def _trace_kernel(self, kernel: Kernel) -> list[Method]:
         """Traces the forward and the backward function of one element."""

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,13 +13,14 @@ from torch import Tensor
 from pyfused import checks
 from pyfused.backends import backend_of, cpu, takes_triton
 from pyfused.dispatch.autograd import in_autocast_dtype
-from pyfused.dispatch.operator import Forward, Needs, Operand, Options, Tensors
+from pyfused.dispatch.operator import Forward, Needs, Options, Tensors
+from pyfused.dispatch.reasons import SMALL
 from pyfused.layout import accumulate_dtype, with_leading_dims
 from pyfused.ops import definitions, metrics
 from pyfused.ops.head_loop import ALL_ROWS, HeadLoop, Rows, rows_that_count
 from pyfused.ops.heads import BlockResult, HeadBlocks, HeadResult, cap_backward, capped
 from pyfused.ops.row_sources import LogitRows, class_range
-from pyfused.ops.rows import RowLoss, RowOperator, loss_forward
+from pyfused.ops.rows import KernelPass, RowLoss, RowOperator, StatePass, kernel_forward
 from pyfused.types import (
     INDEX,
     LOG_P,
@@ -50,7 +51,16 @@ class CrossEntropyLoss(RowLoss):
     weight of each class; and the factors.
     """
 
-    # ---- from states of rows: see `RowOperator.state_forward` ------------------------------------
+    def finish(self, output: Any, tensors: Tensors, options: Options) -> Any:
+        if not options.with_metrics:
+            return output
+        (loss, state), input, target = output, *tensors[:2]
+        if not target.is_floating_point():
+            target = class_targets(input, target)
+        dtype = accumulate_dtype(input.dtype)
+        return loss, metrics.from_state(state, target, options.ignore_index, dtype)
+
+    # ---- from states of rows: see `rows.StatePass` -----------------------------------------------
 
     def fields(self, options: Options) -> int:
         if options.label_smoothing != 0:
@@ -127,7 +137,7 @@ class CrossEntropyLoss(RowLoss):
             total = weight.double().sum() if options.label_smoothing > 0 else classes
         return counts, target_weight, total
 
-    # ---- in blocks of rows: see `heads.HeadBlocks` ----------------------------------------------
+    # ---- in blocks of rows with all classes: see `heads.HeadBlocks` -----------------------------
 
     def weights(self, tensors: Tensors, options: Options, all_count: bool) -> Tensor | None:
         *_, target, weight, token_weight, _ = tensors
@@ -242,13 +252,10 @@ def metrics_state(
 class CrossEntropy(RowOperator):
     """Cross-entropy of logits and class indices, or probabilities of the classes."""
 
-    def by_torch(self, tensors: Tensors, options: Options) -> Any:
-        if not tensors[3] is tensors[4] is None or not options.is_plain():
-            self.check_call(tensors, options)
-        return self.torch(*tensors, options)
-
-    def method_of(self, tensors: Tensors, options: Options) -> Any:
+    def unsupported(self, tensors: Tensors, options: Options) -> str | None:
         input, target, weight, token_weight, denominator = tensors
+        if not input.numel():
+            return SMALL
         if (  # the common case, for which nothing else has to be checked
             target.dtype is torch.int64
             and weight is token_weight is denominator is options.softcap is None
@@ -256,10 +263,10 @@ class CrossEntropy(RowOperator):
             and target.shape == input.shape[:1]
             and input.shape[1] > 1
         ):
-            return self.fused
-        return super().method_of(tensors, options)
+            return None
+        return super().unsupported(tensors, options)
 
-    def arranged(self, tensors: Tensors, options: Options) -> Tensors:
+    def prepare(self, tensors: Tensors, options: Options) -> Tensors:
         input, target, weight, token_weight, denominator = tensors
         if target.dtype is not torch.int64 and target.is_floating_point():
             dtype = definitions.operand_dtype(input, target, weight)
@@ -273,37 +280,38 @@ class CrossEntropy(RowOperator):
             backend_of(input).check_class_indices(target, total, options.ignore_index)
         return input, target, weight, token_weight, denominator
 
-    def forward(self, tensors: Tensors, options: Options, needs: Needs) -> Forward:
-        dtype = definitions.dtype_of_loss(options, *tensors[:3])
-        if options.softcap is not None:
-            return self.state_forward(tensors, options, needs, dtype=dtype)
-        kernel, state = backend_of(tensors[0]).cross_entropy, None
-        if options.with_metrics and (state := empty_state(tensors, options)) is not None:
+
+def cross_entropy_pass(op: CrossEntropy, inputs: Tensors, options: Options, _: Needs) -> Any:
+    """Returns the pass of a call: one kernel, or states, whose kernel supports a softcap."""
+    if options.softcap is None:
+        return LOGITS_PASS
+    return StatePass(op, definitions.dtype_of_loss(options, *inputs[:3]))
+
+
+class LogitsPass:
+    """Computes cross-entropy in one kernel, which also writes the metrics if it can."""
+
+    def forward(self, inputs: Tensors, options: Options, needs: Needs) -> Forward:
+        dtype = definitions.dtype_of_loss(options, *inputs[:3])
+        kernel, state = backend_of(inputs[0]).cross_entropy, None
+        if options.with_metrics and (state := empty_state(inputs, options)) is not None:
             results, prediction = state[: len(RESULTS)], state[MAXIMUM:SMOOTH]
             kernel = partial(kernel, results=results, prediction=prediction)
-        loss, saved, gradients = loss_forward(kernel, tensors, options, needs, dtype)
+        loss, saved, gradients = kernel_forward(kernel, inputs, options, needs, dtype)
         if not options.with_metrics:
             return loss, saved, gradients
-        if state is None or lacks_rows(state, tensors[1], options):
-            state = metrics_state(tensors[0], tensors[1], options, METRICS_FIELDS)
+        if state is None or lacks_rows(state, inputs[1], options):
+            state = metrics_state(inputs[0], inputs[1], options, METRICS_FIELDS)
         return (loss, state), saved, gradients
 
     def backward(
         self, saved: Tensors, options: Options, needs: Needs, grad_output: Tensor
     ) -> Gradients:
-        if options.softcap is not None:
-            return super().backward(saved, options, needs, grad_output)
         outputs = Outputs(False, tuple(needs))
         return backend_of(saved[0]).cross_entropy(saved, options, outputs, grad_output)[1]
 
-    def finished(self, result: Any, tensors: Tensors, options: Options) -> Any:
-        if not options.with_metrics:
-            return result
-        (loss, state), input, target = result, *tensors[:2]
-        if not target.is_floating_point():
-            target = class_targets(input, target)
-        dtype = accumulate_dtype(input.dtype)
-        return loss, metrics.from_state(state, target, options.ignore_index, dtype)
+
+LOGITS_PASS = LogitsPass()
 
 
 def class_targets(input: Tensor, target: Tensor) -> Tensor:
@@ -312,7 +320,7 @@ def class_targets(input: Tensor, target: Tensor) -> Tensor:
     return target.reshape(()) if input.dim() == 1 else target
 
 
-def cross_entropy_fallback_reason(
+def cross_entropy_reason(
     input: Tensor, target: Tensor, weight: Tensor | None, *others: Any
 ) -> str | None:
     """Returns why torch's operator has to compute these arguments, None if a kernel can."""
@@ -330,27 +338,16 @@ def cross_entropy_fallback_reason(
 # ---- a linear layer ------------------------------------------------------------------------------
 
 
-@dataclass(eq=False, kw_only=True, repr=False)
-class LinearCrossEntropy(RowOperator):
+class HeadCrossEntropyLoss(CrossEntropyLoss):
     """Cross-entropy of a linear layer's output: cross_entropy(linear(input), target)."""
 
-    flattens = True
-    tiles = True
+    def input_dtype(self, inputs: Tensors) -> torch.dtype:
+        return definitions.operand_dtype(inputs[0], *inputs[3:5])
 
-    def by_torch(self, tensors: Tensors, options: Options) -> Any:
-        """Returns the result; torch's function does not check the budget."""
-        in_torch = definitions.is_head_of_torch(tensors[0], tensors[5], tensors[6], options)
-        if not in_torch or options.memory_budget is not None:
-            self.check_call(tensors, options)
-        return self.torch(*tensors, options)
-
-    def input_dtype(self, tensors: Tensors) -> torch.dtype:
-        return definitions.operand_dtype(tensors[0], *tensors[3:5])
-
-    def finished(self, result: Any, tensors: Tensors, options: Options) -> Any:
+    def finish(self, output: Any, tensors: Tensors, options: Options) -> Any:
         input, target, leading = in_autocast_dtype(tensors[0]), tensors[3], tensors[0].shape[:-1]
         dtype = definitions.dtype_of_loss(options, input, *tensors[3:5])
-        results = result if isinstance(result, tuple) else (result,)
+        results = output if isinstance(output, tuple) else (output,)
         loss, state, prediction, *_ = *results, None, None
         loss, found = with_leading_dims(loss, leading).to(dtype), None
         if options.with_metrics:
@@ -358,47 +355,55 @@ class LinearCrossEntropy(RowOperator):
                 target = target.reshape(-1, target.shape[-1])
             else:
                 target = target.to(torch.int64).flatten()
-            wide = self.wide_dtype((input, *tensors[1:]))
+            wide = accumulate_dtype(self.input_dtype((input, *tensors[1:])))
             fields = metrics.from_state(state, target, options.ignore_index, wide)
             found = metrics.Metrics(*[with_leading_dims(x, leading) for x in fields])
         if options.with_prediction:
             if prediction is None:
-                prediction = self.loss.prediction_from(state, options)
+                prediction = self.prediction_from(state, options)
             return HeadResult(loss, found, prediction.reshape(2, *leading))
         return loss if found is None else (loss, found)
 
-    def loop(self, tensors: Tensors, options: Options, needs: Needs) -> HeadLoop:
-        """Returns the loop over blocks of rows with all classes."""
-        sizes = self.head_sizes(tensors, options)
-        if options.softcap is not None:  # a copy of the logits
-            sizes = replace(sizes, bytes_per_logit=3 * sizes.dtype.itemsize)
-        size = sizes.row_blocks if tensors[3].is_floating_point() else sizes.loss_blocks
-        return HeadLoop(backend_of(tensors[0]), sizes.dtype, size, needs)
-
-    def blocks(self, tensors: Tensors, options: Options, needs: Needs) -> HeadBlocks | None:
-        blocks = HeadBlocks(self, self.loop(tensors, options, needs), tensors, options)
-        return blocks if blocks.size.classes is None else None
-
-    def fake(self, tensors: Tensors, options: Options) -> tuple[Tensor, Tensor]:
-        rows = (tensors[0].shape[0],)  # len would specialise a dynamic size
-        dtype = self.wide_dtype(tensors)
-        shape = rows if options.reduction == "none" else ()
-        state = tensors[0].new_empty((self.loss.fields(options), *rows), dtype=torch.float64)
-        return tensors[0].new_empty(shape, dtype=dtype), state
+    def fake_shapes(self, inputs: Tensors, options: Options) -> tuple[Sequence[Any], Sequence[Any]]:
+        rows = (inputs[0].shape[0],)  # len would specialise a dynamic size
+        return rows if options.reduction == "none" else (), (self.fields(options), *rows)
 
 
-def head_fallback_reason(input: Tensor, linear_weight: Tensor, *_: Any) -> str | None:
+def linear_cross_entropy_pass(
+    op: RowOperator, inputs: Tensors, options: Options, needs: Needs
+) -> Any:
+    """Returns the pass of a call: blocks of rows, or states if a block cannot have all classes."""
+    sizes = row_sizes = op.head_sizes(inputs, options)
+    if options.softcap is not None:  # a copy of the logits
+        row_sizes = replace(sizes, bytes_per_logit=3 * sizes.dtype.itemsize)
+    has_probabilities = inputs[3].is_floating_point()
+    size = row_sizes.row_blocks if has_probabilities else row_sizes.loss_blocks
+    loop = HeadLoop(backend_of(inputs[0]), sizes.dtype, size, needs)
+    blocks = HeadBlocks(op, loop, inputs, options)
+    if blocks.size.classes is None:
+        return blocks
+    return StatePass(op, loop=replace(loop, size=sizes.tile))
+
+
+def extends_head_of_torch(input: Any, *others: Any) -> bool:
+    """Returns whether torch's function lacks an argument of a head; it ignores a budget."""
+    *_, token_weight, denominator, options = others
+    in_torch = definitions.is_head_of_torch(input, token_weight, denominator, options)
+    return not in_torch or options.memory_budget is not None
+
+
+def head_reason(input: Tensor, linear_weight: Tensor, *_: Any) -> str | None:
     """Returns why torch's operators have to compute the logits of a layer, None if a kernel can."""
     if not input.dim() or linear_weight.dim() < 2:
         return "input or linear_weight has too few dimensions"
     return "linear_weight has more than two dimensions" if linear_weight.dim() > 2 else None
 
 
-def linear_cross_entropy_fallback_reason(
+def linear_cross_entropy_reason(
     input: Tensor, linear_weight: Tensor, _bias: Any, target: Tensor, *rest: Any
 ) -> str | None:
     """Returns why torch's operator has to compute these arguments, None if a kernel can."""
-    if reason := head_fallback_reason(input, linear_weight):
+    if reason := head_reason(input, linear_weight):
         return reason
     weight, *_, options = rest
     if target.dtype is torch.uint8 and weight is not None and options.label_smoothing != 0:
@@ -413,29 +418,20 @@ def linear_cross_entropy_fallback_reason(
 class NllLoss(RowOperator):
     """The negative log-likelihood of log-probabilities, ``-w_y x_y``."""
 
-    factors: ClassVar[tuple[Operand, ...]] = ()
-
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.student = 2  # kernels return a gradient of the target, which is None
+        self.num_differentiable = 2  # kernels return a gradient of the target, which is None
 
-    def arranged(self, tensors: Tensors, _: Options) -> Tensors:
+    def prepare(self, tensors: Tensors, options: Options) -> Tensors:  # noqa: ARG002
         input, target, weight = tensors
         return input, class_targets(input, target), weight, None, None
 
-    def forward(self, tensors: Tensors, options: Options, needs: Needs) -> Forward:
-        dtype = definitions.dtype_of_loss(options, *tensors[:3])
-        return loss_forward(cpu.nll_loss, tensors, options, needs, dtype)
 
-    def backward(
-        self, saved: Tensors, options: Options, needs: Needs, grad_output: Tensor
-    ) -> Gradients:
-        return cpu.nll_loss(saved, options, Outputs(False, tuple(needs)), grad_output)[1]
+def nll_loss_pass(_op: RowOperator, inputs: Tensors, options: Options, _: Needs) -> KernelPass:
+    return KernelPass(cpu.nll_loss, definitions.dtype_of_loss(options, *inputs[:3]))
 
 
-def nll_loss_fallback_reason(
-    input: Tensor, target: Tensor, weight: Tensor | None, *_: Any
-) -> str | None:
+def nll_loss_reason(input: Tensor, target: Tensor, weight: Tensor | None, *_: Any) -> str | None:
     """Returns why torch's operator has to compute these arguments, None if a kernel can."""
     if target.dtype is torch.uint8 and input.dim() > 2:
         return UINT8_TARGET

@@ -70,8 +70,11 @@ class CustomOperator:
 
     def __init__(self, op: Any) -> None:
         self.op, self.name, schema = op, op.name, _schema(op)
-        self.count, self.student = len(schema), op.student
-        gradients, needs = ["Tensor"] * op.student, f"bool[{op.student}] needs"
+        self.count, self.num_differentiable = len(schema), op.num_differentiable
+        gradients, needs = (
+            ["Tensor"] * op.num_differentiable,
+            f"bool[{self.num_differentiable}] needs",
+        )
         self.define(
             op.name, [*schema, needs], ["Tensor", *gradients, "Tensor"], self.run, self.fake
         )
@@ -95,10 +98,10 @@ class CustomOperator:
         count = len(self.op.all_operands)
         return values[:count], self.op.options(*values[count : self.count])
 
-    def arranged(self, values: Sequence[Any]) -> tuple[Tensors, Options]:
+    def prepared(self, values: Sequence[Any]) -> tuple[Tensors, Options]:
         """Returns the tensors that the operator's kernels take, and the options."""
         tensors, options = self.call_of(values)
-        return self.op.arranged(tensors, options), options
+        return self.op.prepare(tensors, options), options
 
     def gradients(
         self, values: Sequence[Any], needs: Sequence[bool], grad_output: Tensor, define: bool
@@ -109,10 +112,10 @@ class CustomOperator:
             values: The values of the schema, followed by the state.
             define: Whether to compute gradients by torch's definition, which is differentiable.
         """
-        (tensors, options), state = self.arranged(values), values[self.count]
+        (tensors, options), state = self.prepared(values), values[self.count]
         saved = (*tensors, state) if state.numel() else tensors
         if define:
-            return self.op.define(saved, options, needs, grad_output)  # type: ignore[no-any-return]
+            return self.op.reference_backward(saved, options, needs, grad_output)  # type: ignore[no-any-return]
         if not tensors[0].numel():  # a number of rows that was unknown while tracing
             return _zeros(values, needs)
         return self.op.backward(saved, options, needs, grad_output)  # type: ignore[no-any-return]
@@ -121,7 +124,7 @@ class CustomOperator:
 
     def run(self, *values: Any) -> Any:
         op, needs = self.op, values[-1]
-        tensors, options = self.arranged(values)
+        tensors, options = self.prepared(values)
         saved = tensors
         if tensors[0].numel():
             result, saved, gradients = op.forward(tensors, options, needs)
@@ -157,10 +160,10 @@ class CustomOperator:
 
     def dense_gradients(self, gradients: Gradients, values: Sequence[Any]) -> list[Tensor]:
         """Returns gradients with the layouts of `fake_gradients`, and empty tensors for None."""
-        gradients = gradients or (None,) * self.student
+        gradients = gradients or (None,) * self.num_differentiable
         return [
             values[0].new_empty(0) if gradient is None else _dense_like(gradient, tensor)
-            for gradient, tensor in zip(gradients, values[: self.student], strict=False)
+            for gradient, tensor in zip(gradients, values[: self.num_differentiable], strict=False)
         ]
 
     # ---- autograd --------------------------------------------------------------------------------
@@ -177,7 +180,7 @@ class CustomOperator:
         saved, count = ctx.saved_tensors, len(ctx.values)
         pairs = zip(saved[:count], ctx.values, strict=True)
         values = [value if tensor is None else tensor for tensor, value in pairs]
-        needs = ctx.needs_input_grad[: self.student]
+        needs = ctx.needs_input_grad[: self.num_differentiable]
         gradients: Any
         if torch.is_grad_enabled():
             gradients = self.gradients(values, needs, grad_output, define=True)

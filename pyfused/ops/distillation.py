@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -22,14 +22,14 @@ from torch import Tensor
 from pyfused import checks
 from pyfused.backends import backend_of
 from pyfused.backends.protocol import LossResult
-from pyfused.dispatch.operator import Forward, Needs, Options, Tensors, requires_grad
+from pyfused.dispatch.operator import Needs, Options, Tensors, requires_grad
 from pyfused.dispatch.originals import F
 from pyfused.layout import accumulate_dtype
 from pyfused.ops import definitions
 from pyfused.ops.head_loop import HeadLoop, Layer, multiply, prepared
 from pyfused.ops.heads import BlockResult, HeadBlocks, cap_backward, capped
 from pyfused.ops.row_sources import LogitRows
-from pyfused.ops.rows import RowLoss, RowOperator, loss_forward
+from pyfused.ops.rows import KernelPass, RowLoss, RowOperator
 from pyfused.types import (
     ENTROPY,
     LSE,
@@ -38,7 +38,6 @@ from pyfused.types import (
     SUM,
     ClassRange,
     DivergenceOptions,
-    Gradients,
     Outputs,
     RowOptions,
 )
@@ -178,7 +177,10 @@ def _with_rest(
 
 
 class DivergenceLoss(RowLoss):
-    """The divergence of a student's linear layer from a teacher's; see `heads.HeadBlocks`."""
+    """The divergence of a student from a teacher: of logits, or of linear layers."""
+
+    def finish(self, output: Any, tensors: Tensors, options: Options) -> Any:
+        return output.reshape(tensors[0].shape[:-1]) if options.reduction == "none" else output
 
     def bytes_per_logit(self, tensors: Tensors, options: Options) -> int:
         """Returns the bytes that a block needs for each of the teacher's logits."""
@@ -216,6 +218,9 @@ class TopKLoss(DivergenceLoss):
 
     keeps_logits = False
 
+    def check_values(self, tensors: Tensors) -> None:
+        self.check(tensors)
+
     def check(self, tensors: Tensors) -> Tensor:
         """Returns whether each row has an invalid index, and raises if reading them is possible."""
         _, weight, _, indices, log_probs, token_weight, _ = tensors
@@ -245,45 +250,22 @@ class TopKLoss(DivergenceLoss):
         return BlockResult(loss, (gradient, None))
 
 
-# ---- the operators -------------------------------------------------------------------------------
+# ---- passes --------------------------------------------------------------------------------------
 
 
-@dataclass(eq=False, kw_only=True, repr=False)
-class Divergence(RowOperator):
-    """The divergence of a student's predictions from a teacher's: of logits, or a layer's."""
+def linear_divergence_pass(
+    op: RowOperator, inputs: Tensors, options: Options, needs: Needs
+) -> HeadBlocks:
+    sizes = op.head_sizes(inputs, options)
+    cap_bytes = 0 if options.softcap is None else 3 * accumulate_dtype(sizes.dtype).itemsize
+    bytes_per_logit = op.loss.bytes_per_logit(inputs, options)
+    sizes = replace(sizes, bytes_per_logit=sizes.dtype.itemsize + cap_bytes + bytes_per_logit)
+    loop = HeadLoop(backend_of(inputs[0]), sizes.dtype, sizes.row_blocks, needs)
+    return HeadBlocks(op, loop, inputs, options)
 
-    flattens = True
 
-    def check_values(self, tensors: Tensors, options: Options) -> None:
-        super().check_values(tensors, options)
-        if isinstance(self.loss, TopKLoss):
-            self.loss.check(tensors)
-
-    def finished(self, result: Any, tensors: Tensors, options: Options) -> Any:
-        return result.reshape(tensors[0].shape[:-1]) if options.reduction == "none" else result
-
-    def loop(self, tensors: Tensors, options: Options, needs: Needs) -> HeadLoop:
-        """Returns the loop over blocks of rows."""
-        sizes = self.head_sizes(tensors, options)
-        cap_bytes = 0 if options.softcap is None else 3 * accumulate_dtype(sizes.dtype).itemsize
-        bytes_per_logit = self.loss.bytes_per_logit(tensors, options)
-        sizes = replace(sizes, bytes_per_logit=sizes.dtype.itemsize + cap_bytes + bytes_per_logit)
-        return HeadLoop(backend_of(tensors[0]), sizes.dtype, sizes.row_blocks, needs)
-
-    def forward(self, tensors: Tensors, options: Options, needs: Needs) -> Forward:
-        if self.is_linear:
-            return super().forward(tensors, options, needs)
-        return loss_forward(divergence_kernel, tensors, options, needs)
-
-    def backward(
-        self, saved: Tensors, options: Options, needs: Needs, grad_output: Tensor
-    ) -> Gradients:
-        if self.is_linear:
-            return super().backward(saved, options, needs, grad_output)
-        return divergence_kernel(saved, options, Outputs(False, tuple(needs)), grad_output)[1]
-
-    def blocks(self, tensors: Tensors, options: Options, needs: Needs) -> HeadBlocks:
-        return HeadBlocks(self, self.loop(tensors, options, needs), tensors, options)
+def divergence_pass(*_: Any) -> KernelPass:
+    return KernelPass(divergence_kernel)
 
 
 # ---- kernels -------------------------------------------------------------------------------------

@@ -9,28 +9,25 @@ written gradient is more accurate or shorter, or where torch's operator defines 
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from pyfused.dispatch.operator import Operand, Operator, Options, Tensors
+from pyfused.dispatch.operator import Operand, Operator, Options
 from pyfused.dispatch.originals import F
-from pyfused.dispatch.reasons import stacklevel
 from pyfused.formula_compiler.kernel import Kernel
 from pyfused.layout import broadcast_with
 from pyfused.ops import definitions
 from pyfused.ops.activation import Activation
 from pyfused.ops.pointwise_loss import (
     Divisor,
-    Gated,
     PointwiseLoss,
     elements,
     weight_or_elements,
 )
-from pyfused.types import Choice, Gradients, Outputs, Scalar
+from pyfused.types import Choice, Gradients, Scalar
 
 BOTH = (False, True)
 APPROXIMATE = Choice("approximate", ("none", "tanh"))
@@ -73,13 +70,6 @@ def _any_differs_in_shape(input: Tensor, *others: Any) -> str | None:
     return None if equal else "the operands differ in shape"
 
 
-_MEAN_OF_KL_DIV = (
-    "reduction: 'mean' divides the total loss by both the batch size and the support size."
-    "'batchmean' divides only by the batch size, and aligns with the KL div math definition."
-    "'mean' will be changed to behave the same as 'batchmean' in the next major release."
-)
-
-
 def _rows(operands: Sequence[Tensor], *_: Any) -> Divisor:
     return operands[0].shape[0] if operands[0].dim() else 1
 
@@ -100,7 +90,7 @@ MSE_LOSS = PointwiseLoss(
     torch=lambda x, y, weight, options: F.mse_loss(x, y, None, None, options.reduction, weight),
     operands=(INPUT, TARGET, WEIGHT),
     denominators={"mean": weight_or_elements},
-    fallback_reason=_any_differs_in_shape,
+    reason=_any_differs_in_shape,
     formula=lambda input, target: (input - target) ** 2,
     torch_backward=lambda grad, operands, _: torch.ops.aten.mse_loss_backward(grad, *operands, 0),
 )
@@ -113,7 +103,7 @@ L1_LOSS = PointwiseLoss(
     torch=lambda x, y, weight, options: F.l1_loss(x, y, None, None, options.reduction, weight),
     operands=(INPUT, TARGET, WEIGHT),
     denominators={"mean": weight_or_elements},
-    fallback_reason=_any_differs_in_shape,
+    reason=_any_differs_in_shape,
     formula=lambda input, target: (input - target).abs(),
     torch_backward=lambda grad, operands, _: grad * (operands[0] - operands[1]).sign(),
 )
@@ -138,7 +128,7 @@ SMOOTH_L1_LOSS = PointwiseLoss(
     torch=lambda x, y, options: F.smooth_l1_loss(x, y, None, None, options.reduction, options.beta),
     operands=(INPUT, TARGET),
     numbers=(Scalar("beta", low=0.0),),
-    fallback_reason=_any_differs_in_shape,
+    reason=_any_differs_in_shape,
     formula=_smooth_l1_loss,
     gradient=_gradient_of_smooth_l1_loss,
     torch_backward=lambda grad, operands, options: torch.ops.aten.smooth_l1_loss_backward(
@@ -167,7 +157,7 @@ HUBER_LOSS = PointwiseLoss(
     ),
     operands=(INPUT, TARGET, WEIGHT),
     numbers=(Scalar("delta", positive=True),),
-    fallback_reason=lambda *call: _differ_in_dtype(*call) or _any_differs_in_shape(*call),
+    reason=lambda *call: _differ_in_dtype(*call) or _any_differs_in_shape(*call),
     formula=_huber_loss,
     gradient=_gradient_of_huber_loss,
     torch_backward=lambda grad, operands, options: torch.ops.aten.huber_loss_backward(
@@ -196,7 +186,7 @@ BINARY_CROSS_ENTROPY = PointwiseLoss(
     ),
     operands=(PROBABILITY._replace(name="input"), PROBABILITY, WEIGHT),
     nan_on_invalid=True,
-    fallback_reason=_differ_in_dtype_or_shape,
+    reason=_differ_in_dtype_or_shape,
     formula=_binary_cross_entropy,
     gradient=_gradient_of_binary_cross_entropy,
 )
@@ -242,13 +232,13 @@ BINARY_CROSS_ENTROPY_WITH_LOGITS = PointwiseLoss(
         WEIGHT,
         WEIGHT._replace(name="pos_weight"),
     ),
-    fallback_reason=_differ_in_shape,
+    reason=_differ_in_shape,
     formula=_binary_cross_entropy_with_logits,
     gradient=_gradient_of_binary_cross_entropy_with_logits,
     torch_backward=lambda grad, operands, _: (
         grad * _slope_of_binary_cross_entropy_with_logits(*operands)
     ),
-    ordered_like=1,
+    layout_operand=1,
 )
 
 
@@ -265,18 +255,6 @@ def _gradient_of_kl_div(input: Tensor, target: Tensor, log_target: bool) -> Grad
     return -target, target.log() + target / target - input  # NaN if the target is 0
 
 
-class _KlDiv(PointwiseLoss):
-    """torch's kl_div, which warns about a mean."""
-
-    def by_torch(self, tensors: Tensors, options: Options) -> Any:
-        return F.kl_div(*tensors, None, None, options.reduction, options.log_target)
-
-    def launch(self, tensors: Tensors, options: Options, outputs: Outputs, *rest: Any) -> Any:
-        if outputs.loss and options.reduction == "mean":
-            warnings.warn(_MEAN_OF_KL_DIV, stacklevel=stacklevel())
-        return super().launch(tensors, options, outputs, *rest)
-
-
 def _definition_of_kl_div(input: Tensor, target: Tensor, options: Options) -> Tensor:
     """Returns torch's loss without the warning."""
     log_target, reduction = options
@@ -285,17 +263,17 @@ def _definition_of_kl_div(input: Tensor, target: Tensor, options: Options) -> Te
     return loss.mean() if is_mean else loss
 
 
-KL_DIV = _KlDiv(
+KL_DIV = PointwiseLoss(
     name="kl_div",
     module="KLDivLoss",
     choices=(Choice("log_target", BOTH), "reduction"),
     torch=_definition_of_kl_div,
     operands=(INPUT, TARGET._replace(low=0.0)),
     denominators={"mean": elements, "batchmean": _rows},
-    fallback_reason=_differ_in_shape,
+    reason=_differ_in_shape,
     formula=_kl_div,
     gradient=_gradient_of_kl_div,
-    ordered_like=1,
+    layout_operand=1,
 )
 
 
@@ -393,10 +371,10 @@ GAUSSIAN_NLL_LOSS = PointwiseLoss(
     numbers=(Scalar("eps"),),
     arrange=_with_variance_tensor,
     nan_on_invalid=True,
-    fallback_reason=_shape_reason,
+    reason=_shape_reason,
     formula=_gaussian_nll_loss,
     gradient=_gradient_of_gaussian_nll_loss,
-    ordered_like=2,
+    layout_operand=2,
 )
 
 SOFT_MARGIN_LOSS = PointwiseLoss(
@@ -405,7 +383,7 @@ SOFT_MARGIN_LOSS = PointwiseLoss(
     choices=("reduction",),
     torch=lambda x, y, options: F.soft_margin_loss(x, y, None, None, options.reduction),
     operands=(INPUT, SIGNS),
-    fallback_reason=_differ_in_dtype_or_shape,
+    reason=_differ_in_dtype_or_shape,
     formula=lambda input, target: _softplus(-target * input),
 )
 
@@ -427,7 +405,7 @@ HINGE_EMBEDDING_LOSS = PointwiseLoss(
     numbers=(Scalar("margin"),),
     clamps=True,
     formula=_hinge_embedding_loss,
-    ordered_like=1,
+    layout_operand=1,
 )
 
 MARGIN_RANKING_LOSS = PointwiseLoss(
@@ -440,11 +418,11 @@ MARGIN_RANKING_LOSS = PointwiseLoss(
     operands=(Operand("input1"), Operand("input2"), Operand("target", sign=True)),
     numbers=(Scalar("margin"),),
     clamps=True,
-    fallback_reason=_differ_in_dimensions,
+    reason=_differ_in_dimensions,
     formula=lambda input1, input2, target, margin: (margin - target * (input1 - input2)).clamp(
         min=0
     ),
-    ordered_like=2,
+    layout_operand=2,
 )
 
 
@@ -466,7 +444,7 @@ QUANTILE_LOSS = PointwiseLoss(
         quantile * (target - input), (quantile - 1) * (target - input)
     ),
     gradient=_gradient_of_quantile_loss,
-    ordered_like=1,
+    layout_operand=1,
 )
 
 
@@ -498,7 +476,7 @@ HINGE_LOSS = PointwiseLoss(
     numbers=(Scalar("margin"),),
     clamps=True,
     formula=_hinge_loss,
-    ordered_like=1,
+    layout_operand=1,
 )
 
 
@@ -551,10 +529,10 @@ SIGMOID_FOCAL_LOSS = PointwiseLoss(
     denominators={"mean": _counted_elements},
     reads_values=True,
     torch=definitions.sigmoid_focal_loss,
-    fallback_reason=_differ_in_shape,
+    reason=_differ_in_shape,
     formula=_sigmoid_focal_loss,
     gradient=_gradient_of_sigmoid_focal_loss,
-    ordered_like=1,
+    layout_operand=1,
 )
 
 # ---- activations ---------------------------------------------------------------------------------
@@ -742,7 +720,9 @@ TANHSHRINK = Activation(
 
 GATED = (Operand("gate"), Operand("up"))
 
-SWIGLU = Gated(
+SWIGLU = PointwiseLoss(
+    family="Gated",
+    reduces=False,
     name="swiglu",
     module="SwiGLU",
     operands=GATED,
@@ -751,7 +731,9 @@ SWIGLU = Gated(
     gradient=lambda gate, up: (_gradient_of_silu(up, gate), gate * gate.sigmoid()),
 )
 
-GEGLU = Gated(
+GEGLU = PointwiseLoss(
+    family="Gated",
+    reduces=False,
     name="geglu",
     module="GEGLU",
     operands=GATED,
@@ -764,7 +746,9 @@ GEGLU = Gated(
     ),
 )
 
-REGLU = Gated(
+REGLU = PointwiseLoss(
+    family="Gated",
+    reduces=False,
     name="reglu",
     module="ReGLU",
     operands=GATED,

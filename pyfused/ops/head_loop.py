@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from pyfused.backends import Backend
+from pyfused.dispatch.autograd import without_autocast
 from pyfused.layout import accumulate_dtype
 from pyfused.ops.chunk_sizes import CLASSES_GPU, TILE, BlockSize
 from pyfused.torch_internals import graph_is_retained, saved_tensors_hooks
@@ -93,25 +94,28 @@ class HeadLoop:
             memory = self.backend.empty((size,), self.dtype, layer.input)
         starts = range(0, n, rows_at_once)
         starts = starts[::-1] if backwards else starts
-        for first in range(0, total, classes_at_once):
-            classes = slice(first, min(first + classes_at_once, total))
-            weight, bias = prepared(layer, classes, self.dtype, padding)
-            for start in starts:
-                rows = slice(start, min(start + rows_at_once, n))
-                x = layer.input[rows].to(self.dtype)
-                logits = memory[: x.shape[0] * weight.shape[0]].view(x.shape[0], weight.shape[0])
-                if not is_computed:
-                    multiply(x, weight, bias, logits)
-                is_computed = False
-                gradient = step(logits[:, :total] if padding else logits, rows, classes)
-                if gradient is None:
-                    continue
-                if padding:
-                    gradient = pad_gradient(gradient, logits, total)
-                if sums is None:
-                    sizes = rows_at_once, classes_at_once == total, padding
-                    sums = Sums(self, layer, *sizes, counts)
-                sums.add(gradient, x, weight, rows, classes)
+        with without_autocast(layer.input.device.type):
+            for first in range(0, total, classes_at_once):
+                classes = slice(first, min(first + classes_at_once, total))
+                weight, bias = prepared(layer, classes, self.dtype, padding)
+                for start in starts:
+                    rows = slice(start, min(start + rows_at_once, n))
+                    x = layer.input[rows].to(self.dtype)
+                    logits = memory[: x.shape[0] * weight.shape[0]].view(
+                        x.shape[0], weight.shape[0]
+                    )
+                    if not is_computed:
+                        multiply(x, weight, bias, logits)
+                    is_computed = False
+                    gradient = step(logits[:, :total] if padding else logits, rows, classes)
+                    if gradient is None:
+                        continue
+                    if padding:
+                        gradient = pad_gradient(gradient, logits, total)
+                    if sums is None:
+                        sizes = rows_at_once, classes_at_once == total, padding
+                        sums = Sums(self, layer, *sizes, counts)
+                    sums.add(gradient, x, weight, rows, classes)
         logits = gradient = memory = None  # frees memory for the conversions
         return (None, None, None) if sums is None else sums.gradients()
 

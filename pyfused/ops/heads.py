@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from pyfused.backends import backend_of
-from pyfused.dispatch.operator import Needs, Options, Tensors
+from pyfused.dispatch.operator import Forward, Needs, Options, Tensors, gradients_in_forward
 from pyfused.layout import accumulate_dtype
 from pyfused.ops.elementwise import SOFTCAP
 from pyfused.ops.head_loop import HeadLoop, Layer, hooks_are_active, memory_of
@@ -54,7 +54,11 @@ class BlockResult(NamedTuple):
 
 
 class HeadBlocks:
-    """Computes a loss of a layer's output in blocks of rows with all classes.
+    """The pass of a loss of a layer's output that computes blocks of rows with all classes.
+
+    The forward pass computes the gradients of a reduced loss. If the layer has fewer rows than
+    features, it keeps the gradient of the logits, which is smaller than that of the weight. For
+    float16, and for losses that are not reduced, the backward pass recomputes the logits.
 
     Attributes:
         op: Has a `rows.RowLoss` with a method `block`, which takes the logits; the tensors of a
@@ -68,11 +72,28 @@ class HeadBlocks:
     def __init__(self, op: RowOperator, loop: HeadLoop, tensors: Tensors, options: Options) -> None:
         self.op, self.loop, self.options, self.wide = op, loop, options, op.wide_dtype(tensors)
         self.has_rows = [operand.has_rows for operand in op.all_operands]
+        dtype = op.loss.input_dtype(tensors)
+        self.has_gradients_in_forward = gradients_in_forward(options.reduction, dtype)
         self.rows = op.loss.rows(tensors, options)
         if self.rows.indices is not None:
             pairs = zip(tensors, self.has_rows, strict=True)
             tensors = [self.rows.take(x) if has and x is not None else x for x, has in pairs]
         self.tensors, self.size = tensors, loop.size(tensors[0].shape[0])
+
+    def forward(self, inputs: Tensors, _: Options, needs: Needs) -> Forward:
+        keeps, needed = self.op.loss.keeps_logits and True in needs, tuple[bool, ...]()
+        if True in needs and self.has_gradients_in_forward:
+            needed, keeps = tuple(needs), needs[1] and True not in needs[3:]
+        (loss, gradients, state, prediction), kept = self.compute(needed, keeps=keeps)
+        saved = inputs if state is kept is None else (*inputs, state, kept)
+        result = loss if state is prediction is None else (loss, state, prediction)
+        return result, saved, gradients
+
+    def backward(self, saved: Tensors, _: Options, needs: Needs, grad_output: Tensor) -> Gradients:
+        kept = (*saved[len(self.has_rows) :], None, None)[1]
+        if kept is not None and self.has_gradients_in_forward:
+            return self.gradients(needs, kept, grad_output)
+        return self.compute(needs, grad_output, kept)[0].gradients
 
     def compute(
         self,

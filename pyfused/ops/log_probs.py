@@ -10,15 +10,16 @@ gradient.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
-from pyfused.dispatch.operator import Forward, Needs, Operand, Options, Tensors
+from pyfused.backends import backend_of
+from pyfused.dispatch.operator import Needs, Options, Tensors
+from pyfused.ops.head_loop import HeadLoop
 from pyfused.ops.row_sources import class_range
-from pyfused.ops.rows import RowOperator
+from pyfused.ops.rows import RowLoss, RowOperator, StatePass
 from pyfused.types import (
     INDEX,
     LOG_P,
@@ -73,8 +74,8 @@ def named(
 # ---- the operators -------------------------------------------------------------------------------
 
 
-class LogProbsLoss:
-    """Log-probabilities, entropies and log-sum-exps from states of rows; see `RowOperator`.
+class LogProbsLoss(RowLoss):
+    """Log-probabilities, entropies and log-sum-exps from states of rows; see `rows.StatePass`.
 
     The tensors of a call are the logits, or a layer's input, weight and bias; and the target.
     """
@@ -96,28 +97,24 @@ class LogProbsLoss:
     ) -> Tensor:
         return grad_output
 
+    def fake_shapes(self, inputs: Tensors, options: Options) -> tuple[Sequence[Any], Sequence[Any]]:
+        rows = inputs[-1].shape
+        result = rows if options.alone else (len(RESULTS), *rows)
+        return result, (self.fields(options), *rows)
 
-@dataclass(eq=False, kw_only=True, repr=False)
-class LogProbsOperator(RowOperator):
-    """Log-probabilities, entropies and log-sum-exps of logits, or of a linear layer's output."""
-
-    factors: ClassVar[tuple[Operand, ...]] = ()
-
-    def forward(self, tensors: Tensors, options: Options, needs: Needs) -> Forward:
-        results = 1 if options.alone else len(RESULTS)
-        return self.state_forward(tensors, options, needs, results=results)
-
-    def fake(self, tensors: Tensors, options: Options) -> tuple[Tensor, Tensor]:
-        input, rows = tensors[0], tensors[-1].shape
-        dtype = self.wide_dtype(tensors)
-        result = input.new_empty(rows if options.alone else (len(RESULTS), *rows), dtype=dtype)
-        return result, input.new_empty((self.loss.fields(options), *rows), dtype=torch.float64)
-
-    def finished(self, result: Any, tensors: Tensors, options: Options) -> Any:
+    def finish(self, output: Any, tensors: Tensors, options: Options) -> Any:
         if not options.with_metrics:
-            return result
-        (values, state), target = result, tensors[-1]
-        state, classes = state.detach(), class_range(tensors[self.layer]).total
+            return output
+        (values, state), (*layer, target) = output, tensors
+        state, classes = state.detach(), class_range(layer).total
         valid = target != options.ignore_index
         mean = state[PIVOT].nan_to_num(0, 0, 0) + state[SMOOTH] / classes
         return values, (state[INDEX] == target) & valid, mean.where(valid, 0).to(values.dtype)
+
+
+def log_probs_pass(op: RowOperator, inputs: Tensors, options: Options, needs: Needs) -> StatePass:
+    results, loop = 1 if options.alone else len(RESULTS), None
+    if op.is_linear:
+        sizes = op.head_sizes(inputs, options)
+        loop = HeadLoop(backend_of(inputs[0]), sizes.dtype, sizes.state_blocks, needs)
+    return StatePass(op, results=results, loop=loop, keeps_logits=True)

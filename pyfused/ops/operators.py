@@ -3,30 +3,35 @@
 from __future__ import annotations
 
 from pyfused import checks
-from pyfused.dispatch.operator import Operand, Operator
+from pyfused.dispatch.operator import FACTORS, Operand, Operator
 from pyfused.dispatch.originals import F
 from pyfused.dispatch.sizes import set_least
 from pyfused.ops import definitions, distillation, elementwise
 from pyfused.ops.cross_entropy import (
     CrossEntropy,
     CrossEntropyLoss,
-    LinearCrossEntropy,
+    HeadCrossEntropyLoss,
     NllLoss,
-    cross_entropy_fallback_reason,
-    head_fallback_reason,
-    linear_cross_entropy_fallback_reason,
-    nll_loss_fallback_reason,
+    cross_entropy_pass,
+    cross_entropy_reason,
+    extends_head_of_torch,
+    head_reason,
+    linear_cross_entropy_pass,
+    linear_cross_entropy_reason,
+    nll_loss_pass,
+    nll_loss_reason,
 )
 from pyfused.ops.custom_operators import CustomOperator
-from pyfused.ops.distillation import Divergence, DivergenceLoss, TopKLoss
-from pyfused.ops.elementwise import INPUT
-from pyfused.ops.embedding import (
-    EmbeddingLoss,
-    cosine_fallback_reason,
-    rows,
-    triplet_fallback_reason,
+from pyfused.ops.distillation import (
+    DivergenceLoss,
+    TopKLoss,
+    divergence_pass,
+    linear_divergence_pass,
 )
-from pyfused.ops.log_probs import LogProbsLoss, LogProbsOperator
+from pyfused.ops.elementwise import INPUT
+from pyfused.ops.embedding import EmbeddingLoss, cosine_reason, triplet_reason
+from pyfused.ops.log_probs import LogProbsLoss, log_probs_pass
+from pyfused.ops.rows import RowLoss, RowOperator
 from pyfused.ops.softmax import Softmax
 from pyfused.types import Choice, CrossEntropyOptions, DivergenceOptions, LogProbsOptions, Scalar
 
@@ -46,42 +51,53 @@ CROSS_ENTROPY = CrossEntropy(
     check_shapes=checks.cross_entropy,
     operands=(INPUT, Operand("target", indices=True), WEIGHT),
     options=CrossEntropyOptions,
+    factors=FACTORS,
     loss=CrossEntropyLoss(),
-    fallback_reason=cross_entropy_fallback_reason,
+    choose_pass=cross_entropy_pass,
+    reason=cross_entropy_reason,
     torch=definitions.cross_entropy,
+    extends_torch=lambda _x, _y, _w, token_weight, denominator, options: (
+        not (token_weight is denominator is None and options.is_plain())
+    ),
     reference=definitions.masked_cross_entropy,
 )
 
-LINEAR_CROSS_ENTROPY = LinearCrossEntropy(
+LINEAR_CROSS_ENTROPY = RowOperator(
     name="linear_cross_entropy",
     module="LinearCrossEntropyLoss",
     check_shapes=checks.linear_cross_entropy,
     operands=(*HEAD, Operand("target", indices=True), WEIGHT),
     options=CrossEntropyOptions,
-    loss=CrossEntropyLoss(),
-    fallback_reason=linear_cross_entropy_fallback_reason,
+    factors=FACTORS,
+    flattens=True,
+    loss=HeadCrossEntropyLoss(),
+    choose_pass=linear_cross_entropy_pass,
+    reason=linear_cross_entropy_reason,
     torch=definitions.linear_cross_entropy,
+    extends_torch=extends_head_of_torch,
     reference=definitions.head_cross_entropy,
 )
 
-LOG_PROBS = LogProbsOperator(
+LOG_PROBS = RowOperator(
     name="log_probs",
     module="LogProbs",
     check_shapes=checks.log_probs,
     operands=(Operand("logits"), CLASSES),
     options=LogProbsOptions,
     loss=LogProbsLoss(),
+    choose_pass=log_probs_pass,
     torch=definitions.log_probs,
 )
 
-LINEAR_LOG_PROBS = LogProbsOperator(
+LINEAR_LOG_PROBS = RowOperator(
     name="linear_log_probs",
     module="LinearLogProbs",
     check_shapes=checks.linear_log_probs,
     operands=(*HEAD, CLASSES),
     options=LogProbsOptions,
     loss=LogProbsLoss(),
-    fallback_reason=head_fallback_reason,
+    choose_pass=log_probs_pass,
+    reason=head_reason,
     torch=definitions.linear_log_probs,
 )
 
@@ -91,10 +107,12 @@ NLL_LOSS = NllLoss(
     check_shapes=checks.nll_loss,
     operands=(INPUT, CLASSES, WEIGHT),
     choices=("ignore_index", "reduction"),
+    loss=RowLoss(),
+    choose_pass=nll_loss_pass,
     torch=lambda x, y, weight, options: F.nll_loss(
         x, y, weight, None, options.ignore_index, None, options.reduction
     ),
-    fallback_reason=nll_loss_fallback_reason,
+    reason=nll_loss_reason,
 )
 
 
@@ -117,8 +135,7 @@ TRIPLET_MARGIN_LOSS = EmbeddingLoss(
     torch=lambda a, p, n, options: F.triplet_margin_loss(
         a, p, n, *options[:-1], None, None, options.reduction
     ),
-    denominators={"mean": rows},
-    fallback_reason=triplet_fallback_reason,
+    reason=triplet_reason,
 )
 
 COSINE_EMBEDDING_LOSS = EmbeddingLoss(
@@ -134,22 +151,25 @@ COSINE_EMBEDDING_LOSS = EmbeddingLoss(
     torch=lambda x1, x2, y, options: F.cosine_embedding_loss(
         x1, x2, y, options.margin, None, None, options.reduction
     ),
-    denominators={"mean": rows},
-    fallback_reason=cosine_fallback_reason,
+    reason=cosine_reason,
 )
 
 # ---- distillation --------------------------------------------------------------------------------
 
-KL_DIV_WITH_LOGITS = Divergence(
+KL_DIV_WITH_LOGITS = RowOperator(
     name="kl_div_with_logits",
     module="KLDivWithLogitsLoss",
     check_shapes=checks.kl_div_with_logits,
     operands=(Operand("logits"), Operand("teacher_logits", differentiated=False)),
     options=DivergenceOptions,
+    factors=FACTORS,
+    flattens=True,
+    loss=DivergenceLoss(),
+    choose_pass=divergence_pass,
     torch=distillation.kl_div_with_logits,
 )
 
-LINEAR_KL_DIV = Divergence(
+LINEAR_KL_DIV = RowOperator(
     name="linear_kl_div",
     module="LinearKLDivLoss",
     check_shapes=checks.linear_kl_div,
@@ -160,11 +180,14 @@ LINEAR_KL_DIV = Divergence(
         Operand("teacher_linear_bias", differentiated=False, optional=True, has_rows=False),
     ),
     options=DivergenceOptions,
+    factors=FACTORS,
+    flattens=True,
     loss=DivergenceLoss(),
+    choose_pass=linear_divergence_pass,
     torch=distillation.linear_kl_div,
 )
 
-LINEAR_TOPK_KL_DIV = Divergence(
+LINEAR_TOPK_KL_DIV = RowOperator(
     name="linear_topk_kl_div",
     module="LinearTopKKLDivLoss",
     check_shapes=checks.linear_topk_kl_div,
@@ -174,7 +197,10 @@ LINEAR_TOPK_KL_DIV = Divergence(
         Operand("teacher_log_probs", high=0.0, differentiated=False),
     ),
     options=DivergenceOptions,
+    factors=FACTORS,
+    flattens=True,
     loss=TopKLoss(),
+    choose_pass=linear_divergence_pass,
     torch=distillation.linear_topk_kl_div,
 )
 

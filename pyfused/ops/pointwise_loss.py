@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import math
-from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache, cached_property, lru_cache, partial, reduce
 from operator import itemgetter
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,21 +15,21 @@ from torch import Tensor
 from pyfused import checks
 from pyfused.backends import backend_of
 from pyfused.backends.protocol import Parameters
-from pyfused.dispatch.autograd import compute, differentiate
+from pyfused.dispatch.autograd import differentiate
 from pyfused.dispatch.operator import (
     Forward,
     Needs,
     Operand,
+    Operator,
     Options,
-    SpecializedOperator,
     Tensors,
     gradients_in_forward,
 )
 from pyfused.formula_compiler import trace
-from pyfused.formula_compiler.kernel import Kernel, Method
+from pyfused.formula_compiler.kernel import Kernel, Method, variant_name, variants
 from pyfused.formula_compiler.program import Program
 from pyfused.torch_internals import any_autocast
-from pyfused.types import NUMBER, Gradients, Outputs, outputs_of
+from pyfused.types import NUMBER, Gradients, Outputs, Scalar, outputs_of
 
 # Weights of these dtypes are converted to float32, because half precision would round them.
 _INTEGERS = frozenset((torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64))
@@ -76,11 +75,112 @@ def weight_or_elements(operands: Sequence[Tensor], weight: Tensor | None, *_: An
     return operands[0].numel() if weight is None else weight.sum(dtype=torch.float64)
 
 
-@dataclass(eq=False, kw_only=True, repr=False)
-class TensorLoss(SpecializedOperator):
-    """A loss of several tensors, which are broadcast, with an optional weight and a reduction.
+# ---- kernels -------------------------------------------------------------------------------------
+
+
+class DeclaredKernels:
+    """The kernels of a declared formula, one for each combination of special parameters.
 
     Attributes:
+        find: Takes the cases of the parameters, the number of operands and the outputs, and returns
+            a kernel, and a function from the options of a call to the kernel's parameters.
+    """
+
+    def __init__(self, op: PointwiseLoss) -> None:
+        self.op = op
+        parameters = op.parameters
+        self.special = [x.special if isinstance(x, Scalar) else x.values for x in parameters]
+        self.find = lru_cache(maxsize=256)(self._find)
+
+    @cached_property
+    def kernels(self) -> dict[str, Kernel]:
+        """Returns the kernels by name, for all choices, with and without an optional operand."""
+        kernels, op = {}, self.op
+        required = sum(not variable.optional for variable in op.variables)
+        for stem, case in variants(op.name, op.parameters):
+            for operands in range(required, len(op.variables) + 1):
+                name = self._name(stem, operands)
+                kernels[name] = Kernel(name, case, partial(trace_loss, op, operands))
+        return kernels
+
+    def cases_of(self, options: Options) -> tuple[Any, ...]:
+        """Returns the values of the formula's parameters that have their own kernel, or NUMBER."""
+        return tuple([
+            x if x in special else NUMBER
+            for special, x in zip(self.special, options, strict=False)
+        ])  # fmt: skip
+
+    def _find(
+        self, cases: tuple[Any, ...], operands: int, outputs: Outputs
+    ) -> tuple[Kernel | Program, Parameters]:
+        op = self.op
+        kernel = self.kernels[self._name(variant_name(op.name, op.parameters, cases), operands)]
+        if op.clamps and not trace.clamp_is_inclusive():  # the C++ kernels are inclusive
+            return kernel.program(outputs), parameters_of(op, kernel)
+        return kernel, parameters_of(op, kernel)
+
+    def _name(self, stem: str, operands: int) -> str:
+        last = self.op.variables[operands - 1]
+        return f"{stem}_{last.name}" if last.optional else stem
+
+
+def parameters_of(op: PointwiseLoss, kernel: Kernel) -> Parameters:
+    """Returns the function from a call's options, numbers first, to the kernel's parameters."""
+    needed = [i for i, x in enumerate(op.numbers) if kernel.case.get(x.name) is NUMBER]
+    if len(needed) == len(op.numbers) and not any(x.optional for x in op.numbers):
+        return itemgetter(slice(len(needed)))
+    nan = math.nan
+    return lambda options: tuple([nan if (x := options[i]) is None else x for i in needed])
+
+
+def trace_loss(op: PointwiseLoss, operands: int, kernel: Kernel) -> list[Method]:
+    """Traces the loss of one element, and the gradients of the first operands."""
+    variables = op.variables[:operands]
+    missing = [None] * (len(op.variables) - operands)
+
+    def run(leaves: list[Tensor], case: list[Any], scale: Tensor) -> list[Tensor | None]:
+        parameters = [*missing, *case]
+        value = trace.elementwise(op.formula(*leaves, *parameters))
+        if op.gradient is None:
+            gradients = trace.gradients_of(value, leaves, scale)
+        else:
+            gradients = [*op.gradient(*leaves, *parameters)]
+        pairs = zip(gradients, variables, strict=True)
+        return [value, *(g if variable.differentiated else None for g, variable in pairs)]
+
+    e, (value, *gradients) = kernel.expressions(run, traced_dtypes(op, operands))
+    if op.gradient is not None:
+        gradients = [e.scaled(gradient) for gradient in gradients]
+    return [Method([variable.name for variable in variables], e, [value, *gradients])]
+
+
+def traced_dtypes(op: PointwiseLoss, operands: int) -> list[torch.dtype]:
+    """Returns the dtypes of the first operands in a trace."""
+    return [torch.bool if k in op.masks else torch.float64 for k in range(operands)]
+
+
+# ---- the operator --------------------------------------------------------------------------------
+
+
+@dataclass(eq=False, kw_only=True, repr=False)
+class PointwiseLoss(Operator):
+    """A loss that applies a formula to each element of the operands, with an optional weight.
+
+    If an optional last operand is passed, another kernel runs, with the operand's name appended.
+    Otherwise the formula receives None for it, and the gradient omits its derivative.
+
+    Attributes:
+        formula: Computes the loss of an element by torch's operators, from the operands, the
+            numbers and the choices that have their own kernels.
+        gradient: Takes the same arguments, and returns the derivative by each operand, or None for
+            no derivative. If it is None, derivatives are derived from the formula.
+        kernels_of: Takes the operator, and returns what finds its kernels: `source`.
+        torch_backward: Takes the gradient of the unreduced loss, the operands and the options, and
+            returns the gradient of the input in torch's operators, for second derivatives. None
+            differentiates `reference` twice, which takes longer.
+        clamps: Whether the formula's derivative depends on torch's derivative of clamp at a bound.
+        masks: The indices of the operands that are bool in the formula.
+        layout_operand: The index of the operand whose memory order torch's unreduced loss has.
         nan_on_invalid: Whether the formula is NaN for values that torch's function refuses. If a
             kernel on a CPU reports NaN, torch's function is called, and raises its error.
         denominators: A function for each reduction except none and sum, which takes the broadcast
@@ -88,120 +188,72 @@ class TensorLoss(SpecializedOperator):
             number if it depends only on the shape of the operands.
         reads_values: Whether a denominator depends on the values of operands.
         arrange: Transforms the operands as torch does before broadcasting.
-        variables: The operands of the formula: all except the weight.
         reduces: Whether the result is reduced: True for losses, False for activations.
         infers_dtype: Whether the result's dtype may differ even if all operands have one dtype.
-        uniform: The number of tensors that kernels take as they are, if they have one shape and one
-            dtype and no others are passed; 0 if there are no such calls.
+        variables: The operands of the formula: all except the weight.
+        uniform: The number of tensors of a call that kernels take as they are, if all have one
+            shape and one dtype; 0 if they always have to be arranged.
     """
 
+    formula: Callable[..., Tensor]
+    gradient: Callable[..., Gradients] | None = None
+    kernels_of: Callable[..., Any] = DeclaredKernels
+    torch_backward: Callable[..., Tensor] | None = None
+    clamps: bool = False
+    masks: tuple[int, ...] = ()
+    layout_operand: int = 0
     nan_on_invalid: bool = False
     denominators: Mapping[str, Denominator] = field(default_factory=lambda: {"mean": elements})
     reads_values: bool = False
     arrange: Callable[..., Sequence[Tensor]] | None = None
+    reduces: bool = True
+    infers_dtype: bool = False
     variables: tuple[Operand, ...] = field(init=False)
-    uniform: int = field(init=False, default=0)
-    reduces: ClassVar[bool] = True
-    infers_dtype: ClassVar[bool] = False
+    uniform: int = field(init=False)
 
     def __post_init__(self) -> None:
+        if self.torch is None:
+            self.torch = self._by_formula
         super().__post_init__()
         self.check_shapes = self._check_shapes
         self.variables = tuple(o for o in self.operands if o.name != "weight" or not o.optional)
-        indices = [self.names.index(variable.name) for variable in self.variables]
-        self._indices = indices
-        if self.arrange is None:  # optional operands expand to the others
-            pairs = zip(indices[1:], self.variables[1:], strict=True)
-            self.broadcast = tuple(i for i, variable in pairs if not variable.optional)
+        self.num_differentiable = len(self.variables)
+        self._indices = [self.names.index(variable.name) for variable in self.variables]
         has_weight = len(self.variables) < len(self.operands)
         self._weight = self.names.index("weight") if has_weight else None
-        self._cached_dtypes = cache(self._inferred_dtypes)
-        converts = self.arrange is not None or self.infers_dtype or self.reads_values
-        required = [i for i, x in zip(indices, self.variables, strict=True) if not x.optional]
+        required = [i for i, x in zip(self._indices, self.variables, strict=True) if not x.optional]
+        self.broadcast = () if self.arrange is not None else tuple(required[1:])
+        is_arranged = self.arrange is not None or self.reads_values or bool(self.masks)
         in_order = required == [*range(len(required))]
-        self.uniform = len(required) if in_order and not converts else 0
+        self.uniform = len(required) if in_order and not is_arranged else 0
+        self.source = self.kernels_of(self)
+        self._cached_dtypes = cache(self._inferred_dtypes)
+        self._keeps_dtype = cache(self._has_equal_dtype)
+
+    @property
+    def kernels(self) -> dict[str, Kernel]:
+        """Returns the kernels of the declaration by name."""
+        return self.source.kernels  # type: ignore[no-any-return]
 
     # ---- calls -----------------------------------------------------------------------------------
 
-    def method_of(self, tensors: Tensors, options: Options) -> Any:
-        dtype, shape, count = tensors[0].dtype, tensors[0].shape, self.uniform
-        is_uniform = count > 0 and not any_autocast()
-        for i, x in enumerate(tensors):
-            if x is not None and (i >= count or x.dtype is not dtype or x.shape != shape):
-                is_uniform = False
-                break
-        return self.fused_uniform if is_uniform else super().method_of(tensors, options)
+    def unsupported(self, tensors: Tensors, options: Options) -> str | None:
+        if self._is_uniform(tensors):
+            return None
+        if reason := super().unsupported(tensors, options):
+            return reason
+        dtype, result = self._dtypes(tensors, options)
+        return None if result is dtype else f"the result has dtype {result}, an operand a wider one"
 
-    def fused_uniform(self, tensors: Tensors, options: Options) -> Tensor:
-        """Returns the result of a call whose tensors kernels take as they are."""
-        inputs, count = (*tensors[: self.uniform], None, None), self.uniform
-        result: Tensor = compute(self, inputs, options, count)
-        return result
+    def prepare(self, tensors: Tensors, options: Options) -> Tensors:
+        """Returns the operands, the weight, and the divisor of the sum.
 
-    def fused(self, tensors: Tensors, options: Options) -> Tensor:
-        reduction = options.reduction if self.reduces else "none"
-        operands, weight = self.operands_and_weight(tensors)
-        dtype, result_dtype = self._dtypes(tensors, operands[0], reduction)
-        unexpanded = weight  # torch's mean divides by its sum before broadcasting
-        operands, weight = self.arranged(operands, weight, dtype)
-        divisor, denominator = None, self.denominators.get(reduction)
-        if denominator is not None:
-            divisor = denominator(operands, unexpanded, options)
-        inputs = *operands, weight, divisor if isinstance(divisor, Tensor) else None
-        result: Tensor = compute(self, inputs, options, len(operands))
-        return result if result.dtype is result_dtype else result.to(result_dtype)
-
-    def forward(self, tensors: Tensors, options: Options, needs: Needs) -> Forward:
-        """Computes a loss.
-
-        The tensors are the operands, the weight, and the divisor of the sum if it depends on
-        values. The last two may be None.
+        They have one dtype and one shape. The weight may be None. The divisor is None unless it
+        depends on values.
         """
-        dtype, reduction = tensors[0].dtype, options.reduction if self.reduces else "none"
-        needed = tuple(needs)
-        if True not in needs or not gradients_in_forward(reduction, dtype):
-            needed = ()
-        loss, gradients = self.launch(tensors, options, outputs_of(True, needed, False, dtype))
-        if loss.dtype is not dtype and reduction != "none":
-            loss = loss.to(dtype)
-        return loss, tensors, gradients if needed else ()
-
-    def backward(
-        self, saved: Tensors, options: Options, needs: Needs, grad_output: Tensor
-    ) -> Gradients:
-        outputs, grad_output = outputs_of(False, tuple(needs)), self.expanded(grad_output, saved)
-        gradients: Gradients = self.launch(saved, options, outputs, grad_output)[1]
-        return gradients
-
-    def define(
-        self, saved: Tensors, options: Options, needs: Needs, grad_output: Tensor
-    ) -> Gradients:
-        *operands, weight, by = saved
-        by_torch = weight is by is None
-
-        def definition(*operands: Tensor) -> Tensor:
-            if by_torch:
-                return self.by_operands(operands, options)
-            loss, divisor = self.unreduced(operands, options), by
-            reduction = options.reduction if self.reduces else "none"
-            if divisor is None and reduction in self.denominators:
-                divisor = self.denominators[reduction](operands, None, options)
-            loss = loss if divisor is None else (loss / divisor).to(loss.dtype)
-            return loss if weight is None else loss * weight
-
-        grad_output = grad_output if by_torch else self.expanded(grad_output, operands)
-        return differentiate(definition, operands, needs, grad_output)
-
-    @abstractmethod
-    def launch(
-        self, tensors: Tensors, options: Options, outputs: Outputs, grad_output: Any = None
-    ) -> Any:
-        """Computes the outputs of a kernel: the loss and the gradients of the operands."""
-
-    def arranged(
-        self, operands: Sequence[Any], weight: Tensor | None, dtype: torch.dtype
-    ) -> tuple[Sequence[Tensor], Tensor | None]:
-        """Converts the operands and the weight to one shape and dtype."""
+        if self._is_uniform(tensors):
+            return *tensors[: self.uniform], None, None
+        (operands, weight), (dtype, _) = self._split(tensors), self._dtypes(tensors, options)
         if self.arrange is not None:
             operands = self.arrange(*operands)
         # Operands are cast before broadcasting: gradients are then summed before rounding.
@@ -209,35 +261,113 @@ class TensorLoss(SpecializedOperator):
         shape = operands[0].shape
         if any([x.shape != shape for x in operands]):  # noqa: C419 a generator is slower
             operands = torch.broadcast_tensors(*operands)
+        # torch's mean divides by the sum of the weight before it is broadcast.
+        divisor = self._divisor(operands, weight, options)
         if weight is not None:
             weight = weight.to(dtype).expand_as(operands[0])
-        return operands, weight
+        return *operands, weight, divisor if isinstance(divisor, Tensor) else None
 
-    def expanded(self, grad_output: Tensor, operands: Sequence[Tensor]) -> Tensor:
-        """Expands grad_output to the shape of the unreduced loss."""
-        return grad_output.expand_as(operands[0])
+    def forward(self, inputs: Tensors, options: Options, needs: Needs) -> Forward:
+        dtype, reduction = inputs[0].dtype, options.reduction if self.reduces else "none"
+        needed: Needs = ()
+        if True in needs and gradients_in_forward(reduction, dtype):
+            needed = needs
+        loss, gradients = self._launch(inputs, options, True, needed)
+        loss = loss if loss.dtype is dtype else loss.to(dtype)
+        return loss, inputs, gradients if needed else ()
 
-    def _values(self, tensors: Sequence[Any]) -> Sequence[Any]:
-        """Returns the variables of the formula among the tensors of a call."""
-        return [tensors[i] for i in self._indices]
+    def backward(
+        self, saved: Tensors, options: Options, needs: Needs, grad_output: Tensor
+    ) -> Gradients:
+        grad_output = grad_output.expand_as(saved[0])
+        gradients: Gradients = self._launch(saved, options, False, needs, grad_output)[1]
+        return gradients
 
-    def unreduced(self, operands: Sequence[Tensor], options: Options) -> Tensor:
-        """Computes the unreduced loss by torch's operator."""
-        options = options._replace(reduction="none") if self.reduces else options
-        return self.by_operands(operands, options)
+    def reference_backward(
+        self, saved: Tensors, options: Options, needs: Needs, grad_output: Tensor
+    ) -> Gradients:
+        *operands, weight, divisor = saved
+        needs = needs[: len(operands)]
+        if divisor is None:
+            divisor = self._divisor(operands, None, options)
+        is_wide = operands[0].dtype in (torch.float32, torch.float64)
+        if self.torch_backward is not None and is_wide and True not in needs[1:]:
+            if divisor is not None:
+                grad_output = (grad_output / divisor).to(grad_output.dtype)
+            grad_output = grad_output.expand_as(operands[0])
+            grad_output = grad_output if weight is None else grad_output * weight
+            return self.torch_backward(grad_output, operands, options), *[None] * (len(needs) - 1)
+        is_torchs = weight is saved[-1] is None
 
-    def by_operands(self, operands: Sequence[Tensor], options: Options) -> Tensor:
-        """Computes the loss by torch's operator, from the variables of the formula."""
-        by_name = {v.name: x for v, x in zip(self.variables, operands, strict=False)}
-        loss: Tensor = self.torch(*[by_name.get(x.name) for x in self.operands], options)
-        return loss
+        def definition(*operands: Tensor) -> Tensor:
+            if is_torchs:
+                return self._defined(operands, options)
+            loss = self._unreduced(operands, options)
+            loss = loss if divisor is None else (loss / divisor).to(loss.dtype)
+            return loss if weight is None else loss * weight
 
-    def operands_and_weight(self, tensors: Sequence[Any]) -> tuple[Sequence[Any], Any]:
+        grad_output = grad_output if is_torchs else grad_output.expand_as(operands[0])
+        return differentiate(definition, operands, needs, grad_output)
+
+    def _launch(
+        self,
+        inputs: Tensors,
+        options: Options,
+        loss: bool,
+        needs: Needs,
+        grad_output: Tensor | None = None,
+    ) -> Any:
+        """Runs the kernel, and returns the loss and the gradients of the operands.
+
+        Args:
+            loss: Whether to compute the loss.
+            needs: Whether each operand needs a gradient; () to compute none.
+        """
+        *operands, weight, divisor = inputs
+        count, dtype, reduction = len(operands), operands[0].dtype, "none"
+        if self.reduces:
+            reduction = options.reduction
+            if divisor is None and reduction in self.denominators:
+                divisor = self.denominators[reduction](operands, None, options)
+        outputs = outputs_of(loss, tuple(needs[:count]), False, dtype if loss else None)
+        cases = self.source.cases_of(options) if self.parameters else ()
+        kernel, parameters = self.source.find(cases, count, outputs)
+        on_nan = partial(self._unreduced, operands, options) if self.nan_on_invalid else None
+        arguments = operands, weight, parameters(options), reduction, outputs, divisor, grad_output
+        return backend_of(operands[0]).pointwise_loss(
+            kernel, *arguments, on_nan, self.layout_operand
+        )
+
+    # ---- the tensors of a call -------------------------------------------------------------------
+
+    def _is_uniform(self, tensors: Tensors) -> bool:
+        """Returns whether kernels take the tensors as they are.
+
+        They have one shape and one dtype, which is the result's, and no weight is passed.
+        """
+        dtype, shape, count = tensors[0].dtype, tensors[0].shape, self.uniform
+        if not count or any_autocast():
+            return False
+        for i, x in enumerate(tensors):
+            if x is not None and (i >= count or x.dtype is not dtype or x.shape != shape):
+                return False
+        if not self.infers_dtype:
+            return True
+        return bool(shape) and self._keeps_dtype(dtype, torch.get_default_dtype())
+
+    def _split(self, tensors: Sequence[Any]) -> tuple[Sequence[Any], Any]:
         """Returns the operands without a missing one, and the weight or None."""
-        operands = self._values(tensors)
+        operands = [tensors[i] for i in self._indices]
         if operands[-1] is None:
-            operands = operands[:-1]
+            operands.pop()
         return operands, None if self._weight is None else tensors[self._weight]
+
+    def _divisor(
+        self, operands: Sequence[Tensor], weight: Tensor | None, options: Options
+    ) -> Divisor | None:
+        """Returns the divisor of the sum, None if the reduction has none."""
+        denominator = self.denominators.get(options.reduction) if self.reduces else None
+        return None if denominator is None else denominator(operands, weight, options)
 
     def check_choices(self, options: Options) -> None:
         super().check_choices(options)
@@ -247,7 +377,7 @@ class TensorLoss(SpecializedOperator):
 
     def _check_shapes(self, *call: Any) -> None:
         """Checks that the operands broadcast, and that optional ones expand to the input."""
-        (operands, weight), first = self.operands_and_weight(call[:-1]), self.variables[0].name
+        (operands, weight), first = self._split(call[:-1]), self.variables[0].name
         if self.arrange is None:
             for k, (operand, x) in enumerate(zip(self.variables, operands, strict=False)):
                 for earlier in operands[:k]:
@@ -255,11 +385,9 @@ class TensorLoss(SpecializedOperator):
         if weight is not None:
             checks.broadcasts("weight", weight, first, operands[0], expands=True)
 
-    def _dtypes(
-        self, tensors: Tensors, input: Tensor, reduction: str
-    ) -> tuple[torch.dtype, torch.dtype]:
+    def _dtypes(self, tensors: Tensors, options: Options) -> tuple[torch.dtype, torch.dtype]:
         """Returns the dtype in which kernels take the operands, and the dtype of the result."""
-        dtype, device = input.dtype, input.device
+        dtype, device = tensors[0].dtype, tensors[0].device
         to = None
         if torch.is_autocast_enabled(device.type):
             to = torch.get_autocast_dtype(device.type)
@@ -268,6 +396,7 @@ class TensorLoss(SpecializedOperator):
         ])  # fmt: skip
         if to is None and not self.infers_dtype and {kind[0] for kind in kinds if kind} == {dtype}:
             return dtype, dtype
+        reduction = options.reduction if self.reduces else "none"
         return self._cached_dtypes(kinds, device, (to, torch.get_default_dtype()), reduction)
 
     def _inferred_dtypes(
@@ -299,151 +428,33 @@ class TensorLoss(SpecializedOperator):
         flags = [choice.values[0] for choice in self.choices if choice.values]
         with torch.no_grad():
             options = self.options(*numbers, *flags, *([reduction] if self.reduces else ()))
-            result: torch.dtype = self.torch(*ones, options).dtype
+            result: torch.dtype = self.reference(*ones, options).dtype
         return reduce(torch.promote_types, dtypes, result), result
 
+    def _has_equal_dtype(self, dtype: torch.dtype, default: torch.dtype) -> bool:
+        """Returns whether the result has the dtype of the operands, if all have this one."""
+        kinds = [(dtype, True) if i < self.uniform else None for i in range(len(self.operands))]
+        modes = None, default
+        return self._inferred_dtypes(tuple(kinds), torch.device("cpu"), modes, "none")[1] is dtype
 
-@dataclass(eq=False, kw_only=True, repr=False)
-class PointwiseLoss(TensorLoss):
-    """A loss that applies a formula to each element of the operands.
+    # ---- definitions -----------------------------------------------------------------------------
 
-    If an optional last operand is passed, another kernel runs, with the operand's name appended.
-    Otherwise the formula receives None for it, and the gradient omits its derivative.
+    def _defined(self, operands: Sequence[Tensor], options: Options) -> Tensor:
+        """Computes the loss by torch's operators, from the variables of the formula."""
+        by_name = {v.name: x for v, x in zip(self.variables, operands, strict=False)}
+        loss: Tensor = self.reference(*[by_name.get(x.name) for x in self.operands], options)
+        return loss
 
-    Attributes:
-        formula: Computes the loss of an element by torch's operators, from the operands, the
-            numbers and the choices that have their own kernels.
-        gradient: Takes the same arguments, and returns the derivative by each operand, or None for
-            no derivative. If it is None, derivatives are derived from the formula.
-        torch_backward: Takes the gradient of the unreduced loss, the operands and the options, and
-            returns the gradient of the input in torch's operators, for second derivatives. None
-            calls torch's function and differentiates it twice, which takes longer.
-        clamps: Whether the formula's derivative depends on torch's derivative of clamp at a bound.
-        masks: The indices of the operands that are bool in the formula.
-        ordered_like: The index of the operand whose memory order torch's unreduced loss has.
-    """
-
-    formula: Callable[..., Tensor]
-    gradient: Callable[..., Gradients] | None = None
-    torch_backward: Callable[..., Tensor] | None = None
-    clamps: bool = False
-    masks: tuple[int, ...] = ()
-    ordered_like: int = 0
-
-    def __post_init__(self) -> None:
-        if self.torch is None:
-            self.torch = self._by_formula
-        super().__post_init__()
-        self.cached_kernel = lru_cache(maxsize=256)(self.kernel)
-
-    @cached_property
-    def kernels(self) -> dict[str, Kernel]:
-        """Returns the kernels by name, for all choices, with and without an optional operand."""
-        kernels = {}
-        required = sum(not variable.optional for variable in self.variables)
-        for stem, case in self.kernel_cases():
-            for operands in range(required, len(self.variables) + 1):
-                name = self._kernel_name(stem, operands)
-                kernels[name] = Kernel(name, case, partial(self._trace_kernel, operands))
-        return kernels
-
-    def cases_of(self, options: Options) -> tuple[Any, ...]:
-        """Returns the values of the formula's parameters that have their own kernel, or NUMBER."""
-        return tuple([
-            x if x in special else NUMBER
-            for special, x in zip(self.special, options, strict=False)
-        ])  # fmt: skip
-
-    def kernel(
-        self, cases: tuple[Any, ...], operands: int, outputs: Outputs
-    ) -> tuple[Kernel | Program, Parameters]:
-        """Returns the kernel for cases of the parameters, and the function of `_parameters`."""
-        kernel = self.kernels[self._kernel_name(self.kernel_of(cases), operands)]
-        parameters = self._parameters(kernel)
-        if self.clamps and not trace.clamp_is_inclusive():  # the C++ kernels are inclusive
-            return kernel.program(outputs), parameters
-        return kernel, parameters
-
-    def _parameters(self, kernel: Kernel) -> Parameters:
-        """Returns the function from a call's options, numbers first, to the kernel's parameters."""
-        needed = [i for i, x in enumerate(self.numbers) if kernel.case.get(x.name) is NUMBER]
-        if len(needed) == len(self.numbers) and not any(x.optional for x in self.numbers):
-            return itemgetter(slice(len(needed)))
-        nan = math.nan
-        return lambda options: tuple([nan if (x := options[i]) is None else x for i in needed])
-
-    def _kernel_name(self, stem: str, operands: int) -> str:
-        last = self.variables[operands - 1]
-        return f"{stem}_{last.name}" if last.optional else stem
-
-    def _trace_kernel(self, operands: int, kernel: Kernel) -> list[Method]:
-        """Traces the loss of one element and its gradients."""
-        variables = self.variables[:operands]
-        missing = [None] * (len(self.variables) - operands)
-
-        def run(leaves: list[Tensor], case: list[Any], scale: Tensor) -> list[Tensor | None]:
-            parameters = [*missing, *case]
-            value = trace.elementwise(self.formula(*leaves, *parameters))
-            if self.gradient is None:
-                gradients = trace.gradients_of(value, leaves, scale)
-            else:
-                gradients = [*self.gradient(*leaves, *parameters)]
-            pairs = zip(gradients, variables, strict=True)
-            return [value, *(g if variable.differentiated else None for g, variable in pairs)]
-
-        e, (value, *gradients) = kernel.expressions(run, self.dtypes(operands))
-        if self.gradient is not None:
-            gradients = [e.scaled(gradient) for gradient in gradients]
-        return [Method([variable.name for variable in variables], e, [value, *gradients])]
-
-    def dtypes(self, operands: int) -> list[torch.dtype]:
-        """Returns the dtypes of the first operands in a trace."""
-        return [torch.bool if k in self.masks else torch.float64 for k in range(operands)]
-
-    def launch(
-        self, tensors: Tensors, options: Options, outputs: Outputs, grad_output: Any = None
-    ) -> Any:
-        *operands, weight, divisor = tensors
-        reduction = options.reduction if self.reduces else "none"
-        if divisor is None and reduction in self.denominators:
-            divisor = self.denominators[reduction](operands, None, options)
-        cases = self.cases_of(options) if self.parameters else ()
-        kernel, parameters = self.cached_kernel(cases, len(operands), outputs)
-        on_nan = partial(self.unreduced, operands, options) if self.nan_on_invalid else None
-        inputs = operands, weight, parameters(options), reduction
-        return backend_of(operands[0]).pointwise_loss(
-            kernel, *inputs, outputs, divisor, grad_output, on_nan, self.ordered_like
-        )
-
-    def define(
-        self, saved: Tensors, options: Options, needs: Needs, grad_output: Tensor
-    ) -> Gradients:
-        *operands, weight, divisor = saved
-        is_wide = operands[0].dtype in (torch.float32, torch.float64)
-        if self.torch_backward is None or not is_wide or True in needs[1:]:
-            return super().define(saved, options, needs, grad_output)
-        if divisor is None and options.reduction in self.denominators:
-            divisor = self.denominators[options.reduction](operands, None, options)
-        if divisor is not None:
-            grad_output = (grad_output / divisor).to(grad_output.dtype)
-        grad_output = self.expanded(grad_output, operands)
-        grad_output = grad_output if weight is None else grad_output * weight
-        return self.torch_backward(grad_output, operands, options), *[None] * (len(operands) - 1)
+    def _unreduced(self, operands: Sequence[Tensor], options: Options) -> Tensor:
+        options = options._replace(reduction="none") if self.reduces else options
+        return self._defined(operands, options)
 
     def _by_formula(self, *arguments: Any) -> Tensor:
         """Returns the result, for an operator that torch lacks."""
         *tensors, options = arguments
-        result = self.formula(*self._values(tensors), *options[: len(self.parameters)])
+        operands = [tensors[i] for i in self._indices]
+        result = self.formula(*operands, *options[: len(self.parameters)])
         if not self.reduces:
             return result
         weight = None if self._weight is None else tensors[self._weight]
         return reduced(result, options.reduction, weight)
-
-
-class Gated(PointwiseLoss):
-    """An activation of several tensors, such as a gate, computed as an unreduced loss."""
-
-    reduces = False
-
-    def by_operands(self, operands: Sequence[Tensor], options: Options) -> Tensor:
-        return self.formula(*operands, *options)

@@ -1,15 +1,15 @@
-"""Operators of rows of logits, and their forward and backward passes.
+"""Losses of rows of logits, their operators, and the forward and backward passes of these.
 
-If a block of logits has all classes of its rows, a kernel computes the loss and the gradient of the
-block in one pass. Otherwise a source of ``row_sources.py`` computes the state of each row, the loss
-follows from the state, and the source computes the gradients from the state and the gradients of
-its results.
+An operator has a loss, and chooses a pass for each call. `KernelPass` computes a loss of logits in
+one kernel. `heads.HeadBlocks` computes the loss and the gradient of a layer's logits in blocks of
+rows with all classes. `StatePass` computes the state of each row, from which the loss follows, and
+the gradients from the state and the gradients of its results.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -20,12 +20,10 @@ from torch.compiler import is_dynamo_compiling
 from pyfused import checks
 from pyfused.backends import backend_of
 from pyfused.backends.protocol import LossResult
-from pyfused.dispatch.autograd import compute, differentiate, in_autocast_dtype, without_autocast
+from pyfused.dispatch.autograd import differentiate, in_autocast_dtype
 from pyfused.dispatch.operator import (
-    FACTORS,
     Forward,
     Needs,
-    Operand,
     Operator,
     Options,
     Tensors,
@@ -37,21 +35,39 @@ from pyfused.ops import custom_operators, definitions
 from pyfused.ops.chunk_sizes import HeadSizes, head_sizes
 from pyfused.ops.head_loop import ALL_ROWS, HeadLoop, Rows, rows_that_count
 from pyfused.ops.row_sources import HeadRows, LogitRows, class_range
-from pyfused.types import Gradients, outputs_of
+from pyfused.types import Gradients, Outputs, outputs_of
 
 # ---- losses --------------------------------------------------------------------------------------
 
 
 class RowLoss:
-    """A loss of rows with factors.
+    """A loss of rows.
 
-    The last two tensors of a call are the factor of each row and the divisor of a mean, or None.
+    The last two tensors of a call of a loss with factors are the factor of each row and the divisor
+    of a mean, or None.
 
     Attributes:
         keeps_logits: Whether `block` leaves the logits as they are if it computes no gradient.
     """
 
     keeps_logits: ClassVar[bool] = True
+
+    def check_values(self, tensors: Tensors) -> None:
+        """Raises for invalid values of the loss's own tensors."""
+
+    def finish(self, output: Any, _tensors: Tensors, _options: Options) -> Any:
+        """Returns the result of a call, given the output of its pass."""
+        return output
+
+    def input_dtype(self, inputs: Tensors) -> torch.dtype:
+        """Returns the dtype in which kernels take the logits or the layer's input."""
+        return inputs[0].dtype  # type: ignore[no-any-return]
+
+    def fake_shapes(self, inputs: Tensors, options: Options) -> tuple[Sequence[Any], Sequence[Any]]:
+        """Returns the shapes of the result and the state that a custom operator returns."""
+        return inputs[0].shape[:-1] if options.reduction == "none" else (), (0,)
+
+    # ---- blocks of rows with all classes: see `heads.HeadBlocks` ---------------------------------
 
     def rows(self, tensors: Tensors, _: Options) -> Rows:
         """Returns the rows to compute."""
@@ -95,36 +111,31 @@ class RowLoss:
 class RowOperator(Operator):
     """An operator of rows of logits, which may be the output of a linear layer.
 
-    The forward pass computes the gradients of a reduced loss if it has all classes of a row. If a
-    layer has fewer rows than features, it keeps the gradient of the logits, which is smaller than
-    that of the weight. Otherwise the backward pass recomputes the logits. It also does so for
-    float16, because gradients would underflow without grad_output.
-
     Attributes:
-        loss: Computes the result and its gradients, from states of rows, as
-            `cross_entropy.CrossEntropyLoss` does, or in blocks of rows with all classes.
-        reference: Computes the result by torch's operators, from arranged tensors. NaN in rows that
-            do not count does not reach gradients. By default ``torch``.
-        student: The number of differentiated tensors, which come first.
+        loss: The loss of the rows.
+        choose_pass: Takes the operator, the inputs, the options and which inputs need a gradient;
+            returns the pass that computes a call: an object with the methods `forward` and
+            `backward` of operators.
+        reference: Takes the inputs of a kernel, and the options. NaN in rows that do not count does
+            not reach gradients.
         target: The index of the target, -1 if there is none.
         layer: The indices of the logits, or of the input, weight and bias of a layer.
         flattens: Whether kernels take rows with one leading dimension.
-        tiles: Whether states of rows are computed only if a block cannot have all classes.
     """
 
-    loss: Any = None
-    reference: Callable[..., Any] | None = None
-    factors: ClassVar[tuple[Operand, ...]] = FACTORS
-    flattens: ClassVar[bool] = False
-    tiles: ClassVar[bool] = False
+    loss: Any
+    choose_pass: Callable[..., Any]
+    flattens: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.reference = self.reference or self.torch
-        self.student = sum(operand.differentiated for operand in self.operands)
+        self.num_differentiable = sum(operand.differentiated for operand in self.operands)
         self.inputs = [i for i, x in enumerate(self.operands) if x.name.endswith("input")]
         self.target = self.names.index("target") if "target" in self.names else -1
         self.layer = slice(3 if self.is_linear else 1)
+        self.finish = self.loss.finish
+
+    check_choices = staticmethod(checks.row_choices)
 
     def check_values(self, tensors: Tensors, options: Options) -> None:
         if self.factors:
@@ -132,44 +143,34 @@ class RowOperator(Operator):
         if self.target >= 0:
             total = class_range(tensors[self.layer]).total
             checks.class_indices(total, tensors[self.target], options.ignore_index)
-
-    check_choices = staticmethod(checks.row_choices)
+        self.loss.check_values(tensors)
 
     # ---- calls -----------------------------------------------------------------------------------
 
-    def fused(self, tensors: Tensors, options: Options) -> Any:
-        inputs, device = self.arranged(tensors, options), tensors[0].device.type
-        if self.is_linear and torch.is_autocast_enabled(device):
-            with torch.autocast(device, enabled=False):
-                result = compute(self, inputs, options, self.student)
-        else:
-            result = compute(self, inputs, options, self.student)
-        return self.finished(result, tensors, options)
-
-    def arranged(self, tensors: Tensors, options: Options) -> Tensors:
+    def prepare(self, tensors: Tensors, options: Options) -> Tensors:
         """Returns the tensors in the form that kernels take.
 
         Raises for invalid values, unless reading them synchronises.
         """
-        arranged, at = list(tensors), self.target
+        inputs, at = list(tensors), self.target
         if self.is_linear:
             for i in self.inputs:
-                arranged[i] = in_autocast_dtype(arranged[i])
-        if at >= 0 and not arranged[at].is_floating_point():
-            if arranged[at].dtype is not torch.int64:
-                arranged[at] = arranged[at].to(torch.int64)
+                inputs[i] = in_autocast_dtype(inputs[i])
+        if at >= 0 and not inputs[at].is_floating_point():
+            if inputs[at].dtype is not torch.int64:
+                inputs[at] = inputs[at].to(torch.int64)
             if not is_dynamo_compiling():
                 total = class_range(tensors[self.layer]).total
                 backend = backend_of(tensors[0])
-                backend.check_class_indices(arranged[at], total, options.ignore_index)
-        if self.factors and not arranged[-1] is arranged[-2] is None:
-            dtype = self.input_dtype(arranged)
-            arranged[-2], arranged[-1] = definitions.factors(arranged[-2], arranged[-1], dtype)
-        if self.flattens and arranged[0].dim() != 2:
-            arranged = self.flattened(arranged)
-        return arranged
+                backend.check_class_indices(inputs[at], total, options.ignore_index)
+        if self.factors and not inputs[-1] is inputs[-2] is None:
+            dtype = self.loss.input_dtype(inputs)
+            inputs[-2], inputs[-1] = definitions.factors(inputs[-2], inputs[-1], dtype)
+        if self.flattens and inputs[0].dim() != 2:
+            inputs = self._flattened(inputs)
+        return inputs
 
-    def flattened(self, tensors: list[Any]) -> list[Any]:
+    def _flattened(self, tensors: list[Any]) -> list[Any]:
         """Flattens the leading dimensions of an input (..., D) and of the tensors with its rows."""
         leading = tensors[0].shape[:-1]
         pairs = zip(self.all_operands, tensors, strict=True)
@@ -180,132 +181,48 @@ class RowOperator(Operator):
             for operand, x in pairs
         ]
 
-    def finished(self, result: Any, *_: Any) -> Any:
-        """Returns the result of a call, from the output for its arranged tensors."""
-        return result
-
-    def fake(self, tensors: Tensors, options: Options) -> tuple[Tensor, Tensor]:
-        """Returns empty tensors like the result and the state that a custom operator returns."""
-        shape = tensors[0].shape[:-1] if options.reduction == "none" else ()
-        dtype = self.wide_dtype(tensors)
-        return tensors[0].new_empty(shape, dtype=dtype), tensors[0].new_empty(0)
-
-    def input_dtype(self, tensors: Tensors) -> torch.dtype:
-        """Returns the dtype in which kernels take the input, given arranged tensors."""
-        return tensors[0].dtype  # type: ignore[no-any-return]
-
-    def wide_dtype(self, tensors: Tensors) -> torch.dtype:
-        """Returns the dtype in which kernels accumulate."""
-        return accumulate_dtype(self.input_dtype(tensors))
-
-    def head_sizes(self, tensors: Tensors, options: Options) -> HeadSizes:
-        """Returns the sizes of the blocks of a layer's logits."""
-        backend = backend_of(tensors[0])
-        dtype = backend.product_dtype(self.input_dtype(tensors))
-        converts = dtype is not tensors[0].dtype
-        limits: Any = tensors[1].shape, dtype, backend, options.memory_budget
-        return head_sizes(*limits, None, converts)
-
-    # ---- passes --------------------------------------------------------------------------
-
-    def source(
-        self, tensors: Tensors, options: Options, needs: Needs, all_rows: bool = False
-    ) -> Any:
-        """Returns the source of the rows of a call's logits, or of its layer's.
-
-        Args:
-            tensors: The arranged tensors of the call, or the saved ones, which begin with them.
-            all_rows: Whether to include rows of weight 0.
-        """
-        tensors, layer = tensors[: len(self.all_operands)], tensors[self.layer]
-        target, weight, row_options = self.loss.inputs(tensors, options, all_rows)
-        inputs = target, weight, row_options, class_range(layer)
-        if self.is_linear:
-            sizes, backend = self.head_sizes(tensors, options), backend_of(tensors[0])
-            size = sizes.tile if self.tiles else sizes.state_blocks
-            return HeadRows(HeadLoop(backend, sizes.dtype, size, needs), layer, *inputs)
-        return LogitRows(layer[0], *inputs)
-
-    def blocks(self, _tensors: Tensors, _options: Options, _needs: Needs) -> Any:
-        """Returns the `heads.HeadBlocks` of a layer's logits, None if they lack classes."""
-
-    def forward(self, tensors: Tensors, options: Options, needs: Needs) -> Forward:
-        if (blocks := self.blocks(tensors, options, needs)) is None:
-            return self.state_forward(tensors, options, needs, keeps_logits=False)
-        keeps = self.loss.keeps_logits and True in needs
-        needed: Needs = ()
-        if True in needs and gradients_in_forward(options.reduction, self.input_dtype(tensors)):
-            needed, keeps = needs, needs[1] and True not in needs[3:]
-        (loss, gradients, state, prediction), kept = blocks.compute(needed, keeps=keeps)
-        saved = tensors if state is kept is None else (*tensors, state, kept)
-        result = loss if state is prediction is None else (loss, state, prediction)
-        return result, saved, gradients
-
-    def state_forward(
-        self,
-        tensors: Tensors,
-        options: Options,
-        needs: Needs,
-        *,
-        dtype: torch.dtype | None = None,
-        results: int = 0,
-        keeps_logits: bool = True,
-    ) -> Forward:
-        """Computes the forward pass of a loss from the state of each row.
-
-        Args:
-            dtype: The dtype of the result, None for the accumulation dtype.
-            results: As in `LogitRows.state`.
-            keeps_logits: Whether to keep logits that have been computed for the backward pass.
-        """
-        loss, keeps = self.loss, keeps_logits and True in needs
-        source = self.source(tensors, options, needs, all_rows=options.with_metrics)
-        state, result, logits = source.state(loss.fields(options), results, keeps)
-        if result is None:
-            # Users may change the result in place, so it does not share the state's memory.
-            result = loss.result_from(state, tensors, options, source.classes.total)
-            result = result.to(dtype or self.wide_dtype(tensors), copy=True)
-        saved = *tensors, state, logits
-        with_state = options.with_metrics or getattr(options, "with_prediction", False)
-        return (result, state) if with_state else result, saved, ()
+    def forward(self, inputs: Tensors, options: Options, needs: Needs) -> Forward:
+        chosen = self.choose_pass(self, inputs, options, needs)
+        return chosen.forward(inputs, options, needs)  # type: ignore[no-any-return]
 
     def backward(
         self, saved: Tensors, options: Options, needs: Needs, grad_output: Tensor
     ) -> Gradients:
-        count = len(self.all_operands)
-        tensors, (state, kept) = saved[:count], (*saved[count:], None, None)[:2]
-        if blocks := self.blocks(tensors, options, needs):
-            in_forward = gradients_in_forward(options.reduction, self.input_dtype(tensors))
-            if in_forward and kept is not None:
-                return blocks.gradients(needs, kept, grad_output)  # type: ignore[no-any-return]
-            return blocks.compute(needs, grad_output, kept)[0].gradients  # type: ignore[no-any-return]
-        source = self.source(saved, options, needs)
-        call = tensors, options, source.classes.total, grad_output
-        gradients = source.gradients(state, self.loss.grad_results(state, *call), kept)
-        return *gradients, *[None] * (len(needs) - len(gradients))
+        chosen = self.choose_pass(self, saved[: len(self.all_operands)], options, needs)
+        return chosen.backward(saved, options, needs, grad_output)  # type: ignore[no-any-return]
+
+    def wide_dtype(self, tensors: Tensors) -> torch.dtype:
+        """Returns the dtype in which kernels accumulate."""
+        return accumulate_dtype(self.loss.input_dtype(tensors))
+
+    def head_sizes(self, tensors: Tensors, options: Options) -> HeadSizes:
+        """Returns the sizes of the blocks of a layer's logits."""
+        backend = backend_of(tensors[0])
+        dtype = backend.product_dtype(self.loss.input_dtype(tensors))
+        converts = dtype is not tensors[0].dtype
+        limits: Any = tensors[1].shape, dtype, backend, options.memory_budget
+        return head_sizes(*limits, None, converts)
 
     # ---- definitions -----------------------------------------------------------------------------
 
-    def define(
+    def reference_backward(
         self, saved: Tensors, options: Options, needs: Needs, grad_output: Tensor
     ) -> Gradients:
         """Computes the gradients of a call by torch's operators, in a wide dtype."""
-        wide = self.wide_dtype(saved)
-        student, others = saved[: self.student], saved[self.student : len(self.all_operands)]
+        wide, count = self.wide_dtype(saved), self.num_differentiable
+        differentiable, others = saved[:count], saved[count : len(self.all_operands)]
 
-        def definition(*student: Tensor | None) -> Tensor:
-            tensors = _cast((*student, *others), wide)
-            result = self.defined(tensors, options)
+        def definition(*differentiable: Tensor | None) -> Tensor:
+            result = self.defined(_cast((*differentiable, *others), wide), options)
             return result.to(grad_output.dtype).reshape(grad_output.shape)
 
-        return differentiate(definition, student, needs, grad_output)
+        return differentiate(definition, differentiable, needs, grad_output)
 
-    def defined(self, tensors: Tensors, options: Options) -> Tensor:
+    def defined(self, inputs: Tensors, options: Options) -> Tensor:
         """Returns the result without metrics, computed by torch's operators."""
-        assert self.reference is not None
         if getattr(options, "with_metrics", False):
             options = options._replace(with_metrics=False)
-        result: Tensor = self.reference(*tensors, options)
+        result: Tensor = self.reference(*inputs, options)
         return result
 
     # ---- compiled programs -----------------------------------------------------------------------
@@ -315,17 +232,22 @@ class RowOperator(Operator):
         self.check_types(tensors, options)
         assert self.check_shapes is not None
         self.check_shapes(*tensors, options)
-        arranged = list(self.arranged(tensors, options))
+        inputs = list(self.prepare(tensors, options))
         for i, operand in enumerate(self.operands):  # custom operators check dtypes
             if operand.name.endswith(("_weight", "_bias")):
-                arranged[i] = in_autocast_dtype(arranged[i])
+                inputs[i] = in_autocast_dtype(inputs[i])
         reduction = getattr(options, "reduction", "none")
-        in_forward = gradients_in_forward(reduction, arranged[0].dtype)
-        needs = [in_forward and need for need in needs_grad(arranged[: self.student])]
-        with without_autocast(arranged[0].device.type):
-            result, *_, state = custom_operators.call(self, arranged, options, needs)
+        in_forward = gradients_in_forward(reduction, inputs[0].dtype)
+        needs = [in_forward and need for need in needs_grad(inputs[: self.num_differentiable])]
+        result, *_, state = custom_operators.call(self, inputs, options, needs)
         result = (result, state) if getattr(options, "with_metrics", False) else result
-        return self.finished(result, tensors, options)
+        return self.loss.finish(result, tensors, options)
+
+    def fake(self, inputs: Tensors, options: Options) -> tuple[Tensor, Tensor]:
+        """Returns empty tensors like the result and the state that a custom operator returns."""
+        result, state = self.loss.fake_shapes(inputs, options)
+        input, dtype = inputs[0], self.wide_dtype(inputs)
+        return input.new_empty(result, dtype=dtype), input.new_empty(state, dtype=torch.float64)
 
 
 def _cast(tensors: Tensors, dtype: torch.dtype) -> list[Any]:
@@ -336,9 +258,25 @@ def _cast(tensors: Tensors, dtype: torch.dtype) -> list[Any]:
 # ---- passes --------------------------------------------------------------------------------------
 
 
-def loss_forward(
+@dataclass
+class KernelPass:
+    """Computes a loss of logits, and its gradients, by one kernel."""
+
+    kernel: Callable[..., LossResult]
+    dtype: torch.dtype | None = None
+
+    def forward(self, inputs: Tensors, options: Options, needs: Needs) -> Forward:
+        return kernel_forward(self.kernel, inputs, options, needs, self.dtype)
+
+    def backward(
+        self, saved: Tensors, options: Options, needs: Needs, grad_output: Tensor
+    ) -> Gradients:
+        return self.kernel(saved, options, Outputs(False, tuple(needs)), grad_output)[1]
+
+
+def kernel_forward(
     kernel: Callable[..., LossResult],
-    tensors: Tensors,
+    inputs: Tensors,
     options: Options,
     needs: Needs,
     dtype: torch.dtype | None = None,
@@ -346,11 +284,64 @@ def loss_forward(
     """Returns the forward pass of a kernel that computes a loss and its gradients.
 
     Args:
-        dtype: The dtype of the loss, None for the kernels' accumulation dtype.
+        dtype: The dtype of the loss, None for the accumulation dtype.
     """
-    in_forward = True in needs and gradients_in_forward(options.reduction, tensors[0].dtype)
+    in_forward = True in needs and gradients_in_forward(options.reduction, inputs[0].dtype)
     outputs = outputs_of(True, tuple(needs) if in_forward else (), False, dtype)
-    loss, gradients = kernel(tensors, options, outputs)
+    loss, gradients = kernel(inputs, options, outputs)
     if dtype is not None and loss is not None and loss.dtype is not dtype:
         loss = loss.to(dtype)
-    return loss, tensors, gradients if in_forward else ()
+    return loss, inputs, gradients if in_forward else ()
+
+
+@dataclass(eq=False)
+class StatePass:
+    """Computes the state of each row, and the loss from the states.
+
+    Attributes:
+        dtype: The dtype of the result, None for the accumulation dtype.
+        results: As in `LogitRows.state`.
+        loop: The loop over blocks of a layer's logits, None for logits.
+        keeps_logits: Whether to keep logits that have been computed for the backward pass.
+    """
+
+    op: RowOperator
+    dtype: torch.dtype | None = None
+    results: int = 0
+    loop: HeadLoop | None = None
+    keeps_logits: bool = False
+
+    def forward(self, inputs: Tensors, options: Options, needs: Needs) -> Forward:
+        loss, keeps = self.op.loss, self.keeps_logits and True in needs
+        source = self.source(inputs, options, all_rows=options.with_metrics)
+        state, result, logits = source.state(loss.fields(options), self.results, keeps)
+        if result is None:
+            # Users may change the result in place, so it does not share the state's memory.
+            result = loss.result_from(state, inputs, options, source.classes.total)
+            result = result.to(self.dtype or self.op.wide_dtype(inputs), copy=True)
+        with_state = options.with_metrics or getattr(options, "with_prediction", False)
+        return (result, state) if with_state else result, (*inputs, state, logits), ()
+
+    def backward(
+        self, saved: Tensors, options: Options, needs: Needs, grad_output: Tensor
+    ) -> Gradients:
+        count = len(self.op.all_operands)
+        inputs, (state, logits) = saved[:count], (*saved[count:], None)[:2]
+        source = self.source(inputs, options)
+        call = inputs, options, source.classes.total, grad_output
+        grad_results = self.op.loss.grad_results(state, *call)
+        gradients = source.gradients(state, grad_results, logits)
+        return *gradients, *[None] * (len(needs) - len(gradients))
+
+    def source(self, inputs: Tensors, options: Options, all_rows: bool = False) -> Any:
+        """Returns the source of the rows of a call's logits, or of its layer's.
+
+        Args:
+            all_rows: Whether to include rows of weight 0.
+        """
+        layer = inputs[self.op.layer]
+        target, weight, row_options = self.op.loss.inputs(inputs, options, all_rows)
+        rows = target, weight, row_options, class_range(layer)
+        if self.loop is None:
+            return LogitRows(layer[0], *rows)
+        return HeadRows(self.loop, layer, *rows)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from pyfused.backends import DTYPES, backend_of, cpu
 from pyfused.dispatch import sizes
-from pyfused.dispatch.autograd import autocast_dtype, compute
+from pyfused.dispatch.autograd import autocast_dtype
 from pyfused.dispatch.operator import Forward, Needs, Operator, Options, Tensors
 from pyfused.dispatch.originals import F
 from pyfused.layout import accumulate_dtype
@@ -29,7 +29,7 @@ class Softmax(Operator):
         function = getattr(F, self.name)
         self.torch = lambda input, options: function(input, options.dim, dtype=options.dtype)
 
-    def method_of(self, tensors: Tensors, options: Options) -> Any:
+    def unsupported(self, tensors: Tensors, options: Options) -> str | None:
         (input,), (dim, dtype) = tensors, options
         if type(dim) is not int:
             return "dim is not given" if dim is None else f"dim is a {type(dim).__name__}"
@@ -41,18 +41,16 @@ class Softmax(Operator):
             # With AVX2, calls take 0.7 to 1.3 times as long as torch's; torch's code for AVX-512 is
             # even faster.
             return "the kernels for AVX2 are no faster along strided bfloat16 classes"
-        return self.fused if dtype is None or dtype in DTYPES else f"dtype is {dtype}"
+        return None if dtype is None or dtype in DTYPES else f"dtype is {dtype}"
 
-    def fused(self, tensors: Tensors, options: Options) -> Tensor:
+    def prepare(self, tensors: Tensors, options: Options) -> Tensors:
         (input,), dtype = tensors, options.dtype
         if dtype is None:
             dtype = input.dtype if input.is_cpu else autocast_dtype(input.dtype, input.device)
-        inputs = tensors if input.dtype is dtype else (input.to(dtype),)
-        result: Tensor = compute(self, inputs, options, 1)
-        return result
+        return tensors if input.dtype is dtype else (input.to(dtype),)
 
-    def forward(self, tensors: Tensors, options: Options, _needs: Needs) -> Forward:
-        (x,) = tensors
+    def forward(self, inputs: Tensors, options: Options, _needs: Needs) -> Forward:
+        (x,) = inputs
         output = backend_of(x).softmax(self.name, x, options.dim % x.dim())
         return output, (output,), ()
 
@@ -62,7 +60,7 @@ class Softmax(Operator):
         (y,) = saved
         return (backend_of(y).softmax_backward(self.name, grad_output, y, options.dim % y.dim()),)
 
-    def define(
+    def reference_backward(
         self, saved: Tensors, options: Options, _needs: Needs, grad_output: Tensor
     ) -> Gradients:
         (output,), dim = saved, options.dim

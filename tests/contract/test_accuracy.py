@@ -26,7 +26,7 @@ from pyfused import functional
 from pyfused.dispatch.operator import Operator
 from pyfused.functional import cross_entropy
 from pyfused.ops.activation import Activation
-from pyfused.ops.pointwise_loss import Gated
+from pyfused.ops.pointwise_loss import PointwiseLoss
 
 # Sizes around vector, tile and chunk boundaries, and vocabulary sizes in use.
 CLASSES = [1, 2, 3, 7, 8, 9, 15, 16, 17, 31, 33, 48, 64, 65, 129]
@@ -193,7 +193,9 @@ def test_pointwise_losses(loss: Loss, dtype: Any, large: bool, weighted: bool, i
 
 
 @grid(op=[*ACTIVATIONS, *GATED], dtype=FLOATS, scale=[0.1, 1.0, 10.0, 1e4], isa=ISAS)
-def test_activations(op: Activation | Gated, dtype: torch.dtype, scale: float, isa: str) -> None:
+def test_activations(
+    op: Activation | PointwiseLoss, dtype: torch.dtype, scale: float, isa: str
+) -> None:
     skip_without_reference(dtype, op)
     errors = Errors()
     for size, options in product(SIZES, SAMPLES[op.name].tried):

@@ -24,7 +24,7 @@ import torch
 from catalogue import SOME, TENSOR_OPTIONS, TRIED, Call, Example, every_example, every_operator
 from compare import DEVICE, flattened, random_grad_output
 from conftest import KernelCalls
-from samples import declared
+from samples import declared, is_log_probs
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.autograd.graph import saved_tensors_hooks
@@ -34,7 +34,6 @@ from torch_reference import parameters
 import pyfused
 from pyfused import functional as fused
 from pyfused.ops.activation import Activation
-from pyfused.ops.log_probs import LogProbsOperator
 
 # torch compiles its forward-mode decompositions with torch.jit at their first use.
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
@@ -236,7 +235,7 @@ def test_results_can_be_changed_in_place(example: Example) -> None:
     results = [x for x in flattened(function(**given)) if x.requires_grad]
     for x in results:
         x.mul_(2)
-    value = torch.stack(results) if isinstance(call.op, LogProbsOperator) else results[0]
+    value = torch.stack(results) if is_log_probs(call.op) else results[0]
     leaves = [*call.leaves.values()]
     if getattr(call.op, "saves", "input") == "output":
         with pytest.raises(RuntimeError, match=CHANGED):

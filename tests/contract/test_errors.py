@@ -14,14 +14,13 @@ import pytest
 import torch
 from catalogue import EXAMPLES, TORCH, Example
 from compare import outcome
-from samples import DEPRECATED, options
+from samples import DEPRECATED, is_divergence, options
 from torch import Tensor
 
 import pyfused
 from pyfused import functional as fused
 from pyfused.dispatch.operator import Operator
 from pyfused.dispatch.originals import F
-from pyfused.ops.distillation import Divergence
 
 X, Y = torch.randn(4, 5), torch.tensor([0, 1, 2, 3])
 P = X.softmax(1)
@@ -216,7 +215,7 @@ def wrong_calls(example: Example) -> Iterator[tuple[str, dict[str, Any]]]:
         call = example.call(shape=shape)
         given = {n: x.detach() if isinstance(x, Tensor) else x for n, x in call.given.items()}
         if options(example.op).get("dim", 0) is None:
-            given.setdefault("dim", -1 if isinstance(example.op, Divergence) else 1)
+            given.setdefault("dim", -1 if is_divergence(example.op) else 1)
         for name, value in (options(example.op) | given).items():
             if name not in (*DEPRECATED, "dtype", "inplace", "with_metrics"):
                 yield from ((name, given | {name: wrong}) for wrong in wrong_values(value))

@@ -22,12 +22,12 @@ from compare import DEVICE, FLOATS, HALF, Errors, operators_of_torch
 from conftest import ISAS, KernelCalls, fused_always
 from grid import grid
 from layouts import LAYOUTS, SAME_VALUES, Layout
+from samples import is_divergence
 from torch_reference import parameters
 
 import pyfused
 from pyfused import nn
 from pyfused.backends import cpu
-from pyfused.ops.distillation import Divergence
 from pyfused.ops.operators import COSINE_EMBEDDING_LOSS as COSINE
 from pyfused.ops.operators import LINEAR_CROSS_ENTROPY, LINEAR_LOG_PROBS, LINEAR_TOPK_KL_DIV
 
@@ -251,7 +251,7 @@ def test_a_module_and_its_copies(example: Example, kernel_calls: KernelCalls) ->
     by_name = {name: options.pop(name) for name in numbers if name in options}
     if "reduction" in parameters(op):
         options.setdefault("reduction", parameters(op)["reduction"])  # a module's may differ
-    if isinstance(op, Divergence):
+    if is_divergence(op):
         by_name = {name: options.pop(name) for name in call.tensors if name in options}
     elif "linear" in op.name:
         layer = {"weight": tensors.pop(1), "bias": options.pop("linear_bias", None)}

@@ -21,7 +21,7 @@ from unittest.mock import patch
 import torch
 from catalogue import EXAMPLES, Example
 from conftest import fused_always
-from samples import OF_CLASSES
+from samples import has_classes, is_divergence
 from torch import Tensor
 from torch_reference import parameters
 from triton import knobs
@@ -33,7 +33,6 @@ from pyfused import backends, functional
 from pyfused.backends import triton as backend
 from pyfused.dispatch import run as run_module
 from pyfused.kernels import launch
-from pyfused.ops.distillation import Divergence
 from pyfused.ops.embedding import EmbeddingLoss
 from pyfused.ops.operators import CROSS_ENTROPY
 from pyfused.ops.softmax import Softmax
@@ -102,9 +101,9 @@ def step(example: Example, dtype: torch.dtype, shape: tuple[int, ...], **options
 def shapes_of(example: Example) -> Sequence[tuple[int, ...]]:
     if isinstance(example.op, EmbeddingLoss):
         return OF_EMBEDDINGS
-    if isinstance(example.op, Divergence):
+    if is_divergence(example.op):
         return OF_ROWS[:3]
-    if isinstance(example.op, (*OF_CLASSES, Softmax)):
+    if has_classes(example.op) or isinstance(example.op, Softmax):
         return SHAPES if example.id == "cross_entropy" else OF_ROWS
     return ((4096, 4096),)
 
@@ -116,7 +115,7 @@ def launches_of(example: Example, dtype: torch.dtype) -> int:
     passes = 3 if reduction == "none" or dtype is F16 else 2  # others compute gradients ahead
     if op is CROSS_ENTROPY:  # counts the targets, and computes the metrics
         return passes * (2 + ("with_metrics" in given))
-    return passes * (1 + isinstance(op, Divergence) * sum("softcap" in name for name in given) * 2)
+    return passes * (1 + is_divergence(op) * sum("softcap" in name for name in given) * 2)
 
 
 def examples() -> Iterator[Case]:

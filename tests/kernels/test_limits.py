@@ -13,9 +13,10 @@ from typing import Any
 
 import pytest
 import torch
-from catalogue import OF_CLASSES, OF_FAMILIES, Example
+from catalogue import OF_FAMILIES, Example
 from compare import FLOATS
 from processes import python
+from samples import has_classes
 from torch import Tensor
 
 import pyfused
@@ -39,7 +40,7 @@ def calls(
 ) -> Iterator[Callable[[], Any]]:
     """Yields calls of the examples, and of a formula."""
     for example, shape in product(examples.values(), shapes):
-        if len(shape) < 3 or isinstance(example.op, OF_CLASSES):
+        if len(shape) < 3 or has_classes(example.op):
             yield example.call(dtype, shape).ours
     x, other = (torch.randn(shapes[0]).to(dtype).requires_grad_() for _ in range(2))
     yield partial(formula, x, other)

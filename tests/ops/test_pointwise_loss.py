@@ -29,7 +29,7 @@ from pyfused.formula_compiler.program import Program
 from pyfused.functional import gaussian_nll_loss
 from pyfused.ops import definitions
 from pyfused.ops.operators import OPERATORS
-from pyfused.ops.pointwise_loss import Gated
+from pyfused.ops.pointwise_loss import PointwiseLoss
 from pyfused.types import Outputs
 
 INF, NAN = float("inf"), float("nan")
@@ -138,11 +138,12 @@ def test_no_intermediate_result_overflows(loss: Loss, dtype: torch.dtype) -> Non
 def test_losses_that_clamp(loss: Loss, monkeypatch: pytest.MonkeyPatch) -> None:
     """The C++ kernels have torch 2.13's derivative at a bound; programs have the installed one."""
     monkeypatch.setattr(trace, "clamp_is_inclusive", lambda: False)
-    monkeypatch.setattr(loss.op, "cached_kernel", loss.op.kernel)
+    source = loss.op.source
+    monkeypatch.setattr(source, "find", source._find)
     outputs = Outputs(True, (True,) * len(loss.op.variables))
     numbers: list[Any] = [None if x.optional else 1.0 for x in loss.op.numbers]
     numbers += [x.values[0] for x in loss.op.choices if x.values]
-    assert isinstance(loss.op.kernel(numbers, len(loss.op.variables), outputs)[0], Program)
+    assert isinstance(source.find(numbers, len(loss.op.variables), outputs)[0], Program)
     assert_matches_torch(loss.ours, loss.reference, **loss.draw((300,), torch.float64))
 
 
@@ -221,7 +222,7 @@ def test_gradients_of_broadcast_operands_are_rounded_once() -> None:
 
 @pytest.mark.interpreted
 @grid(op=GATED)
-def test_gated_activations_at_special_values(op: Gated) -> None:
+def test_gated_activations_at_special_values(op: PointwiseLoss) -> None:
     special = torch.tensor([NAN, INF, -INF, 0.0, -0.0, 1.0, -2.0, 200.0, -200.0]).double()
     leaves = special.repeat(9).requires_grad_(), special.repeat_interleave(9).requires_grad_()
     assert_matches_torch(getattr(functional, op.name), torch_function(op), *leaves)
@@ -229,7 +230,7 @@ def test_gated_activations_at_special_values(op: Gated) -> None:
 
 @pytest.mark.interpreted
 @grid(op=GATED)
-def test_gated_activations_save_only_their_inputs(op: Gated) -> None:
+def test_gated_activations_save_only_their_inputs(op: PointwiseLoss) -> None:
     gate, up = (torch.randn(50, requires_grad=True) for _ in range(2))
     saved = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
@@ -260,7 +261,7 @@ def test_ignored_targets_keep_their_dtype(ignored: Any, of_input: Any, dtype: to
             assert not torch.autograd.grad(*args)[0][::2].any()
 
 
-UNREDUCED = [x for x in FIRST if hasattr(F, x.op.name) or x.op.ordered_like]
+UNREDUCED = [x for x in FIRST if hasattr(F, x.op.name) or x.op.layout_operand]
 
 
 @pytest.mark.interpreted
