@@ -1,9 +1,8 @@
-"""Raises errors for arguments that no kernel takes.
+"""Checks the arguments of calls, and raises errors for those that no kernel supports.
 
-Dispatch asks these functions whether a kernel takes the tensors and options of a call. If one of
-them raises, torch's function gets the call, which raises its own error or computes the result. For
-a function or an option that torch lacks, the error is the user's: it names the argument, what was
-expected and what was passed.
+If torch has the function, it is called instead, and raises its own error or computes the result. If
+torch lacks the function or an option, users get the error of the check, which names the argument,
+what was expected and what was passed.
 """
 
 from __future__ import annotations
@@ -20,23 +19,18 @@ from torch.nn import Parameter
 
 from pyfused.layout import broadcast_with, loss_shape
 from pyfused.torch_internals import dispatch_modes, is_functorch_wrapped
-from pyfused.types import (
-    CrossEntropyOptions,
-    DivergenceOptions,
-    LogProbsOptions,
-    Scalar,
-)
+from pyfused.types import CrossEntropyOptions, DivergenceOptions, LogProbsOptions, Scalar
 
 # What the functions of this module raise.
 ERRORS = IndexError, RuntimeError, TypeError, ValueError
 REDUCTIONS = ("none", "mean", "sum")
-# A tensor may hold 0, because it is not read on GPUs: the mean is NaN then.
+# Tensors may be 0, because tensors on GPUs are not read: the mean is then NaN.
 _DENOMINATOR = Scalar("denominator", low=0.0)
 _INDEX_DTYPES = (torch.int64, torch.uint8)
 
 
 def reason(check: Callable[..., None], *arguments: Any) -> str | None:
-    """Returns the message of the error that a check raises, None if it raises none."""
+    """Returns the message of the error that a check raises, or None."""
     try:
         check(*arguments)
     except ERRORS as error:
@@ -68,7 +62,7 @@ def integer(name: str, value: Any) -> None:
 
 
 def is_number(value: Any) -> bool:
-    """Returns whether torch takes a value as a real number; it refuses a Fraction."""
+    """Returns whether torch accepts a value as a real number, which excludes a Fraction."""
     if isinstance(value, (float, int, Integral)):
         return True
     return isinstance(value, Real) and not isinstance(value, Rational)
@@ -107,7 +101,7 @@ def one_of(
 
 
 def choice(name: str, value: Any, values: Sequence[Any]) -> None:
-    """Checks one of several words, or a bool, whose place no other value takes in torch."""
+    """Checks that an option is one of several words, or if these are not words, a bool."""
     if isinstance(values[0], str):
         one_of(name, value, values, RuntimeError)
     elif type(value) is not bool:
@@ -153,33 +147,25 @@ def cross_entropy(
     _target(target, indices, input.shape)
     if input.dim() > 2 and input.shape[1] == 0 and 0 not in indices:
         raise _error("input", "one class or more", input.shape)
-    others = target, weight, token_weight, denominator, options, indices
-    cross_entropy_weights(input, classes_of(input), *others)
+    class_options(input, target, weight, classes_of(input), options)
+    row_factors(input, token_weight, denominator, indices, options)
 
 
-def cross_entropy_weights(
+def class_options(
     input: Tensor,
-    classes: int,
     target: Tensor,
     weight: Tensor | None,
-    token_weight: Tensor | None,
-    denominator: Tensor | None,
+    classes: int,
     options: CrossEntropyOptions,
-    losses: Sequence[int],
 ) -> None:
-    """Checks the weights of classes and rows, and the options that depend on the target.
-
-    Args:
-        losses: The shape of the unreduced losses.
-    """
-    dtype, probabilities = options.loss_dtype, target.is_floating_point()
+    """Checks the weight of each class, and the options that class probabilities exclude."""
+    probabilities = target.is_floating_point()
     if probabilities and options.ignore_index >= 0:
         expected = "a negative number with class probabilities as target"
         raise _error("ignore_index", expected, options.ignore_index)
-    _class_weight(input, classes, weight, dtype, same_dtype=not probabilities)
+    _class_weight(input, classes, weight, options.loss_dtype, same_dtype=not probabilities)
     if options.gamma != 0 and probabilities:
         _raise_for_gamma()
-    _loss_options(token_weight, denominator, options, losses, input)
 
 
 def linear_cross_entropy(
@@ -194,8 +180,8 @@ def linear_cross_entropy(
 ) -> None:
     indices, probabilities = _head_shapes(input, linear_weight, linear_bias)
     _target(target, indices, probabilities)
-    others = target, weight, token_weight, denominator, options, indices
-    cross_entropy_weights(input, linear_weight.shape[0], *others)
+    class_options(input, target, weight, linear_weight.shape[0], options)
+    row_factors(input, token_weight, denominator, indices, options)
 
 
 def _head_shapes(
@@ -277,9 +263,7 @@ def _class_weight(
         return
     _shape("weight", weight, (classes,), "one factor for each class")
     same_device(input, weight=weight)
-    casts = not input.is_meta and torch.is_autocast_enabled(input.device.type)
-    casts = casts and torch.float64 not in (weight.dtype, input.dtype)  # autocast keeps float64
-    if not same_dtype or weight.dtype is input.dtype or casts:
+    if not same_dtype or _is_cast(input, weight):
         return
     expected = f"the input's dtype {input.dtype}"
     if loss_dtype is not None:
@@ -291,9 +275,9 @@ def _class_weight(
 
 
 def row_choices(options: Any) -> None:
-    """Checks options of a function of rows that are not numbers, and those that exclude others.
+    """Checks the options of a function of rows that are not numbers, and their combinations.
 
-    It is called for each new number, so it calls few functions.
+    Called for each new number, so it calls few functions.
     """
     for name, value in zip(options._fields, options, strict=True):
         if name == "reduction":
@@ -322,10 +306,10 @@ def _raise_for_denominator(options: Any, got: str) -> NoReturn:
     raise _error("denominator", f"None with reduction {options.reduction!r}", got, ValueError)
 
 
-def _loss_options(
-    token_weight: Any, denominator: Any, options: Any, losses: Sequence[int], input: Tensor
+def row_factors(
+    input: Tensor, token_weight: Any, denominator: Any, losses: Sequence[int], options: Any
 ) -> None:
-    """Checks the options of a loss over a vocabulary, and the tensors that belong to them.
+    """Checks the factor of each row and the divisor of a mean, except for their values.
 
     Args:
         losses: The shape of the unreduced losses.
@@ -340,9 +324,12 @@ def _loss_options(
 
 
 def factors(token_weight: Any, denominator: Any) -> None:
-    """Checks the values of token_weight and denominator, if they are tensors."""
-    if isinstance(token_weight, Tensor):
-        _nonnegative("token_weight", token_weight)
+    """Checks the values of token_weight and denominator, which may also be None or numbers."""
+    if _can_be_read(token_weight) and token_weight.numel():
+        weights = token_weight.detach()
+        if not weights.min() >= 0:  # or NaN
+            got = weights[~(weights >= 0)][0].item()
+            raise _error("token_weight", "values of at least 0", got, ValueError)
     if isinstance(denominator, Tensor):
         bounded(_DENOMINATOR, denominator.squeeze())
 
@@ -421,15 +408,21 @@ def linear_layer(input: Tensor, weight: Tensor, bias: Any, prefix: str = "") -> 
     parameters = {"linear_weight": weight, "linear_bias": bias}
     same_device(input, prefix, **parameters)
     for name, value in parameters.items():
-        if value is None or value.dtype is input.dtype:
-            continue
-        autocast = not input.is_meta and torch.is_autocast_enabled(input.device.type)
-        if not autocast or torch.float64 in (value.dtype, input.dtype):  # autocast keeps float64
+        if value is not None and not _is_cast(input, value):
             raise _error(f"{prefix}{name}", f"the {prefix}input's dtype {input.dtype}", value.dtype)
 
 
+def _is_cast(input: Tensor, value: Tensor) -> bool:
+    """Returns whether a tensor has the input's dtype, or autocast casts both to one dtype."""
+    if value.dtype is input.dtype:
+        return True
+    if input.is_meta or torch.float64 in (value.dtype, input.dtype):  # autocast keeps float64
+        return False
+    return torch.is_autocast_enabled(input.device.type)
+
+
 def same_device(input: Tensor, prefix: str = "", **parameters: Any) -> None:
-    """Raises for tensors on another device, as torch reads invalid memory for a meta weight."""
+    """Raises for tensors on other devices: with a meta weight, torch would read invalid memory."""
     for name, value in parameters.items():
         if isinstance(value, Tensor) and value.device != input.device:
             expected = f"the {prefix}input's device {input.device}"
@@ -463,11 +456,9 @@ def linear_kl_div(
     _head(input, linear_weight, linear_bias)
     _head(teacher_input, teacher_linear_weight, teacher_linear_bias, "teacher_")
     features = teacher_input.shape[-1]
-    shape = linear_weight.shape[0], features
+    shape, tokens = (linear_weight.shape[0], features), (*input.shape[:-1], features)
     _shape("teacher_linear_weight", teacher_linear_weight, shape, "with the student's classes")
-    _shape(
-        "teacher_input", teacher_input, (*input.shape[:-1], features), "with the student's tokens"
-    )
+    _shape("teacher_input", teacher_input, tokens, "with the student's tokens")
     _divergence(token_weight, denominator, options, input)
 
 
@@ -503,7 +494,7 @@ def _divergence(
     beta: Any = options.beta
     if isinstance(beta, Tensor) and beta.requires_grad and not 0 < beta < 1:
         raise _error("beta", "a number in (0.0, 1.0) to be learned", beta.item(), ValueError)
-    _loss_options(token_weight, denominator, options, input.shape[:-1], input)
+    row_factors(input, token_weight, denominator, input.shape[:-1], options)
 
 
 def topk_indices(indices: Tensor, classes: int) -> Tensor:
@@ -575,16 +566,6 @@ def _can_be_read(value: Any) -> bool:
     if not plain or is_dynamo_compiling() or dispatch_modes():
         return False  # a mode may trace operators that read values
     return not is_functorch_wrapped(value)
-
-
-def _nonnegative(name: str, value: Tensor) -> None:
-    """Raises for values below 0 or NaN, without reading tensors on GPUs."""
-    if not _can_be_read(value) or not value.numel():
-        return
-    value = value.detach()
-    if not value.min() >= 0:
-        got = value[~(value >= 0)][0].item()
-        raise _error(name, "values of at least 0", got, ValueError)
 
 
 def broadcasts(name: str, value: Tensor, owner: str, input: Tensor, expands: bool = False) -> None:

@@ -273,8 +273,9 @@ def _checked(
         expected = f"classes in [0, {total}) in every process"
         raise ValueError(f"shard: expected {expected}, got [{first}, {first + size})")
     if op.factors:
-        others: Any = *tensors[op.target :], options, tensors[op.target].shape
-        checks.cross_entropy_weights(tensors[0], total, *others)
+        input, (target, weight, token_weight, denominator) = tensors[0], tensors[op.target :]
+        checks.class_options(input, target, weight, total, options)
+        checks.row_factors(input, token_weight, denominator, target.shape, options)
     pairs = zip(op.numbers, options, strict=False)
     numbers = {scalar.name: float(value) for scalar, value in pairs if value is not None}
     return options._replace(**numbers), ClassRange(first, total), size
