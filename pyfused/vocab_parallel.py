@@ -1,13 +1,10 @@
 """Losses and log-probabilities of logits whose classes are sharded over a process group.
 
-Each process computes the state of each row over its classes (``ops/row_sources.py``). States merge
-by one maximum and a few sums: with the pivot m = max_i m_i, SUM = sum_i exp(m_i - m) SUM_i, and
-TARGET_LOGIT = sum_i TARGET_LOGIT_i. The loss and the gradients follow from the merged state, as in
-one process.
-
-Logits are not gathered: for each row, the processes reduce the pivot and three sums, and a fourth
-one for label smoothing. The gradient of logits needs no communication; the gradient of a layer's
-input is summed over the processes.
+Each process computes the state of each row over its classes (``ops/row_sources.py``). The states
+are merged by one maximum and three sums, and a fourth one for label smoothing: with the pivot
+m = max_i m_i, SUM = sum_i exp(m_i - m) SUM_i, and TARGET_LOGIT = sum_i TARGET_LOGIT_i. The loss and
+the gradients follow from the merged state, as in one process. Logits are not gathered, and their
+gradient needs no communication; the gradient of a layer's input is summed over the processes.
 
 All processes have to make the same calls, with the same targets, options, weights and shapes, and
 their shards have to cover each class once. They may have different numbers of classes, or none.
@@ -95,9 +92,9 @@ def vocab_parallel_cross_entropy(
         target: Indices into all classes, or ``ignore_index``, of shape (N), int64 or uint8.
         shard: The classes of this process.
         weight: A factor for each of all classes, in all processes.
-        ignore_index, reduction, label_smoothing: As in :func:`~pyfused.functional.cross_entropy`.
-        options: The other keyword arguments of :func:`~pyfused.functional.cross_entropy`, except
-            ``gamma``. Numbers are not tensors, except ``denominator``.
+        ignore_index, reduction, label_smoothing, options: As in
+            :func:`~pyfused.functional.cross_entropy`, whose ``gamma`` is not supported. Of the
+            numbers, only ``denominator`` may be a tensor.
 
     Returns:
         The loss over all classes, in each process, with the dtype of ``cross_entropy``. Each
@@ -139,14 +136,8 @@ def vocab_parallel_linear_cross_entropy(
         shard: The classes of this process.
         linear_bias: The bias of this process' classes, of shape (C) and the input's dtype.
         memory_budget: As in :func:`~pyfused.functional.linear_cross_entropy`.
-        weight, ignore_index, reduction, label_smoothing, options: As in
-            :func:`vocab_parallel_cross_entropy`.
 
-    Returns:
-        As in :func:`vocab_parallel_cross_entropy`.
-
-    Raises:
-        IndexError, TypeError, ValueError, RuntimeError: As in :func:`vocab_parallel_cross_entropy`.
+    The other arguments, the result and the errors are as in :func:`vocab_parallel_cross_entropy`.
     """
     op = operators.LINEAR_CROSS_ENTROPY
     factors, others = split_factors("vocab_parallel_linear_cross_entropy", options)
@@ -177,17 +168,8 @@ def vocab_parallel_linear_log_probs(
 ) -> LogProbs:
     """Returns :func:`~pyfused.functional.linear_log_probs` of a layer with sharded classes.
 
-    Args:
-        input, linear_weight, target, shard, linear_bias, ignore_index: As in
-            :func:`vocab_parallel_linear_cross_entropy`.
-        softcap, temperature, return_entropy, return_lse, memory_budget: As in
-            :func:`~pyfused.functional.linear_log_probs`.
-
-    Returns:
-        As in :func:`~pyfused.functional.linear_log_probs`, over all classes, in each process.
-
-    Raises:
-        IndexError, TypeError, ValueError, RuntimeError: As in :func:`vocab_parallel_cross_entropy`.
+    The layer, the target and the errors are as in :func:`vocab_parallel_linear_cross_entropy`, the
+    other arguments and the result, which is over all classes, as in ``linear_log_probs``.
     """
     op, alone = operators.LINEAR_LOG_PROBS, not (return_entropy or return_lse)
     options = op.options(
@@ -233,7 +215,7 @@ def _run(op: Any, tensors: list[Any], options: Options, shard: VocabShard) -> Te
 def _checked(
     op: Any, tensors: Tensors, options: Options, shard: VocabShard
 ) -> tuple[Options, ClassRange, int]:
-    """Checks a call. Nothing is sent before the checks that need no other process.
+    """Checks a call, and communicates only after the checks that need no other process.
 
     Returns:
         The options, with numbers as floats; the classes of this process; and their number.
@@ -346,7 +328,7 @@ class _ShardedOperator:
         return gradients
 
     def reference_backward(self, *_: Any) -> NoReturn:
-        """Raises, instead of computing gradients that kernels do not compute."""
+        """Raises an error, as only kernels can compute the gradients."""
         expected = "a backward pass of first order, without modes or hooks that change tensors"
         got = "create_graph=True" if torch.is_grad_enabled() else "another one"
         raise RuntimeError(f"{self.name}: expected {expected}, got {got}")
