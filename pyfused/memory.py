@@ -2,11 +2,11 @@
 
 New memory is expensive: the operating system zeroes each page at its first write, which takes
 longer than most kernels take to compute its contents. `keep` retains all memory that the process
-frees. Without it, gradients of 32 MiB or more that pyfused computes reuse blocks that earlier ones
-have freed. Results are not recycled: programs free the storage of activations by resizing it.
+frees. Without it, pyfused's gradients of 32 MiB or more reuse the memory of earlier ones, which is
+called recycling. Results are not recycled, because programs may resize their storage to free it.
 
-The environment variable ``PYFUSED_RECYCLE`` configures the latter for a process: ``0`` switches it
-off, and a number above 1 is the limit in bytes.
+The environment variable ``PYFUSED_RECYCLE`` configures recycling: ``0`` switches it off, and a
+number above 1 is the limit in bytes.
 """
 
 from __future__ import annotations
@@ -26,8 +26,6 @@ from pyfused.backends import cpu
 
 __all__ = ["Keep", "Stats", "keep", "recycle", "release", "stats", "trim"]
 
-_DEFAULT_LIMIT = 1 / 4  # of the machine's memory
-
 
 class Stats(NamedTuple):
     """The state of recycling and of :func:`keep`.
@@ -39,9 +37,9 @@ class Stats(NamedTuple):
         hits: The number of large gradients, since the process started, that reused a free block.
         misses: The number of large gradients, since the process started, that took new memory.
         keeps: Whether :func:`keep` is in effect.
-        pages_are_kept: Whether the pages of a freed block of 64 MiB serve the next one, because of
-            :func:`keep`, or of an allocator or environment variables that rule it out. In the
-            latter case they are measured, once and in a few milliseconds.
+        pages_are_kept: Whether the next block of 64 MiB reuses the pages of a freed one, because of
+            :func:`keep`, or because another allocator or the environment decides. The latter is
+            measured, once and in a few milliseconds.
         glibc: The version of glibc, None for other C libraries. :func:`keep` can triple a peak
             before 2.39, and raise it by 40 % since.
     """
@@ -64,7 +62,7 @@ _KEEP = {_MMAP_MAX: 0, _TRIM_THRESHOLD: -1}  # no block has its own mapping; the
 # glibc's defaults. It raises the thresholds up to these values while a program frees large blocks,
 # but no longer after a parameter has been set.
 _DEFAULTS = {_MMAP_MAX: 65536, _MMAP_THRESHOLD: 32 << 20, _TRIM_THRESHOLD: 64 << 20}
-_VARIABLES = ("mmap_max", "mmap_threshold", "trim_threshold", "top_pad")  # set the same
+_VARIABLES = ("mmap_max", "mmap_threshold", "trim_threshold", "top_pad")  # have the same effect
 
 
 class _Setting(NamedTuple):
@@ -73,13 +71,13 @@ class _Setting(NamedTuple):
 
 
 _OFF = _Setting(False)
-# The innermost block decides, and without blocks the last call that has not become a block. The
-# lists change in single steps, so that threads, signal handlers and finalizers need no lock.
+# The block entered last decides, and without blocks the last call that is not a block. The lists
+# change in single steps, so that threads, signal handlers and finalizers need no lock.
 _blocks: list[tuple[_Setting, object]] = []
 _calls: list[tuple[_Setting, weakref.ref[Keep]]] = []
 _active = _OFF
 _lock = threading.Lock()  # held while malloc's parameters are set; nothing waits for it
-_stop: Any = None  # a lock; the thread that returns free pages ends when it is released
+_stop: Any = None  # a lock, whose release ends the thread that returns free pages
 
 
 class Keep:
@@ -158,7 +156,8 @@ def keep(enabled: bool = True, *, trim_every: float | None = 30.0) -> Keep:
         warnings.warn(message, RuntimeWarning, stacklevel=2)
     setting = _Setting(True, trim_every) if enabled else _OFF
     new, calls = Keep(setting), _calls.copy()
-    # A call whose result is gone cannot become a block, so earlier calls have no effect.
+    # A call whose result no longer exists cannot become a block, so it lasts, and calls before it
+    # have no effect.
     lasting = [i for i, (_, call) in enumerate(calls) if call() is None]
     for call in calls[: max(lasting, default=0)]:
         _discard(_calls, call)
@@ -178,18 +177,17 @@ def trim() -> bool:
 
 
 def pages_are_kept() -> bool:
-    """Returns whether the pages of a freed block of 64 MiB serve the next one.
+    """Returns whether the next block of 64 MiB reuses the pages of a freed one.
 
-    They do with :func:`keep`. If it cannot set malloc's parameters, another allocator or the
-    environment decides: then a block is allocated, touched and freed a few times, once for the
-    process, and the page faults of this thread are counted.
+    If :func:`keep` cannot set malloc's parameters, this is measured, once in a process.
     """
-    return _active.enabled if why_not_kept() is None else _measured()
+    return _active.enabled if why_not_kept() is None else _reuses_pages()
 
 
 @cache
-def _measured(size: int = 64 << 20) -> bool:
-    libc = _libc()
+def _reuses_pages() -> bool:
+    """Allocates, touches and frees a block a few times, and counts the page faults."""
+    libc, size = _libc(), 64 << 20
     if libc is None:
         return False
     import resource
@@ -201,11 +199,11 @@ def _measured(size: int = 64 << 20) -> bool:
         address = allocate(size)
         if not address:
             return False
-        for offset in range(0, size, 1 << 16):  # one of 16 pages, which is enough to see
+        for offset in range(0, size, 1 << 16):  # one of 16 pages is enough
             ctypes.c_ubyte.from_address(address + offset).value = 0
         libc.free(ctypes.c_void_p(address))
         faults += resource.getrusage(resource.RUSAGE_THREAD).ru_minflt
-        if number and faults < size >> 22:  # half as many as the block has huge pages
+        if number and faults < size >> 22:  # half the number of its huge pages
             return True
     return False
 
@@ -238,8 +236,8 @@ def _requested() -> _Setting:
 def _apply() -> None:
     """Sets malloc's parameters as requested.
 
-    If another thread, or what a signal handler or a finalizer has interrupted, is setting them, it
-    compares again when it is done. So nothing waits for the lock.
+    If another thread, or the code that a signal handler interrupts, is already setting them, it
+    looks for new requests when it is done, so nothing waits for the lock.
     """
     while not why_not_kept() and _requested() != _active:
         lock = _lock  # a forked child has another one
@@ -287,7 +285,7 @@ def _restore_in_children() -> None:
 
     def restore() -> None:
         global _active, _lock, _stop
-        if _lock.locked():  # by another thread, which may have set some of the parameters
+        if _lock.locked():  # another thread may have set some of the parameters
             _active = _Setting(True)
         _lock, _stop = threading.Lock(), None
         _blocks.clear()
@@ -401,10 +399,10 @@ def stats() -> Stats:
 
 
 def _default_limit() -> int:
-    """Returns a fraction of the memory, or 0 if the system counts unused mappings as used."""
+    """Returns a quarter of the memory, or 0 if the system counts unused mappings as used."""
     if _number(Path("/proc/sys/vm/overcommit_memory")) == 2:
         return 0
-    return int(physical_memory() * _DEFAULT_LIMIT)
+    return physical_memory() // 4
 
 
 @cache
