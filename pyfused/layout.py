@@ -21,9 +21,7 @@ def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
 
 def common_dtype(*tensors: Any) -> torch.dtype:
     """Returns the dtype to which torch promotes tensors; other arguments are ignored."""
-    dtypes = [x.dtype for x in tensors if isinstance(x, Tensor)]
-    common: torch.dtype = reduce(torch.promote_types, dtypes)
-    return common
+    return reduce(torch.promote_types, [x.dtype for x in tensors if isinstance(x, Tensor)])
 
 
 def contiguous_in(dtype: torch.dtype, *tensors: Tensor | None) -> list[Tensor | None]:
@@ -141,13 +139,11 @@ def class_layout(tensor: Tensor) -> tuple[Tensor, Strides, torch.memory_format, 
         strides = strides_of(tensor)
     if tensor.is_contiguous():
         return tensor, strides, torch.preserve_format, strides
-    grad = torch.empty_like(tensor, device="meta")
-    grad_strides = strides_of(grad)
-    if grad_strides is not None:
-        return tensor, strides, torch.preserve_format, grad_strides
-    grad_strides = strides_of(grad.contiguous())
-    assert grad_strides is not None
-    return tensor, strides, torch.contiguous_format, grad_strides
+    grad, memory_format = torch.empty_like(tensor, device="meta"), torch.preserve_format
+    grad_strides: Any = strides_of(grad)
+    if grad_strides is None:
+        grad_strides, memory_format = strides_of(grad.contiguous()), torch.contiguous_format
+    return tensor, strides, memory_format, grad_strides
 
 
 def dense_operand(operands: Sequence[Tensor]) -> Tensor:

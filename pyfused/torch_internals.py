@@ -1,7 +1,7 @@
 """Wraps the private attributes of torch and Triton that pyfused uses.
 
-Some of them are required to detect tensors and modes that the kernels do not support. If a version
-of torch lacks one of these, ``MISSING`` names it, and all calls fall back to torch's operators.
+Some are required to detect tensors and modes that the kernels do not support. If a version of torch
+lacks one of these, ``MISSING`` names it, and all calls fall back to torch's operators.
 """
 
 from __future__ import annotations
@@ -50,15 +50,13 @@ is_batched: Callable[[Tensor], bool] = _required("torch._C._functorch.is_legacy_
 is_zero_tensor: Callable[[Tensor], bool] = _required("torch.Tensor._is_zerotensor")
 # None since torch 2.13, which has removed named dimensions.
 has_names: Callable[[Tensor], bool] | None = getattr(torch.Tensor, "has_names", None)
-# These two are documented in torch's notes "Extending PyTorch".
+# Torch's notes "Extending PyTorch" document these two.
 DisableTorchFunctionSubclass: Any = _required("torch._C.DisableTorchFunctionSubclass")
 make_wrapper_subclass: Callable[..., Tensor] = _required("torch.Tensor._make_wrapper_subclass")
 # Makes reading the address of a tensor without memory an error, instead of returning 0.
 throw_on_data_ptr: Callable[[Tensor], None] = getattr(
     torch._C, "_set_throw_on_mutable_data_ptr", lambda _: None
 )
-
-
 # Returns the version counter of a tensor, which in-place operations increment.
 version_of: Callable[[Tensor], int] = operator.attrgetter("_version")
 
@@ -127,21 +125,21 @@ def default_state() -> Iterator[None]:
 
 
 def _restore_precision(products: tuple[str, str], precision: str) -> None:
-    """Restores the precision of products, which inherit it if the setting of a backend is equal."""
+    """Restores the precision of products, by inheriting it if the backend has the same."""
     for value in ("none", precision):
         if torch._C._get_fp32_precision_getter(*products) != precision:
             torch._C._set_fp32_precision_setter(*products, value)
 
 
 def compiler_traces() -> bool:
-    """Returns whether torch.compile is compiling in this thread, inside Dynamo or after it."""
+    """Returns whether torch.compile is compiling in this thread, in Dynamo or a later stage."""
     return is_dynamo_compiling() or (not MISSING and _TracingContext.try_get() is not None)
 
 
 def is_exporting() -> bool:
     """Returns whether a program is being exported.
 
-    torch 2.11 traces its own ``is_exporting`` as True in every compiled program, but not the flag.
+    In torch 2.11, ``torch.compiler.is_exporting`` is also true in compiled programs.
     """
     return getattr(torch.compiler, "_is_exporting_flag", None) or False
 
@@ -177,15 +175,14 @@ class _SavedTensor:
         return self.result.grad_fn.saved_tensors[0]  # type: ignore[no-any-return]
 
 
-# Saves a tensor as ``save_for_backward`` does, but apart from the other tensors of a node. The
-# second argument is whether the node returns the tensor. ``unpack()`` of the result returns the
-# tensor, or raises if it was modified.
+# Saves one tensor as ``save_for_backward`` does; the second argument is whether it is an output.
+# ``unpack()`` of the result returns the tensor, or raises if it was modified.
 save_apart: Any = getattr(torch._C._autograd, "_make_saved_tensor", _SavedTensor)
-# The hooks that get the tensors that are saved now, or None.
+# The active hooks for saved tensors, or None.
 saved_tensors_hooks: Callable[[bool], Any] = getattr(
     torch._C._autograd, "_top_saved_tensors_default_hooks", lambda _: (None, None)
 )
-# A context without the transforms of torch.func that are active.
+# A context without the active transforms of torch.func.
 without_transforms: Callable[[], AbstractContextManager[Any]] = getattr(
     torch._functorch.pyfunctorch, "temporarily_clear_interpreter_stack", nullcontext
 )
@@ -201,8 +198,8 @@ def apply_of(function: Any) -> Any:
     return function.apply if apply is None else apply.__get__(None, function)
 
 
-# If a mode makes a call fall back to torch in the forward pass of a checkpoint, the recomputation,
-# which runs without the mode, also falls back, because it must save the same tensors.
+# The checkpoints whose forward pass falls back to torch because of a mode. The recomputation, which
+# runs without the mode, must also fall back, because it must save the same tensors.
 _checkpoints: set[weakref.ref[Any]] = set()
 _CheckpointFrame: Any = getattr(torch.utils.checkpoint, "_CheckpointFrame", None)
 
@@ -216,8 +213,8 @@ def _fell_back_in_checkpoint() -> bool:
 def _checkpoint() -> Any:
     """Returns torch's frame of the current non-reentrant checkpoint, or None.
 
-    It is only reachable through the closures of the checkpoint's saved-tensor hooks. If a version
-    of torch hides it, a mode that is active in the forward pass alone makes torch raise an error.
+    It is only reachable through the closures of the checkpoint's saved-tensor hooks. In versions of
+    torch that hide it, a mode that is active only in the forward pass makes torch raise an error.
     """
     hooks = saved_tensors_hooks(True)
     pack = inspect.unwrap(hooks[0]) if hooks else None
@@ -233,9 +230,9 @@ def _checkpoint() -> Any:
 
 
 def skip_frames(function: Any, *, and_calls: bool = True) -> None:
-    """Makes torch.compile leave the frames of a function, and of what it calls, as they are.
+    """Makes torch.compile not compile the frames of a function, and of the functions it calls.
 
-    It still traces calls of the function in a compiled program.
+    Calls of the function in a compiled program are still traced.
     """
     frames: Any = getattr(torch._C._dynamo, "eval_frame", None)
     if hasattr(frames, "set_code_exec_strategy"):
@@ -245,7 +242,7 @@ def skip_frames(function: Any, *, and_calls: bool = True) -> None:
 
 
 def never_traced(function: Function) -> Function:
-    """Makes torch.compile neither trace a function nor what it calls.
+    """Makes torch.compile trace neither a function nor the functions it calls.
 
     Like ``torch.compiler.disable``, without importing torch's compiler.
     """
@@ -256,7 +253,7 @@ def never_traced(function: Function) -> Function:
 
 
 def called_while_tracing(function: Function) -> Function:
-    """Makes torch.compile call a function while it traces a program, which has the result.
+    """Makes torch.compile call a function while it traces a program, and use the result there.
 
     Like ``torch.compiler.assume_constant_result``, without importing torch's compiler.
     """
@@ -265,7 +262,7 @@ def called_while_tracing(function: Function) -> Function:
 
 
 def _tracer() -> Any:
-    """Returns what Dynamo traces in this thread, None if it traces nothing."""
+    """Returns the translator of the frame that Dynamo traces in this thread, or None."""
     translator: Any = sys.modules.get("torch._dynamo.symbolic_convert")
     try:
         return translator.InstructionTranslator.current_tx()
@@ -289,10 +286,7 @@ def _is_whole(tracer: Any) -> bool:
 
 
 def size_hint(size: int) -> int:
-    """Returns a size in a program that Dynamo traces.
-
-    A symbolic size has the value of the call that is traced, without a guard; 0 if that is unknown.
-    """
+    """Returns the value of a symbolic size in the traced call, without a guard; 0 if unknown."""
     from torch.fx.experimental import symbolic_shapes  # imported late because it is slow to import
 
     of_torch_2_11 = getattr(symbolic_shapes, "size_hint", None)
@@ -302,16 +296,16 @@ def size_hint(size: int) -> int:
 
 
 def forget_functions() -> None:
-    """Makes Dynamo look up torch's functions again, because others stood for them until now."""
+    """Makes Dynamo look up torch's functions again, after others have replaced them."""
     rules: Any = sys.modules.get("torch._dynamo.trace_rules")
     if hasattr(rules, "get_torch_obj_rule_map"):
         rules.get_torch_obj_rule_map.cache_clear()
 
 
 def leave_traced_frame() -> None:
-    """Makes Dynamo leave the frame that it traces to Python, unless its graph must not break.
+    """Makes Dynamo leave the traced frame to Python, unless its graph must not break.
 
-    Other frames, such as those of functions that it calls, are compiled as before.
+    Other frames, such as those of the functions that it calls, are compiled as before.
     """
     tracer = _tracer()
     if tracer is not None and not _is_whole(tracer):
@@ -322,7 +316,7 @@ _jit_builtins: Any = getattr(torch.jit, "_builtins", None)
 
 
 def script_as_builtin(function: Any, original: Callable[..., Any]) -> None:
-    """Makes torch.jit.script compile a function as torch's original, if that is a built-in."""
+    """Makes torch.jit.script compile a function as torch's original if the latter is a built-in."""
     find = getattr(_jit_builtins, "_find_builtin", lambda _: None)
     register = getattr(_jit_builtins, "_register_builtin", lambda *_: None)
     if operator_name := find(original):

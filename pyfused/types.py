@@ -1,4 +1,4 @@
-"""The options of calls and groups of tensors that all layers of the package share."""
+"""Types of options, kernel arguments and results that all layers of the package share."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Remainder = Literal["bucket", "ignore"]
 
 
 class Number(Enum):
-    """Stands for the parameters of a kernel, as opposed to values that have their own kernels."""
+    """Stands for the numbers that a kernel takes as parameters; others have their own kernels."""
 
     NUMBER = "number"
     __hash__ = object.__hash__  # Enum's is a Python function
@@ -41,8 +41,8 @@ class Scalar(NamedTuple):
         clamped: Whether values below ``low``, and NaN, count as ``low``.
         optional: Whether it may be None, which kernels of formulas receive as NaN.
         special: Values with their own, faster kernels.
-        compared_with: The operand that it is compared with: kernels get it rounded to the operand's
-            dtype, as torch does before it compares.
+        compared_with: The operand that it is compared with; like torch, kernels first round it to
+            the operand's dtype.
     """
 
     name: str
@@ -70,7 +70,7 @@ class Scalar(NamedTuple):
 
     @property
     def cases(self) -> tuple[Any, ...]:
-        """Returns the values that have their own kernel; NUMBER stands for all others."""
+        """The values that have their own kernel; NUMBER stands for all others."""
         return NUMBER, *self.special
 
 
@@ -157,10 +157,7 @@ class CrossEntropyOptions(NamedTuple):
         return RowOptions(self.softcap, self.scale / self.temperature, self.ignore_index)
 
     def is_plain(self) -> bool:
-        """Returns whether torch's function supports these options.
-
-        It does not support numbers in tensors, which may require grad.
-        """
+        """Returns whether torch's function supports these options; it has none that are tensors."""
         numbers = self.temperature, self.scale, self.gamma, self.z_loss
         return (
             self.denominator is self.softcap is None is self.loss_dtype
@@ -241,7 +238,7 @@ class RowBlock:
         target: Contiguous int64 indices into all classes, in range or ``ignore_index``; None if
             no target is in this range of classes. The state for other indices has NaN.
         weight: Contiguous weights of all classes, in the accumulation dtype, or None.
-        options: The state and the gradient of rows whose target is ``ignore_index`` are 0.
+        options: The options; rows whose target is ``ignore_index`` have state and gradient 0.
         classes: The range of classes that the logits belong to.
     """
 
@@ -269,6 +266,7 @@ class EmbeddingOptions(NamedTuple):
 
     Attributes:
         euclidean: Whether the norm of distances has exponent 2 rather than 1.
+        swap: Whether the positive replaces the anchor if it is closer to the negative.
         inclusive: Whether the derivative of max(0, x) at 0 is 1 rather than 0.
     """
 
@@ -284,8 +282,8 @@ class Outputs(NamedTuple):
         loss: Whether the loss is computed.
         gradients: Whether the gradient of each operand is computed; () for none.
         inplace: Whether the gradient of the input overwrites the input.
-        loss_dtype: The dtype of the loss. A backend may return the dtype of None instead, the
-            accumulation dtype.
+        loss_dtype: The dtype of the loss, None for the accumulation dtype, which a backend may
+            return in any case.
     """
 
     loss: bool = True
