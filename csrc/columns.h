@@ -1,8 +1,8 @@
 // Column layout: vectors run along a block of positions. The positions are contiguous and the
 // classes strided, as in a (N, C, d1, ..., dk) tensor; or the classes are contiguous but few, and
 // the block is transposed when it is loaded and stored. Few positions beside many classes are
-// folded: a line of a tile holds several classes of each position, and what the lanes of a position
-// have found is combined.
+// folded: a line of a tile holds several classes of each position, and the results of a position's
+// lanes are combined.
 #pragma once
 
 #include <algorithm>
@@ -83,7 +83,7 @@ template <class T, int64_t kColumns, int64_t kTileClasses> class Columns {
     return shape.at(view, first) + c * fold * view.classes;
   }
 
-  // Combines what the lanes of each position have found, and repeats it in all of them.
+  // Combines the results of each position's lanes, and writes the result to all of them.
   template <class V, class Combine> void combine(V* lanes, const Combine& combined) const {
     for (int64_t classes = fold; kFolds && classes > 1;) {
       const int64_t half = (classes + 1) / 2 * positions, rest = classes * positions - half;

@@ -81,10 +81,10 @@ void for_blocks(int64_t n, int64_t size, int threads, const Body& body,
   parallel_for<Object>((n + size - 1) / size, threads, run, bytes);
 }
 
-// What calls of kernels have done since measure_regions(true), for tests and benchmarks.
+// Counters of parallel regions since measure_regions(true), for tests and benchmarks.
 struct Regions {
   int64_t count;  // of the parallel regions
-  double seconds;  // that blocks took which several threads may share, on any number of threads
+  double seconds;  // in calls with more than one block, on any number of threads
 };
 void measure_regions(bool enabled);
 Regions measured_regions();
