@@ -295,17 +295,6 @@ def _restore_in_children() -> None:
     os.register_at_fork(after_in_child=restore)
 
 
-class _Library(ctypes.Structure):
-    """``Dl_info``: the library that contains an address."""
-
-    _fields_ = [
-        ("path", ctypes.c_char_p),
-        ("base", ctypes.c_void_p),
-        ("symbol", ctypes.c_char_p),
-        ("address", ctypes.c_void_p),
-    ]
-
-
 @cache
 def _libc() -> Any:
     """Returns the process's C library, None if it is not glibc."""
@@ -321,9 +310,10 @@ def _glibc_version() -> str | None:
 
 
 def _library_of(function: Any) -> str:
-    found = _Library()
-    _libc().dladdr(ctypes.cast(function, ctypes.c_void_p), ctypes.byref(found))
-    return os.fsdecode(found.path or b"an unknown library")
+    """Returns the path of the library that defines a function."""
+    info = (ctypes.c_char_p * 4)()  # Dl_info: the path, and three pointers that are not read
+    _libc().dladdr(ctypes.cast(function, ctypes.c_void_p), info)
+    return os.fsdecode(info[0] or b"an unknown library")
 
 
 def _environment() -> dict[str, str]:

@@ -23,13 +23,7 @@ from typing_extensions import Unpack
 import pyfused.functional as F
 from pyfused import checks
 from pyfused.ops.operators import OPERATORS
-from pyfused.types import (
-    Approximate,
-    CrossEntropyOptions,
-    FusedOptions,
-    MarginKind,
-    Reduction,
-)
+from pyfused.types import Approximate, CrossEntropyOptions, FusedOptions, MarginKind, Reduction
 
 if TYPE_CHECKING:
     # The types of the names that __getattr__ finds.

@@ -20,11 +20,12 @@ Compiled programs break their graph at a call.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from typing_extensions import Unpack
 
 from pyfused import checks
 from pyfused.backends import backend_of
@@ -52,9 +53,6 @@ from pyfused.types import (
     Gradients,
     Reduction,
 )
-
-if TYPE_CHECKING:
-    from typing_extensions import Unpack
 
 # ---- functions -----------------------------------------------------------------------------------
 

@@ -453,10 +453,8 @@ def _nan_to_num(
 
 
 def _softplus(e: E, a: int, beta: int | None = None, threshold: int | None = None) -> int:
-    beta, threshold = (
-        e.literal(default) if value is None else value
-        for value, default in ((beta, 1), (threshold, 20))
-    )
+    beta = e.literal(1) if beta is None else beta
+    threshold = e.literal(20) if threshold is None else threshold
     scaled = e.mul(a, beta)
     return e.where(e.lt(threshold, scaled), a, e.div(e.softplus(scaled), beta))
 
