@@ -91,9 +91,9 @@ def active_mode() -> str | None:
         return "forward-mode AD"
     if dispatch_modes() or (_function_modes() and has_function_mode()):
         if (checkpoint := _checkpoint()) is not None:
-            _checkpoints.add(weakref.ref(checkpoint, _checkpoints.discard))
+            _checkpoints.add(checkpoint)
         return "a torch dispatch or function mode"
-    if _checkpoints and _fell_back_in_checkpoint():
+    if _checkpoints and _checkpoint() in _checkpoints:
         return "a torch dispatch or function mode in the checkpoint's forward pass"
     return None
 
@@ -204,14 +204,8 @@ _checkpoints: set[weakref.ref[Any]] = set()
 _CheckpointFrame: Any = getattr(torch.utils.checkpoint, "_CheckpointFrame", None)
 
 
-def _fell_back_in_checkpoint() -> bool:
-    """Returns whether calls fell back to torch in the forward pass of the current checkpoint."""
-    checkpoint = _checkpoint()
-    return checkpoint is not None and weakref.ref(checkpoint) in _checkpoints
-
-
-def _checkpoint() -> Any:
-    """Returns torch's frame of the current non-reentrant checkpoint, or None.
+def _checkpoint() -> weakref.ref[Any] | None:
+    """Returns a reference to torch's frame of the current non-reentrant checkpoint, or None.
 
     It is only reachable through the closures of the checkpoint's saved-tensor hooks. In versions of
     torch that hide it, a mode that is active only in the forward pass makes torch raise an error.
@@ -222,7 +216,7 @@ def _checkpoint() -> Any:
         record = cell.cell_contents
         record = record() if isinstance(record, weakref.ref) else record
         if type(record) is _CheckpointFrame:
-            return record
+            return weakref.ref(record, _checkpoints.discard)
     return None
 
 

@@ -17,10 +17,10 @@ from pyfused.torch_internals import called_while_tracing, compiler_traces
 
 active: list[Report] = []  # the reports whose blocks have not ended
 clock = perf_counter  # read before and after a kernel
-traced: set[str] = set()  # the operators of which torch.compile has left calls to torch
+traced: set[str] = set()  # the operators whose calls torch.compile has left to torch
 reasons_of_torch: list[Callable[[], str]] = []  # return further lines for reports without kernels
-# What has not been counted yet, as functions and their arguments. Several threads may call kernels
-# at once, also from signal handlers and finalizers, so one of them counts, and none waits.
+# Events that have not been counted yet, as functions and their arguments. Threads, signal handlers
+# and finalizers may call kernels at once, so one of them counts, and none waits.
 _events: deque[tuple[Callable[..., None], tuple[Any, ...]]] = deque()
 _lock = threading.Lock()  # held while events are counted
 
@@ -159,7 +159,7 @@ def count_call(op: Operator, tensors: Tensors, options: Options, reason: str | N
 
 @called_while_tracing
 def add_traced(name: str) -> bool:
-    """Notes an operator of which torch.compile leaves a call to torch, and returns True."""
+    """Records that torch.compile leaves a call of an operator to torch; returns True."""
     traced.add(name)
     return True
 
@@ -192,7 +192,7 @@ def _record(add: Callable[..., None], *values: Any) -> None:
 
 
 def _count() -> None:
-    """Counts the events, unless a call that is doing so will count them, too."""
+    """Counts the events, unless another call is counting, which then counts these, too."""
     while _events:
         lock = _lock  # a forked child has another one
         if not lock.acquire(blocking=False):
