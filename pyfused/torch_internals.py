@@ -240,8 +240,7 @@ def never_traced(function: Function) -> Function:
 
     Like ``torch.compiler.disable``, without importing torch's compiler.
     """
-    marked: Any = function
-    marked._torchdynamo_disable = True
+    vars(function)["_torchdynamo_disable"] = True
     skip_frames(function)
     return function
 

@@ -206,7 +206,7 @@ def _reads(code: CodeType, free: Sequence[str]) -> Iterator[tuple[str, bool]]:
 
 @cache
 def _known() -> dict[int, Any]:
-    """Returns functions and classes that a formula may read, by id; a trace looks at their use."""
+    """Returns the functions and classes that a formula may read, by id; traces check their use."""
     known = [x for name, x in vars(builtins).items() if name in _BUILTINS]
     known += [*vars(math).values(), partial, torch.Tensor, torch.finfo, torch.no_grad]
     known += [torch.full, torch.ones, torch.scalar_tensor, torch.tensor, torch.zeros]

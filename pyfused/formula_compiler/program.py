@@ -389,11 +389,14 @@ def _fused(e: Expressions, outputs: Sequence[int]) -> dict[int, Node]:
 def compiled(
     name: str, e: Expressions, results: Sequence[int], outputs: Outputs, parameters: int
 ) -> Program:
-    """Compiles the outputs of a call, of the value and the gradient of each operand, to a program.
+    """Compiles the requested outputs of a formula to a program.
 
-    The instructions are a subset of the instructions for all outputs, in the same order, and
-    outputs that other instructions read have a register. So if the program for all outputs fits
-    into the registers and constants, each program for fewer outputs also fits.
+    The instructions are a subset of those for all outputs, in the same order, and an output that
+    other instructions read has a register. So if the program for all outputs fits into the
+    registers and constants, each program for fewer outputs also fits.
+
+    Args:
+        results: The expressions of the value and of the gradient of each operand.
 
     Raises:
         UntraceableError: The program needs too many registers or constants.

@@ -2,11 +2,11 @@
 
 The function runs once on 0-d tensors. The ATen operators that it and its backward pass call are
 recorded as expressions. The operands of a call may have any shape, so what needs dimensions, or
-depends on them, is refused: functions of torch and operators of ATen have to be tagged as pointwise
-by torch, or be in the tables below. Both are looked at, because some functions, such as
-``torch.inner``, call pointwise operators only for 0-d tensors. Numbers are 0-d tensors, too, so the
-function cannot depend on their values other than through the recorded operators; reading one raises
-an error. Operators whose arguments are all constants are computed by torch.
+depends on them, is refused: torch has to tag functions and ATen operators as pointwise, or the
+tables below have to list them. Functions are checked, too, because some of them, such as
+``torch.inner``, call pointwise operators for 0-d tensors only. Numbers are also 0-d tensors, and
+reading their values raises an error, so the function depends on them only through the recorded
+operators. Operators whose arguments are all constants are computed by torch.
 
 Floating-point operands are float64 and masks bool, so torch's functions take and return masks as in
 any call.
@@ -241,7 +241,7 @@ def _bits(dtypes: set[torch.dtype]) -> int:
 
 
 class _Functions(TorchFunctionMode):
-    """Names the functions of torch that a formula calls, and refuses those not elementwise."""
+    """Records the function of torch that a formula calls, and refuses it if not elementwise."""
 
     def __init__(self, recorder: Recorder) -> None:
         super().__init__()
@@ -318,7 +318,7 @@ def expressions_of(
         dtypes: The dtypes of the operands, float64 or bool.
         case: The arguments by name. The function receives a tensor for each NUMBER, and others
             unchanged.
-        exact: Omit the rewrites that change results where others overflow or cancel.
+        exact: Whether to omit the rewrites that avoid overflows and cancellations of the formula.
 
     Returns:
         The expressions, and the indices of the results in them; None becomes the literal 0.
