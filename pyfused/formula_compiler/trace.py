@@ -211,12 +211,9 @@ class Recorder(DispatchMode):
         """Raises an error for changes of dtype, because all values of a program have one dtype."""
         sources = {x.dtype for x in args if isinstance(x, Tensor) and _id(x) in self.tracked}
         dtype = result.dtype if isinstance(result, Tensor) else torch.float64
-        is_float, problem = any(x.is_floating_point for x in sources), ""
-        if dtype in _HALVES or (
-            is_float
-            and dtype is not torch.bool
-            and not (dtype.is_floating_point and torch.finfo(dtype).bits >= _bits(sources))
-        ):
+        narrows = dtype is not torch.bool and _bits(dtype) < max(map(_bits, sources), default=0)
+        problem = ""
+        if dtype in _HALVES or narrows:
             problem = (
                 f"{self.function or name} casts to {dtype}; the kernels compute in float32, or in "
                 "float64 for float64 operands, so remove the cast"
@@ -236,8 +233,9 @@ def _id(tensor: Tensor) -> int:
     return id(tensor.untyped_storage())
 
 
-def _bits(dtypes: set[torch.dtype]) -> int:
-    return max(torch.finfo(dtype).bits for dtype in dtypes if dtype.is_floating_point)
+def _bits(dtype: torch.dtype) -> int:
+    """Returns the bits of a floating-point dtype, 0 for others."""
+    return torch.finfo(dtype).bits if dtype.is_floating_point else 0
 
 
 class _Functions(TorchFunctionMode):
