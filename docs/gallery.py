@@ -32,7 +32,16 @@ from torch import Tensor
 import pyfused
 import pyfused.functional
 from pyfused.dispatch.operator import Operator
-from pyfused.dispatch.sizes import ALWAYS, LOGITS, NEVER, ON_CPU, Limits, _row, limits_of
+from pyfused.dispatch.sizes import (
+    ALWAYS,
+    DEFAULT_ON_CPU,
+    LOGITS,
+    NEVER,
+    ON_CPU,
+    Limits,
+    _row,
+    limits_of,
+)
 from pyfused.ops.operators import OPERATORS
 
 sys.path += [str(Path(__file__).parents[1] / folder) for folder in ("benchmarks", "examples")]
@@ -566,7 +575,7 @@ def all_sizes() -> str:
 
 def _limits(op: Operator) -> Limits:
     """Returns the limits of an operator in float32, with two threads."""
-    return _row(ON_CPU, op) or Limits(LOGITS)
+    return _row(ON_CPU, op, DEFAULT_ON_CPU)
 
 
 def smallest() -> str:

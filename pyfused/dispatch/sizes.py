@@ -71,6 +71,16 @@ class Limits(NamedTuple):
 
         return Limits(*map(scale, self))
 
+    def scaled_on_gpu(self, factor: float) -> Limits:
+        """Returns limits for another GPU, host or dtype, as powers of two from SMALL on."""
+
+        def scale(limit: int) -> int:
+            if limit <= SMALL or limit == NEVER:
+                return limit
+            return max(SMALL, 1 << round(math.log2(limit * factor)))
+
+        return Limits(*map(scale, self))
+
 
 # The row of a family applies to operators without their own row. VECTOR is in bytes.
 VECTOR = 64 if torch.backends.cpu.get_cpu_capability() == "AVX512" else 32
@@ -157,19 +167,10 @@ def gb_per_s(device: torch.device) -> float:
 
 
 # A kernel is faster if torch's kernels take longer on the GPU than launching ours takes on the
-# host. PASSES is how many times torch's kernels read or write an element, forward and backward:
-# their time on an H100 divided by the time of one pass. With few classes per row torch is slower:
-# its nll_loss takes 1.6 us per thousand rows.
-PASSES = 8
-PASSES_OF = {
-    "l1_loss": 13,
-    "kl_div": 13,
-    "binary_cross_entropy_with_logits": 22,
-    "softmax": 5,
-    "log_softmax": 5,
-}
-FEW_ON_GPU, PASSES_OF_FEW = 64, 50
-# Operators whose limits on GPUs do not depend on these numbers.
+# host. Limits above SMALL are for float32, on an H100 with a host that takes REFERENCE_US for a
+# call. There, torch's kernels take as long as 5 to 22 passes over the elements, and 50 for
+# few classes, where nll_loss takes 1.6 us per thousand rows.
+REFERENCE_US, REFERENCE_GB_PER_S, FEW_ON_GPU = 200, 3000, 64
 ON_GPU: dict[str, Limits] = {
     # torch launches many kernels or synchronises, so its calls take longer on the host.
     "cosine_embedding_loss": Limits(ALWAYS),
@@ -189,9 +190,14 @@ ON_GPU: dict[str, Limits] = {
     "log_cosh_loss": Limits(SMALL),
     "margin_ranking_loss": Limits(SMALL),
     "quantile_loss": Limits(SMALL),
+    "binary_cross_entropy_with_logits": Limits(LOGITS // 2),
+    "cross_entropy": Limits(2 * LOGITS, few_classes=LOGITS // 4),
+    "kl_div": Limits(LOGITS),
+    "l1_loss": Limits(LOGITS),
     # torch's kernels reach the memory bandwidth.
     "Activation": Limits(NEVER),
 }
+DEFAULT_ON_CPU, DEFAULT_ON_GPU = Limits(LOGITS), Limits(2 * LOGITS)
 
 # The head of a converted model takes about 0.4 ms longer per step than a call by name, so it needs
 # so many times the logits. With 64, 256 and 768 features, a step took 1.04 to 1.44 times as long as
@@ -207,30 +213,26 @@ CONVERTED = 4
 COMPILED: dict[str, tuple[int, int]] = dict.fromkeys(LINEAR, (2 * LARGE, LOGITS))
 
 
-def _row(table: dict[str, Limits], op: Operator) -> Limits | None:
+def _row(table: dict[str, Limits], op: Operator, default: Limits) -> Limits:
     """Returns the limits of an operator or its family."""
-    return table.get(op.name) or table.get(op.family)
+    return table.get(op.name) or table.get(op.family) or default
 
 
 @lru_cache(maxsize=1024)
 def limits_of(op: Operator, dtype: torch.dtype, device: torch.device, threads: int) -> Limits:
     """Returns the limits of an operator on a device; on CPUs, with a number of threads."""
     if device.type != "cpu":
-        elements = 1e3 * HOST_US * gb_per_s(device) / dtype.itemsize  # of one pass
-        first, few = (
-            max(SMALL, 1 << math.ceil(math.log2(elements / passes)))
-            for passes in (PASSES_OF.get(op.name, PASSES), PASSES_OF_FEW)
-        )
-        return _row(ON_GPU, op) or Limits(first, few if op.name == "cross_entropy" else 0)
+        factor = HOST_US * gb_per_s(device) / (REFERENCE_US * REFERENCE_GB_PER_S)
+        return _row(ON_GPU, op, DEFAULT_ON_GPU).scaled_on_gpu(factor * 4 / dtype.itemsize)
     if dtype in HALVES and op.name in ON_CPU_OF_HALVES:
         return ON_CPU_OF_HALVES[op.name].scaled(1, threads)
     factor = HALVES.get(dtype, 1)
     if op.is_linear and factor > 1 and cpu.product_dtype(dtype) is torch.float32:
         factor = 1  # products take most of the time, and torch's are slower
-    row: Any = _row(ON_CPU, op) or Limits(LOGITS)
+    row = _row(ON_CPU, op, DEFAULT_ON_CPU)
     if dtype is torch.float16:
         row = Limits(*[NEVER if limit == LOGITS else limit for limit in row])
-    return row.scaled(factor, threads)  # type: ignore[no-any-return]
+    return row.scaled(factor, threads)
 
 
 def why_small(op: Operator, tensors: Tensors, dim: Any) -> str:
@@ -243,7 +245,7 @@ def why_small(op: Operator, tensors: Tensors, dim: Any) -> str:
     if limit == NEVER:
         return SMALL_REASON
     reason = f"{SMALL_REASON}: kernels run from {limit:,} elements"
-    if _row(ON_GPU, op):
+    if _row(ON_GPU, op, DEFAULT_ON_GPU).from_elements <= SMALL:
         return reason
     bandwidth = f"{gb_per_s(input.device):g} GB/s on the GPU"
     return f"{reason} ({HOST_US:g} us for a call on the host, {bandwidth})"
@@ -254,9 +256,10 @@ def why_small(op: Operator, tensors: Tensors, dim: Any) -> str:
 
 def set_least(op: Operator) -> None:
     """Sets `least` to the smallest of an operator's limits, of all devices and dtypes."""
-    on_gpu, on_cpu = _row(ON_GPU, op) or Limits(SMALL), _row(ON_CPU, op) or Limits(LOGITS)
-    of_halves = ON_CPU_OF_HALVES.get(op.name, on_cpu)
-    op.least = min(filter(None, on_gpu)), min(filter(None, on_cpu + of_halves))
+    on_cpu = _row(ON_CPU, op, DEFAULT_ON_CPU)
+    least = min(filter(None, on_cpu + ON_CPU_OF_HALVES.get(op.name, on_cpu)))
+    on_gpu = _row(ON_GPU, op, DEFAULT_ON_GPU).from_elements
+    op.least = on_gpu if on_gpu == NEVER else min(SMALL, on_gpu), least
 
 
 @contextmanager

@@ -35,7 +35,7 @@ def limits(monkeypatch: pytest.MonkeyPatch) -> None:
     """The columns of a row that are set have another limit."""
 
     def other(op: Operator, *_: Any) -> sizes.Limits:
-        row = sizes._row(sizes.ON_CPU, op) or sizes.Limits(FIRST)
+        row = sizes._row(sizes.ON_CPU, op, sizes.DEFAULT_ON_CPU)
         return sizes.Limits(FIRST, *[x and SECOND for x in row[1:]])
 
     monkeypatch.setattr(sizes, "limits_of", other)
@@ -154,7 +154,7 @@ def test_explain_names_the_numbers_that_decide(monkeypatch: pytest.MonkeyPatch) 
     x = torch.empty(100, 65, device="meta")  # neither CPU nor GPU, but dispatched like a GPU's
     target = torch.empty(100, dtype=torch.int64, device="meta")
     by_numbers = "(20 us for a call on the host, 100 GB/s on the GPU)"
-    for logits, limit in ((x, 65_536), (x[:, :64], 16_384)):
+    for logits, limit in ((x, 131_072), (x[:, :64], 16_384)):
         reason = pyfused.explain("cross_entropy", logits, target).reason
         assert reason == f"{SMALL}: kernels run from {limit:,} elements {by_numbers}"
     reason = pyfused.explain("margin_ranking_loss", x, x, x).reason
