@@ -115,21 +115,15 @@ class HeadBlocks:
         loss, rows, options = self.op.loss, self.rows, self.options
         is_mean, unreduced = options.reduction == "mean", options.reduction == "none"
         block_needs = (any(needs[:3]), *needs[3:]) if needs else ()
-        outputs, divisor = Outputs(grad_output is None, block_needs, True), None
+        outputs = Outputs(grad_output is None, block_needs, True)
         rows_at_once = min(self.size.rows, len(self.tensors[0]))
         input, weight, bias, *operands = loss.prepared(self.tensors, options, rows_at_once)
-        if unreduced and rows.indices is not None:
-            grad_output = rows.take(grad_output)
-        if is_mean:
-            divisor = loss.divisor(self.tensors, options, rows.counts is None)
-        if needs and divisor is not None:
-            grad = input.new_ones((), dtype=self.wide) if grad_output is None else grad_output
-            grad_output = (grad / divisor).to(self.wide)
+        divisor = loss.divisor(self.tensors, options, rows.counts is None) if is_mean else None
+        grad_output = self._grad_of_rows(grad_output, divisor if needs else None)
         row_operands = [i for i, has in enumerate(self.has_rows[3:]) if has]
         for i, x in enumerate(operands):  # hooks may have changed saved tensors
             if x is not None and (i in row_operands or x.dim() < 2):
                 operands[i] = x.contiguous()
-        grad_output = None if grad_output is None else grad_output.contiguous()
         if is_mean:
             options = options._replace(reduction="sum", denominator=None)
         kept: Tensor | None = None
@@ -159,6 +153,15 @@ class HeadBlocks:
         layer = Layer(input, weight, bias)
         sums = self.loop.run(layer, step, counts=rows.counts, logits=logits)
         return self.collected(results, sums, divisor, 0 if keeps else len(needs)), kept
+
+    def _grad_of_rows(self, grad_output: Tensor | None, divisor: Any) -> Tensor | None:
+        """Returns the gradient of the computed rows' losses, or of their sum; None for ones."""
+        if self.options.reduction == "none":
+            grad_output = self.rows.take(grad_output)
+        if divisor is not None:
+            grad = self.tensors[0].new_ones((), dtype=self.wide)
+            grad_output = ((grad if grad_output is None else grad_output) / divisor).to(self.wide)
+        return None if grad_output is None else grad_output.contiguous()
 
     def gradients(self, needs: Needs, kept: Tensor, grad_output: Tensor) -> Gradients:
         """Returns the gradients of a reduced loss whose logits' gradient the forward pass kept."""
