@@ -180,7 +180,7 @@ class HeadCall:
         autocast = torch.autocast(self.device.type, self.autocast, self.autocast is not None)
         with autocast, torch.set_grad_enabled(value.records_grad()):
             call = (*self.operands(value, index), *operands), op.options(**options)
-            return fallback_reason(op, *call) or run(op, *call)
+            return fallback_reason(op, *call) or run(op, *call, any_size=True)
 
     def operands(self, value: _Value, index: Any) -> tuple[Tensor, Tensor, Tensor | None]:
         """Returns the hidden states of some rows, the weight, and the bias with the constant."""

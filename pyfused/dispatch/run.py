@@ -28,11 +28,21 @@ _FLOATS, _NUMBERS = frozenset((float, NoneType)), frozenset((float, int, NoneTyp
 _PLAIN_OPTIONS = frozenset((str, bool, int, float, torch.dtype, NoneType))
 
 
-def run(op: Any, tensors: Tensors, options: Options) -> Any:
-    """Returns an operator's result, from a fused kernel or from torch's operator."""
+def run(op: Any, tensors: Tensors, options: Options, any_size: bool = False) -> Any:
+    """Returns an operator's result, from a fused kernel or from torch's operator.
+
+    Args:
+        any_size: Whether a kernel computes small calls, too. Functions that torch has decide about
+            the size before.
+    """
     if is_dynamo_compiling():
         return _run_compiled(op, tensors, options)
-    reason = fallback_reason(op, tensors, options)
+    reason = None
+    if op.asks_size and not any_size:
+        reduction, dim = getattr(options, "reduction", None), getattr(options, "dim", 1)
+        if sizes.torch_computes(op, tensors, None, None, reduction, dim):
+            reason = SMALL
+    reason = reason or fallback_reason(op, tensors, options)
     if report.active:
         report.count_call(op, tensors, options, reason)
     if reason is not None:
@@ -57,16 +67,9 @@ def _run_compiled(op: Any, tensors: Tensors, options: Options) -> Any:
 
 
 def fallback_reason(op: Operator, tensors: Tensors, options: Options) -> str | None:
-    """Returns why torch's operator computes a call, None if a kernel does.
-
-    It does not ask for the size if the function of the call has done so; see `Operator.asks_size`.
-    """
+    """Returns why torch's operator computes a call of any size, None if a kernel does."""
     if is_dynamo_compiling():
         return _compiler_reason(op, tensors, options)
-    if op.asks_size:
-        reduction, dim = getattr(options, "reduction", None), getattr(options, "dim", 1)
-        if sizes.torch_computes(op, tensors, None, None, reduction, dim):
-            return SMALL
     if reason := active_mode() or unsupported(op.all_operands, tensors, tensors[0]):
         return reason
     count = len(op.numbers)
