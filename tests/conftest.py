@@ -17,7 +17,7 @@ import pytest
 import torch
 
 import pyfused
-from pyfused.adopt.lazy_logits import HeadCall
+from pyfused.adopt import lazy_logits
 from pyfused.backends import backend_of, cpu
 from pyfused.dispatch import reasons, sizes
 
@@ -211,7 +211,7 @@ def switching() -> Iterator[None]:
 
 
 @pytest.fixture
-def untold() -> None:
+def reset_warnings() -> None:
     """Lets each test receive the warnings that other tests have received."""
     reasons._reported.clear()
 
@@ -220,8 +220,9 @@ def untold() -> None:
 def losses(monkeypatch: pytest.MonkeyPatch) -> list[torch.Tensor]:
     """Counts the losses that were computed without logits."""
     found: list[torch.Tensor] = []
-    loss = HeadCall.run
-    monkeypatch.setattr(HeadCall, "run", lambda *a, **k: found.append(loss(*a, **k)) or found[-1])
+    run = lazy_logits.run
+    recorded = lambda *a, **k: found.append(run(*a, **k)) or found[-1]  # noqa: E731
+    monkeypatch.setattr(lazy_logits, "run", recorded)
     return found
 
 

@@ -6,6 +6,7 @@ import logging
 import sys
 import warnings
 from collections import Counter
+from collections.abc import Container
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -31,8 +32,6 @@ _NOTHING = (
     "transformers language model. For another language model, pass head=, the name of the linear "
     "layer that computes its logits."
 )
-_ALREADY = heads.ALREADY, "is already a module of pyfused.nn"
-_MAY_BE_HEAD = "pass head="  # the beginning of a reason
 _INPUT_SIZES = "in_features", "input_size", "in_channels", "num_features"  # of torch.nn's modules
 _MANY_OUTPUTS = 1024  # a layer with at least this many may be a head
 
@@ -43,6 +42,14 @@ class Unconverted(NamedTuple):
     name: str
     kind: str
     reason: str
+
+
+class AlreadyConverted(Unconverted):
+    """A module that is pyfused's already."""
+
+
+class PossibleHead(Unconverted):
+    """A layer that may compute logits."""
 
 
 class Conversion(NamedTuple):
@@ -61,8 +68,8 @@ class Conversion(NamedTuple):
 
     def is_empty(self) -> bool:
         """Returns whether nothing would be replaced, is already fused, or may be a head."""
-        known = any(x.reason in _ALREADY or x.reason.startswith(_MAY_BE_HEAD) for x in self.left)
-        return not self.swapped and not known
+        known = AlreadyConverted, PossibleHead
+        return not self.swapped and not any(isinstance(each, known) for each in self.left)
 
     def __str__(self) -> str:
         return "\n".join([_NOTHING] * self.is_empty() + [self.table] * bool(self.table))
@@ -124,20 +131,19 @@ def convert(
     checks.memory_budget(memory_budget)
     options = heads.Options(evaluation, metrics, memory_budget)
     plan, modules = plan_conversion(model, head=head), dict(_modules(model))
-    already = {name for name, _, reason in plan.left if reason == heads.ALREADY}
+    for left in plan.left:
+        if isinstance(left, AlreadyConverted) and heads.is_converted(module := modules[left.name]):
+            heads.fuse(module, head if left.name == "." else None, options)
     kinds: Counter[str] = Counter()
-    for name, module in modules.items():
-        kind, head_name = type(module).__name__, head if name == "." else None
-        if name in already:
-            heads.fuse(module, head_name, options)
-        if name not in plan.swapped:
-            continue
+    for name in plan.swapped:
+        module = modules[name]
+        kind = type(module).__name__
         if type(module) in FUSED:
             module.__class__ = FUSED[type(module)]
             nn.keep_in_graphs(module)
             setattr(module, MARK, True)
         else:
-            heads.fuse(module, head_name, options)
+            heads.fuse(module, head if name == "." else None, options)
             kind = f"head and loss of {kind}"
         kinds[kind] += 1
     listed = ", ".join(f"{n} {kind}" for kind, n in kinds.items())
@@ -151,12 +157,13 @@ def convert(
 def _warn(plan: Conversion, modules: dict[str, Module], head: str | None, options: bool) -> None:
     """Warns if `convert` changed nothing, left a language model as is, or ignored an option."""
     messages = []
-    for name, kind, reason in plan.left:
-        module = modules[name]
-        is_named = heads.is_converted(module) or (head is not None and name == ".")
-        if is_named or (heads.has_head(module) and not heads.shares_head(module)):
-            messages += [f"{kind} computes all of its logits: {reason}"] * (reason not in _ALREADY)
-    possible = [each for each in plan.left if each.reason.startswith(_MAY_BE_HEAD)]
+    for left in plan.left:
+        module = modules[left.name]
+        is_named = heads.is_converted(module) or (head is not None and left.name == ".")
+        is_model = is_named or (heads.has_head(module) and not heads.has_converted_head(module))
+        if is_model and not isinstance(left, AlreadyConverted):
+            messages.append(f"{left.kind} computes all of its logits: {left.reason}")
+    possible = [each for each in plan.left if isinstance(each, PossibleHead)]
     if messages:
         pass
     elif plan.is_empty():
@@ -186,31 +193,58 @@ def plan_conversion(model: Module, *, head: str | None = None) -> Conversion:
         TypeError, ValueError: As in :func:`convert`.
     """
     modules = _modules(model)
-    possible = {} if head else _possible_heads(dict(modules))
+    sizes = {} if head else _possible_heads(dict(modules))
     swapped, left, rows = [], [], []
     for name, module in modules:
         head_name, kind = head if name == "." else None, type(module).__name__
-        if head_name is not None or heads.has_head(module) or heads.is_converted(module):
-            reason = heads.reason_to_leave_model(module, head_name)
-            replacement = "" if reason else heads.description(module, head_name)
-        elif name in possible:
-            left.append(Unconverted(name, kind, f"{_MAY_BE_HEAD}{name!r} to fuse it with its loss"))
-            rows.append((name, f"{kind}({possible[name]})", left[-1].reason))
-            continue
-        else:
-            reason = heads.already_fused(module) or _reason_to_leave(module)
-            replacement = f"pyfused.nn.{kind}" if type(module) in FUSED else ""
-            if replacement and getattr(module, "inplace", False):
-                replacement += ", but torch computes it in place"
-        if reason:
-            left.append(Unconverted(name, kind, reason))
-            rows.append((name, kind, f"left: {reason}"))
-        elif replacement:
+        if reason := _left(name, module, head_name, sizes):
+            left.append(reason)
+            size = f"({sizes[name]})" if name in sizes else ""
+            rows.append((name, kind + size, ("" if size else "left: ") + reason.reason))
+        elif replacement := _replacement(module, head_name):
             swapped.append(name)
             rows.append((name, kind, f"replaced by {replacement}"))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = [f"{name:{widths[0]}}  {kind:{widths[1]}}  {what}" for name, kind, what in rows]
     return Conversion(tuple(swapped), tuple(left), "\n".join(lines))
+
+
+def _is_language_model(module: Module, head: str | None) -> bool:
+    return head is not None or heads.has_head(module) or heads.is_converted(module)
+
+
+def _left(
+    name: str, module: Module, head: str | None, possible_heads: Container[str]
+) -> Unconverted | None:
+    """Returns a module and why it is not replaced, None if it is or pyfused has no counterpart.
+
+    Args:
+        head: The name of the module's head, None if the user has not passed one.
+    """
+    kind = type(module).__name__
+    if _is_language_model(module, head):
+        if head is not None:
+            heads.check_name(module, head)
+        if heads.is_converted(module) and heads.has_converted_head(module, head):
+            return AlreadyConverted(name, kind, "is already converted")
+        reason = heads.reason_to_leave_model(module, head)
+    elif name in possible_heads:
+        return PossibleHead(name, kind, f"pass head={name!r} to fuse it with its loss")
+    elif type(module).__module__ == nn.__name__:
+        return AlreadyConverted(name, kind, "is already a module of pyfused.nn")
+    else:
+        reason = heads.already_fused(module) or _reason_to_leave(module)
+    return Unconverted(name, kind, reason) if reason else None
+
+
+def _replacement(module: Module, head: str | None) -> str | None:
+    """Describes what replaces a module, None if nothing does."""
+    if _is_language_model(module, head):
+        return heads.description(module, head)
+    if type(module) not in FUSED:
+        return None
+    in_place = ", but torch computes it in place" if getattr(module, "inplace", False) else ""
+    return f"pyfused.nn.{type(module).__name__}{in_place}"
 
 
 def _possible_heads(modules: dict[str, Module]) -> dict[str, str]:
@@ -301,8 +335,6 @@ def _wrapper(module: Module) -> str | None:
 
 def _reason_to_leave(module: Module) -> str | None:
     kind = type(module)
-    if kind.__module__ == nn.__name__:
-        return _ALREADY[1]
     if kind in FUSED:
         return None if has_original_forward(module) else "its forward was replaced"
     is_script = isinstance(module, torch.jit.ScriptModule)

@@ -17,9 +17,10 @@ from torch.nn import Linear, Module
 
 from pyfused import torch_internals
 from pyfused.adopt import subclass
-from pyfused.adopt.lazy_logits import HeadCall, active_autocast, tell
+from pyfused.adopt.lazy_logits import HeadCall, active_autocast
 from pyfused.adopt.subclass import MARK
 from pyfused.backends import takes_triton
+from pyfused.dispatch import reasons
 from pyfused.dispatch.operator import needs_grad
 from pyfused.dispatch.report import reasons_of_torch
 from pyfused.dispatch.run import head_elements
@@ -33,8 +34,6 @@ from pyfused.torch_internals import (
     size_hint,
 )
 
-ALREADY = "is already converted"
-SILENT = ""  # a reason without a warning
 _CAST_DTYPES = {torch.float32, torch.bfloat16, torch.float16}  # dtypes that autocast casts
 
 
@@ -45,6 +44,11 @@ class Options(NamedTuple):
     metrics: bool
     memory_budget: int | None
     model_name: str = ""
+
+    def warn(self, reason: str) -> None:
+        """Warns once that the model computes its logits."""
+        message = f"pyfused.convert: {self.model_name} computes all of its logits: {reason}"
+        reasons.warn_once("convert", message, message)
 
 
 def _of_head(kind: Any) -> dict[str, Any]:
@@ -62,13 +66,13 @@ def _of_head(kind: Any) -> dict[str, Any]:
 
     @torch_internals.never_traced
     def output(head: Any, input: Tensor, options: Options) -> Any:
-        weight, bias = head.weight, head.bias
-        reason = _reason(head, input, weight, bias)
-        if reason is None:
-            return HeadCall(head, options, input, weight, bias).logits()
-        if reason is not SILENT:
-            tell(options.model_name, reason)
-        return F.linear(input, weight, bias)  # another read would run a parametrization again
+        weight, bias = head.weight, head.bias  # another read would run a parametrization again
+        if _is_wanted(options, input, weight, bias):
+            if reason := _reason_not_lazy(head, input, weight, bias):
+                options.warn(reason)
+            elif _can_be_lazy(options, input, weight, bias):
+                return HeadCall(head, options, input, weight, bias).logits()
+        return F.linear(input, weight, bias)
 
     return {"forward": forward}
 
@@ -81,40 +85,43 @@ def _stays_in_graph(head: Any, input: Tensor, options: Options) -> bool:
     return not (options.evaluation or torch.is_grad_enabled())
 
 
-def _reason(head: Any, input: Tensor, weight: Tensor, bias: Tensor | None) -> str | None:
-    """Returns why a call of a converted head computes its logits, None if they are lazy."""
-    options = vars(head)[MARK]
+def _is_wanted(options: Options, input: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    """Returns whether a call of a converted head should return lazy logits."""
     if active_mode() is not None or input.is_meta:
-        return SILENT
+        return False
     # Without gradients, logits are kept as constants and read after the next step.
-    if not (options.evaluation or any(needs_grad((input, weight, bias)))):
-        return SILENT
+    return options.evaluation or any(needs_grad((input, weight, bias)))
+
+
+def _reason_not_lazy(head: Any, input: Tensor, weight: Tensor, bias: Tensor | None) -> str | None:
+    """Returns why a head computes its logits in all calls, None if it does not."""
     if "forward" in vars(head) or has_own_hooks(head):
         return reason_to_leave(head)
-    for value in (weight,) if bias is None else (weight, bias):
-        name = "weight" if value is weight else "bias"
+    for name, value in {"weight": weight, "bias": bias}.items():
+        if value is None:
+            continue
         if type(value) not in PLAIN:
             return f"the {name} of its head is a {type(value).__name__}"
         if value.device != input.device:
             return f"the {name} of its head is on {value.device}, its input on {input.device}"
-        if value.is_inference():
-            return SILENT
+    return None if weight.numel() else "the weight of its head has no elements"
+
+
+def _can_be_lazy(options: Options, input: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    """Returns whether lazy logits have these inputs, and take less time than torch's loss."""
     if type(input) not in PLAIN or input.layout is not torch.strided or input.is_nested:
-        return SILENT
-    if input.is_inference() != torch.is_inference_mode_enabled():
-        return SILENT
-    if weight.numel() == 0:
-        return "the weight of its head has no elements"
-    if weight.shape[0] == 1:
-        return SILENT  # one class
+        return False
+    is_inference = torch.is_inference_mode_enabled()
+    constants = [x for x in (weight, bias) if x is not None]
+    if input.is_inference() != is_inference or any(x.is_inference() for x in constants):
+        return False
+    dtypes = {input.dtype, *(x.dtype for x in constants)}
+    if not (dtypes <= _CAST_DTYPES if active_autocast(input) else len(dtypes) == 1):
+        return False
+    if input.numel() == 0 or input.shape[-1:] != weight.shape[-1:] or weight.shape[0] == 1:
+        return False
     limit = 0 if options.metrics else converted_limit(LINEAR_CROSS_ENTROPY, input)
-    if head_elements(input, weight) < limit:
-        return SILENT  # lazy logits would take longer than the loss
-    dtypes = {input.dtype, weight.dtype, weight.dtype if bias is None else bias.dtype}
-    valid = dtypes <= _CAST_DTYPES if active_autocast(input) else len(dtypes) == 1
-    if not valid or input.numel() == 0 or input.shape[-1:] != weight.shape[-1:]:
-        return SILENT
-    return None
+    return bool(head_elements(input, weight) >= limit)
 
 
 # A reference to a head that no call has used yet, and its description, by the name of its model.
@@ -177,8 +184,8 @@ def _of_model(kind: Any) -> dict[str, Any]:  # noqa: ARG001
 
 def _metrics(model: Any) -> Any:
     """Returns the metrics of the last call of a converted model's head, None if there are none."""
-    found = (vars(head).get("pyfused_metrics") for head in _heads_of(model, vars(model)[MARK]))
-    return next((metrics for metrics in found if metrics is not None), None)
+    metrics = [vars(head).get("pyfused_metrics") for head in _heads_of(model)]
+    return next((each for each in metrics if each is not None), None)
 
 
 def has_head(module: Any) -> bool:
@@ -189,38 +196,32 @@ def has_head(module: Any) -> bool:
     return module.get_output_embeddings() is not None
 
 
-def _heads_of(model: Any, name: str | None) -> list[Any]:
+def _heads_of(model: Any, name: str | None = None) -> list[Any]:
     """Returns the head of a model, and its copies in PEFT's ``modules_to_save``.
 
     Args:
-        name: The name of the head if the user passed one; None for a transformers model.
+        name: The name of the head if the user passed one; None for a transformers model, or for the
+            head that an earlier call of `convert` has named.
     """
+    name = name or vars(model).get(MARK)
     head = model.get_submodule(name) if name else model.get_output_embeddings()
     if type(head) is getattr(sys.modules.get("peft.utils.other"), "ModulesToSaveWrapper", None):
         return [head.original_module, *head.modules_to_save.values()]
     return [head]
 
 
-def reason_to_leave_model(model: Any, name: str | None) -> str | None:
-    """Returns why a model with a head is not converted, None if it can be.
-
-    Raises:
-        ValueError: There is no head of this name.
-    """
-    if name is not None:
-        modules = [*model.named_modules()]
-        names = [each for each, module in modules if _may_be_head(module)]
-        if name not in names:
-            known = f"one of {names[-5:]}" if names else f"but {type(model).__name__} has none"
-            got = repr(name)
-            for kind in [type(module) for each, module in modules if each == name]:
-                is_a = "a subclass," if issubclass(kind, Linear) else "a"
-                got += f", {is_a} {kind.__module__}.{kind.__name__}"
-            raise ValueError(f"head: expected the name of a torch.nn.Linear, {known}, got {got}")
-    found = _heads_of(model, name or vars(model).get(MARK))
-    if is_converted(model) and MARK in vars(found[0]):
-        return ALREADY
-    return next(filter(None, map(reason_to_leave, found)), None)
+def check_name(model: Any, name: str) -> None:
+    """Raises a ValueError if a model has no head of this name."""
+    modules = [*model.named_modules()]
+    names = [each for each, module in modules if _may_be_head(module)]
+    if name in names:
+        return
+    expected = f"one of {names[-5:]}" if names else f"but {type(model).__name__} has none"
+    got = repr(name)
+    for kind in [type(module) for each, module in modules if each == name]:
+        is_a = "a subclass," if issubclass(kind, Linear) else "a"
+        got += f", {is_a} {kind.__module__}.{kind.__name__}"
+    raise ValueError(f"head: expected the name of a torch.nn.Linear, {expected}, got {got}")
 
 
 def _may_be_head(module: Any) -> bool:
@@ -229,9 +230,14 @@ def _may_be_head(module: Any) -> bool:
     return is_linear or hasattr(module, "modules_to_save") or is_adapter
 
 
+def reason_to_leave_model(model: Any, name: str | None) -> str | None:
+    """Returns why a model with a head is not converted, None if it can be."""
+    return next(filter(None, map(reason_to_leave, _heads_of(model, name))), None)
+
+
 def description(model: Any, name: str | None) -> str:
     """Describes what replaces the head of a model and its loss."""
-    return _description(_heads_of(model, name or vars(model).get(MARK))[0])
+    return _description(_heads_of(model, name)[0])
 
 
 def _description(head: Any) -> str:
@@ -251,9 +257,9 @@ def is_converted(model: Any) -> bool:
     return subclass.is_fused(model, _of_model) and MARK in vars(model)
 
 
-def shares_head(model: Any) -> bool:
-    """Returns whether a transformers model shares its head with a converted model."""
-    return MARK in vars(_heads_of(model, None)[0])
+def has_converted_head(model: Any, name: str | None = None) -> bool:
+    """Returns whether the head of a model is converted, also if it shares it with another model."""
+    return MARK in vars(_heads_of(model, name)[0])
 
 
 def fuse(model: Any, name: str | None, options: Options) -> None:

@@ -2,16 +2,17 @@
 
 The head of a converted model returns `LazyLogits`, a tensor without memory, which has four rules:
 
-1. What moves whole rows, or is in the equation of the loss, keeps logits lazy: `_RULES`.
-2. One loss of each row is ``linear_cross_entropy`` of the hidden states: `_Value.cross_entropy`.
-3. The pass over a loss records the largest logit of each row and its class, which answer argmax,
-   max and topk(1): `_largest`.
-4. Every other operator of ATen reads the logits, which are then computed once, and is torch's.
+1. Operators that move whole rows, or that are in the equation of the loss, keep logits lazy:
+   `_RULES`.
+2. The first loss of each row is ``linear_cross_entropy`` of the hidden states: `_Loss`.
+3. This loss records the largest logit of each row and its class, which answer argmax, max and
+   topk(1): `_largest`.
+4. All other operators of ATen read the logits, which are then computed once.
 
 The tensor is a wrapper subclass with torch's own autograd graph, which begins with `_Head`.
-``__torch_function__`` replaces the loss, and calls other functions as they are.
-``__torch_dispatch__`` receives their operators: it returns the lazy result of an operator that has
-a rule, and calls any other with the values.
+``__torch_function__`` replaces a few functions, such as losses: `_FUNCTIONS`.
+``__torch_dispatch__`` receives the operators of all others: it returns the lazy result of an
+operator that has a rule, and calls any other with the values.
 
 A program that torch.compile traces breaks its graph at a large head, unless it has to be whole. A
 frame that uses lazy logits is left to Python, where Dynamo would break its graph at each operator.
@@ -21,12 +22,12 @@ from __future__ import annotations
 
 import math
 import threading
-import warnings
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -35,22 +36,11 @@ from torch.nn import functional as F
 
 from pyfused import torch_internals
 from pyfused.dispatch import reasons, report
-from pyfused.dispatch.operator import requires_grad
+from pyfused.dispatch.operator import Options, Tensors, requires_grad
 from pyfused.dispatch.run import fallback_reason, run
 from pyfused.ops.operators import LINEAR_CROSS_ENTROPY, OPERATORS
 from pyfused.torch_internals import PLAIN, DisableTorchFunctionSubclass, tree_map_only, version_of
 
-# These act on the node of the tensor, which its views do not have.
-_GRAD_FN = getattr(Tensor, "grad_fn").__get__  # noqa: B009
-_SET_DATA = getattr(Tensor, "data").__set__  # noqa: B009
-_OF_NODES = {_GRAD_FN, Tensor.register_hook, Tensor.retain_grad}
-_BACKWARD = {torch.autograd.grad, torch.autograd.backward, Tensor.backward}
-# These access memory without an operator of ATen.
-_NAMES_OF_MEMORY = (
-    "numpy tolist data_ptr const_data_ptr storage untyped_storage share_memory_"
-    " __array__ __dlpack__ __deepcopy__ __reduce_ex__"
-)
-_OF_MEMORY = {getattr(Tensor, name, None) for name in _NAMES_OF_MEMORY.split()}
 # The product of a head with few rows takes as long as reading its weight. On an AMD EPYC, 64 losses
 # of 4 rows took several times as long as with all logits, and losses of 64 rows 1.1 times.
 FEW_ROWS = 32
@@ -60,13 +50,6 @@ _ADVICE = (
     "For other losses, call pyfused.functional.linear_log_probs, or "
     "linear_cross_entropy(z_loss=...) for a z-loss. Or call pyfused.revert(model)"
 )
-
-
-def tell(model: str, reason: str) -> None:
-    """Warns once that a converted model computes its logits."""
-    message = f"pyfused.convert: {model} computes all of its logits: {reason}"
-    if reasons.first_time("convert", message):
-        warnings.warn(message, RuntimeWarning, stacklevel=reasons.stacklevel())
 
 
 class HeadCall:
@@ -85,13 +68,14 @@ class HeadCall:
         autocast: The dtype of autocast, None if it was disabled.
         hooks: The active hooks of saved tensors.
         is_fused: Whether a loss of each row has been fused, on the CPU.
-        largest: The largest logit of each row before a scale and a cap, and its class, which is -1
-            without a fused loss; and the constant that was added to these logits.
+        largest: The largest logit of each row before a scale and a cap, and its class, of shape
+            (2, N); the class is -1 if no fused loss counts the row. None before such a loss.
+        prior: The constant that was added to these logits, None for 0.
         needs_grad: Whether the logits require a gradient.
         computed: Whether an operator has read the logits.
         bypassed: Whether a loss that requires a gradient was computed without the logits.
         ended: Is set when a backward pass reaches such a loss.
-        hooks_of_grad: Hooks of the logits' gradient, which such a backward pass calls.
+        hooks_of_grad: Hooks of the logits' gradient, which that backward pass calls.
         values: Weak references to the values of lazy tensors that may not have been computed.
     """
 
@@ -101,7 +85,8 @@ class HeadCall:
         self.head, self.options, self.autocast = head, options, active_autocast(hidden)
         self.hooks = torch_internals.saved_tensors_hooks(True)
         self.is_fused = torch.zeros(hidden.shape[:-1].numel(), dtype=torch.bool, device="cpu")
-        self.largest: Any = None
+        self.largest: Tensor | None = None
+        self.prior: Tensor | None = None
         self.needs_grad = self.computed = self.bypassed = False
         self.ended = threading.Event()
         self.hooks_of_grad: OrderedDict[int, Callable[[Any], None]] = OrderedDict()
@@ -145,7 +130,7 @@ class HeadCall:
         if not (reason := self.why_ended()):
             return
         known = "the rows that count in it are known: select these, as in logits[mask].argmax(-1)"
-        if self.largest is not None and self.largest[1] is not None:
+        if self.prior is not None:
             known = "logits + prior are known, where prior is the constant that the loss added"
         raise RuntimeError(
             f"pyfused.convert: expected the logits of {self.options.model_name} to be read before "
@@ -167,20 +152,7 @@ class HeadCall:
 
     def warn(self, reader: str) -> None:
         if self.needs_grad or self.is_fused.any():
-            tell(self.options.model_name, f"its logits are read by {reader}")
-
-    def run(self, value: _Value, index: Any, *operands: Any, **options: Any) -> Any:
-        """Returns the results of the fused loss of some rows, or why torch has to compute it.
-
-        It is fused for few rows, too, as torch's loss would need the logits of all rows.
-        """
-        op, (_, metrics, memory_budget, _) = LINEAR_CROSS_ENTROPY, self.options
-        options |= {"with_metrics": metrics, "memory_budget": memory_budget}
-        options["with_prediction"] = metrics or self.device.type == "cpu"  # where it costs nothing
-        autocast = torch.autocast(self.device.type, self.autocast, self.autocast is not None)
-        with autocast, torch.set_grad_enabled(value.records_grad()):
-            call = (*self.operands(value, index), *operands), op.options(**options)
-            return fallback_reason(op, *call) or run(op, *call, any_size=True)
+            self.options.warn(f"its logits are read by {reader}")
 
     def operands(self, value: _Value, index: Any) -> tuple[Tensor, Tensor, Tensor | None]:
         """Returns the hidden states of some rows, the weight, and the bias with the constant."""
@@ -197,17 +169,18 @@ class HeadCall:
     def record(self, value: _Value, index: Any, largest: Tensor, counts: Tensor) -> None:
         """Records the largest logits of the rows that count in a loss."""
         if self.largest is None:
-            self.largest = largest.new_full((2, len(self.is_fused)), -1), value.constant
-        if (known := self.largest_of(value)) is not None:
-            known[0, index] = largest[0].flatten()
-            known[1, index] = largest[1].where(counts, -1).flatten()
+            self.prior = value.constant
+            self.largest = largest.new_full((2, len(self.is_fused)), -1)
+        elif not self.has_recorded(value.constant):
+            return
+        self.largest[0, index] = largest[0].flatten()
+        self.largest[1, index] = largest[1].where(counts, -1).flatten()
 
-    def largest_of(self, value: _Value) -> Tensor | None:
-        """Returns the recorded logits and classes if the constant of a tensor was added to them."""
-        known, constant = self.largest or (None, None)
-        constants = [x for x in (constant, value.constant) if x is not None]
-        same = not constants or (len(constants) == 2 and torch.equal(*constants))
-        return known if same else None
+    def has_recorded(self, constant: Tensor | None) -> bool:
+        """Returns whether the recorded logits contain this constant."""
+        if self.prior is None or constant is None:
+            return self.prior is constant
+        return torch.equal(self.prior, constant)
 
     def register_hook(self, tensor: Any, hook: Callable[[Any], Any]) -> Any:
         """Registers a hook of a gradient that the backward pass of the loss does not compute.
@@ -326,7 +299,7 @@ class _Value:
         return replace(self, example=example, operation=operation, **changes).tensor()
 
     def dims(self) -> tuple[int, int]:
-        """Returns the numbers of the dimension of the classes."""
+        """Returns the dimension of the classes, counted from the front and from the back."""
         return self.dim, self.dim - self.example.dim()
 
     def index(self) -> Any:
@@ -338,72 +311,16 @@ class _Value:
                 return slice(first, last)
         return index
 
-    def cross_entropy(
-        self,
-        function: Any,
-        target: Any,
-        weight: Tensor | None = None,
-        size_average: bool | None = None,
-        ignore_index: int = -100,
-        reduce: bool | None = None,
-        reduction: str = "mean",
-        label_smoothing: float = 0.0,
-    ) -> Any:
-        """Returns the result of torch's function, or a str: why it has to read the logits.
-
-        Raises:
-            IndexError: A class index is out of range.
-        """
-        call, dtype = self.call, self.example.dtype
-        if dtype is not torch.float64 and torch.is_autocast_enabled(call.device.type):
-            dtype = torch.float32
-        call.check("cross_entropy")
-        index = self.index()
-        rows = index if self.numbers.is_cpu else slice(None)  # reading them would synchronise
-        if self.dim != 1:
-            return "dimension 1 does not hold the classes"
-        if self.log != _LOSSES[function]:
-            return f"log_softmax {'precedes' if self.log else 'does not precede'} it"
-        if isinstance(target, Tensor) and target.is_floating_point():
-            return "target holds class probabilities; call linear_cross_entropy for these"
-        is_plain = type(target) in PLAIN and target.dtype is torch.int64
-        if not (is_plain and (target.shape, target.device) == (self.numbers.shape, call.device)):
-            return "target is not a plain int64 tensor on the device of the logits"
-        if not target.numel():
-            return "it has no rows"
-        if weight is not None and not (self.is_constant(weight, dtype) and weight.dim() == 1):
-            return f"weight is not a plain {dtype} tensor without a gradient"
-        if call.hooks != torch_internals.saved_tensors_hooks(True):
-            return "hooks for saved tensors, as of a checkpoint, contain only one of head and loss"
-        if call.is_fused[rows].any():
-            return "an earlier loss of the same rows is fused; call linear_log_probs for others"
-        few = self.numbers.numel() <= min(FEW_ROWS, len(call.is_fused) // 8)
-        limited = call.options.metrics or call.options.memory_budget is not None
-        if few and call.is_fused.any() and not limited:
-            return "it is one of several losses of few rows; compute one loss of all rows"
-        if not size_average is reduce is None:
-            return "size_average and reduce are deprecated"
-        result = call.run(
-            *(self, index, target, weight, None, None),
-            ignore_index=ignore_index,
-            reduction=reduction,
-            label_smoothing=label_smoothing,
-            scale=self.scale,
-            softcap=self.cap,
-            loss_dtype=dtype,
-        )
-        if isinstance(result, str):
-            return result
-        loss, metrics, prediction = (result, None, None) if type(result) is Tensor else result
-        if prediction is not None:
-            call.record(self, index, prediction, target != ignore_index)
-        if metrics is not None:
-            call.head.pyfused_metrics = metrics
-        call.is_fused[rows] = True
-        if (node := loss.grad_fn) is not None:
-            call.bypassed = True  # the node does not keep the call
-            node.register_prehook(partial(_start_backward, call.ended, call.hooks_of_grad))
-        return loss
+    def largest(self) -> tuple[Tensor, Tensor] | None:
+        """Returns the recorded logits and classes of all rows, None if they are not recorded."""
+        call, recorded = self.call, self.call.largest
+        if recorded is None or not call.has_recorded(self.constant):
+            return None
+        x, classes = recorded[:, self.numbers.to(recorded.device, non_blocking=True)]
+        if (classes < 0).any():
+            return None
+        x = x.to(call.autocast or call.inputs[0].dtype).double()
+        return self.scaled(x), classes.long()
 
     def largest_with_gradient(self, results: Any) -> Any:
         """Returns recorded logits and their classes with the gradient of these logits alone.
@@ -440,8 +357,8 @@ class _Value:
 # the operator's result, or None if the operator reads the logits.
 
 
-def _same(value: _Value, function: Any, args: Any, kwargs: Any) -> Any:  # noqa: ARG001
-    """The same values, or a cast to float32."""
+def _copy(value: _Value, function: Any, args: Any, kwargs: Any) -> Any:  # noqa: ARG001
+    """Copies the logits, or casts half precision to float32, on the same device."""
     before, device = value.example.dtype, value.call.device
     dtype = kwargs.get("dtype") or before
     widens = dtype is torch.float32 and before is not torch.float64 and not value.log
@@ -449,13 +366,13 @@ def _same(value: _Value, function: Any, args: Any, kwargs: Any) -> Any:  # noqa:
     if moves or not (widens or dtype is before):
         return None
     needs_grad = value.records_grad() and function is not aten.detach.default
-    kept = {name: x for name, x in kwargs.items() if name in ("dtype", "memory_format")}
-    function = partial(function, **kept)
+    options = {name: x for name, x in kwargs.items() if name in ("dtype", "memory_format")}
+    function = partial(function, **options)
     return value.result(function(value.example), function, needs_grad=needs_grad)
 
 
 def _view(value: _Value, function: Any, args: Any, kwargs: Any) -> Any:  # noqa: ARG001
-    """A view that keeps the classes of each row together."""
+    """Views the logits in another shape that still has a dimension for the classes."""
     before, example = value.example.shape, function(value.example, *args)
     size, rows, shape = before[value.dim], before[: value.dim].numel(), example.shape
     dims = [i for i, each in enumerate(shape) if each == size and shape[:i].numel() == rows]
@@ -466,7 +383,7 @@ def _view(value: _Value, function: Any, args: Any, kwargs: Any) -> Any:  # noqa:
 
 
 def _move(value: _Value, function: Any, args: Any, kwargs: Any) -> Any:  # noqa: ARG001
-    """A permutation of the dimensions, a slice of rows, or several slices."""
+    """Permutes the dimensions, or selects or splits rows."""
     numbers = value.numbers.unsqueeze(value.dim).expand(value.example.shape)  # of each logit
     moved, examples = function(numbers, *args), function(value.example, *args)
     if isinstance(moved, Tensor):
@@ -481,7 +398,7 @@ def _move(value: _Value, function: Any, args: Any, kwargs: Any) -> Any:  # noqa:
 
 
 def _moved(value: _Value, numbers: Tensor, example: Tensor, function: Any, *args: Any) -> Any:
-    """The logits of these numbers, unless they lack classes of a row."""
+    """Returns the logits of the rows with these numbers, None if they lack classes of a row."""
     classes = value.example.shape[value.dim], 0
     sizes = zip(numbers.shape, numbers.stride(), strict=True)
     dims = [i for i, each in enumerate(sizes) if each == classes]
@@ -492,7 +409,7 @@ def _moved(value: _Value, numbers: Tensor, example: Tensor, function: Any, *args
 
 
 def _index(value: _Value, function: Any, args: Any, kwargs: Any) -> Any:  # noqa: ARG001
-    """A selection of rows by masks or int64 tensors."""
+    """Selects rows by masks or int64 tensors."""
     if function is aten.index_select.default:
         function, args = aten.index.Tensor, ([None] * (args[0] % value.example.dim()) + [args[1]],)
     shape, numbers, indices = value.example.shape, value.numbers, list[Tensor | None]()
@@ -514,7 +431,7 @@ def _index(value: _Value, function: Any, args: Any, kwargs: Any) -> Any:  # noqa
 
 
 def _scale(value: _Value, function: Any, args: Any, kwargs: Any) -> Any:  # noqa: ARG001
-    """A positive Python number as a factor or divisor."""
+    """Multiplies or divides the logits by a positive Python number."""
     (number,) = args
     if type(number) not in (int, float) or not 0 < number < math.inf:
         return None
@@ -525,7 +442,7 @@ def _scale(value: _Value, function: Any, args: Any, kwargs: Any) -> Any:  # noqa
 
 
 def _add(value: _Value, function: Any, args: Any, kwargs: Any) -> Any:
-    """The sum with a constant bias, which autocast would round."""
+    """Adds a constant bias, but not under autocast, which would round it."""
     (bias,), example, dtype = args, value.example, value.call.inputs[0].dtype
     if kwargs or value.call.autocast or value.scale != 1 or value.cap or example.dtype is not dtype:
         return None
@@ -538,45 +455,40 @@ def _add(value: _Value, function: Any, args: Any, kwargs: Any) -> Any:
 
 
 def _cap(value: _Value, function: Any, args: Any, kwargs: Any) -> Any:  # noqa: ARG001
-    """A cap by tanh."""
+    """Caps the logits by tanh."""
     if value.cap:
         return None
     return value.result(torch.empty_like(value.example), function, cap=1 / value.scale)
 
 
 def _log_softmax(value: _Value, function: Any, args: Any, kwargs: Any) -> Any:  # noqa: ARG001
-    """The log-probabilities."""
+    """Computes the log-probabilities."""
     if args[0] not in value.dims():
         return None
     return value.result(value.example.new_empty(value.example.shape), function, *args, log=True)
 
 
 def _largest(value: _Value, function: Any, args: Any, kwargs: Any) -> Any:
-    """The largest logit of each row, or its class, if the pass over the loss has recorded them."""
-    names, is_argmax = _LARGEST[function], function is aten.argmax.default
-    options = {"dim": -1 if "k" in names else None} | dict(zip(names, args, strict=False)) | kwargs
+    """Returns the largest logit of each row, its class, or both, if a loss has recorded them."""
+    names, is_argmax = [*_LARGEST[function]], function is aten.argmax.default
+    options = _LARGEST[function] | dict(zip(names, args, strict=False)) | kwargs
     dims = (*value.dims(), None) if is_argmax and value.example.dim() == 1 else value.dims()
-    is_largest = options.get("k", 1) == 1 and options.get("largest", True)
-    known = value.call.largest_of(value)
-    if known is None or options["dim"] not in dims or not is_largest:
+    if options["dim"] not in dims or options["k"] != 1 or not options["largest"]:
         return None
-    x, classes = known[:, value.numbers.to(known.device, non_blocking=True)]
-    if (value.log and not is_argmax) or (classes < 0).any():
+    if (value.log and not is_argmax) or (largest := value.largest()) is None:
         return None
-    x = value.scaled(x.to(value.call.autocast or value.call.inputs[0].dtype).double())
-    results = [x, classes.long()]
-    if "k" in names or options.get("keepdim"):
-        results = [x.unsqueeze(value.dim) for x in results]
-    return results[1] if is_argmax else tuple(results)
+    results = tuple(x.unsqueeze(value.dim) for x in largest) if options["keepdim"] else largest
+    return results[1] if is_argmax else results
 
 
 aten: Any = torch.ops.aten
 _QUOTIENTS = aten.div.Tensor, aten.div.Scalar
-# The arguments of the operators that return the largest logit of each row.
-_LARGEST = {
-    aten.argmax.default: ("dim", "keepdim"),
-    aten.max.dim: ("dim", "keepdim"),
-    aten.topk.default: ("k", "dim", "largest", "sorted"),
+# The operators that return the largest logit of each row. The first options are their arguments, in
+# order, and the others what they imply.
+_LARGEST: dict[Any, dict[str, Any]] = {
+    aten.argmax.default: {"dim": None, "keepdim": False, "k": 1, "largest": True},
+    aten.max.dim: {"dim": None, "keepdim": False, "k": 1, "largest": True},
+    aten.topk.default: {"k": 1, "dim": -1, "largest": True, "sorted": True, "keepdim": True},
 }
 _MOVES = (
     *(aten.transpose.int, aten.t.default, aten.permute.default, aten.select.int, aten.slice.Tensor),
@@ -585,7 +497,7 @@ _MOVES = (
 )
 _COPIES = aten.alias.default, aten.detach.default, aten.clone.default, aten._to_copy.default
 _RULES: dict[Any, Callable[..., Any]] = {
-    **dict.fromkeys(_COPIES, _same),
+    **dict.fromkeys(_COPIES, _copy),
     **dict.fromkeys((aten.view.default, aten._unsafe_view.default), _view),
     **dict.fromkeys(_MOVES, _move),
     **dict.fromkeys((aten.index.Tensor, aten.index_select.default), _index),
@@ -595,9 +507,191 @@ _RULES: dict[Any, Callable[..., Any]] = {
     aten._log_softmax.default: _log_softmax,
     **dict.fromkeys(_LARGEST, _largest),
 }
-_EQUATION = _scale, _cap, _add, _log_softmax  # what precedes log_softmax
+_EQUATION = _scale, _cap, _add, _log_softmax  # the rules that apply only before log_softmax
 # Operators without values whose results are not new tensors.
 _OF_METADATA = "is_same_size", "is_pinned", "dense_dim", "sparse_dim"
+
+
+# ---- functions that are not called as they are ---------------------------------------------------
+
+
+@dataclass(eq=False)
+class _Loss:
+    """A call of cross_entropy with lazy logits, or of nll_loss with lazy log-probabilities.
+
+    Attributes:
+        value: The value of the lazy tensor.
+        takes_log: Whether the function is nll_loss.
+        index, rows: The rows of the head's output, for tensors on its device and on the CPU.
+        dtype: The dtype of the loss.
+    """
+
+    value: _Value
+    takes_log: bool
+    target: Any
+    weight: Any = None
+    size_average: bool | None = None
+    ignore_index: int = -100
+    reduce: bool | None = None
+    reduction: str = "mean"
+    label_smoothing: float = 0.0
+
+    def __post_init__(self) -> None:
+        value = self.value
+        self.index, self.dtype = value.index(), value.example.dtype
+        # Reading the indices on a GPU would synchronise.
+        self.rows = self.index if value.numbers.is_cpu else slice(None)
+        is_autocast = torch.is_autocast_enabled(value.call.device.type)
+        if is_autocast and self.dtype is not torch.float64:
+            self.dtype = torch.float32
+
+    def reason_not_fused(self) -> str | None:
+        """Returns why torch's function has to read the logits, None if a kernel computes it."""
+        value, target, weight, call = self.value, self.target, self.weight, self.value.call
+        if value.dim != 1:
+            return "dimension 1 does not hold the classes"
+        if value.log != self.takes_log:
+            return f"log_softmax {'precedes' if value.log else 'does not precede'} it"
+        if isinstance(target, Tensor) and target.is_floating_point():
+            return "target holds class probabilities; call linear_cross_entropy for these"
+        is_plain = type(target) in PLAIN and target.dtype is torch.int64
+        if not (is_plain and (target.shape, target.device) == (value.numbers.shape, call.device)):
+            return "target is not a plain int64 tensor on the device of the logits"
+        if not target.numel():
+            return "it has no rows"
+        if weight is not None and not (value.is_constant(weight, self.dtype) and weight.dim() == 1):
+            return f"weight is not a plain {self.dtype} tensor without a gradient"
+        if call.hooks != torch_internals.saved_tensors_hooks(True):
+            return "hooks for saved tensors, as of a checkpoint, contain only one of head and loss"
+        if call.is_fused[self.rows].any():
+            return "an earlier loss of the same rows is fused; call linear_log_probs for others"
+        few = value.numbers.numel() <= min(FEW_ROWS, len(call.is_fused) // 8)
+        limited = call.options.metrics or call.options.memory_budget is not None
+        if few and call.is_fused.any() and not limited:
+            return "it is one of several losses of few rows; compute one loss of all rows"
+        if not self.size_average is self.reduce is None:
+            return "size_average and reduce are deprecated"
+        with self.modes():
+            return fallback_reason(LINEAR_CROSS_ENTROPY, *self.arguments)
+
+    def compute(self) -> Tensor:
+        """Returns the loss, computed by a kernel, and records the other results of the kernel.
+
+        Raises:
+            IndexError: A class index is out of range.
+        """
+        call = self.value.call
+        with self.modes():
+            # torch's loss of few rows needs the logits of all rows.
+            result = run(LINEAR_CROSS_ENTROPY, *self.arguments, any_size=True)
+        loss, metrics, prediction = (result, None, None) if type(result) is Tensor else result
+        if prediction is not None:
+            call.record(self.value, self.index, prediction, self.target != self.ignore_index)
+        if metrics is not None:
+            call.head.pyfused_metrics = metrics
+        call.is_fused[self.rows] = True
+        if (node := loss.grad_fn) is not None:
+            call.bypassed = True  # the node does not keep the call
+            node.register_prehook(partial(_start_backward, call.ended, call.hooks_of_grad))
+        return loss
+
+    @contextmanager
+    def modes(self) -> Iterator[None]:
+        """Sets autocast as it was for the head, and whether the loss records a gradient."""
+        call = self.value.call
+        autocast = torch.autocast(call.device.type, call.autocast, call.autocast is not None)
+        with autocast, torch.set_grad_enabled(self.value.records_grad()):
+            yield
+
+    @cached_property
+    def arguments(self) -> tuple[Tensors, Options]:
+        """Returns the tensors and options of ``linear_cross_entropy`` for this loss."""
+        value, call = self.value, self.value.call
+        metrics = call.options.metrics
+        options = LINEAR_CROSS_ENTROPY.options(
+            ignore_index=self.ignore_index,
+            reduction=self.reduction,
+            label_smoothing=self.label_smoothing,
+            scale=value.scale,
+            softcap=value.cap,
+            loss_dtype=self.dtype,
+            memory_budget=call.options.memory_budget,
+            with_metrics=metrics,
+            with_prediction=metrics or call.device.type == "cpu",  # where it costs nothing
+        )
+        tensors = *call.operands(value, self.index), self.target, self.weight, None, None
+        return tensors, options
+
+
+def _call(function: Any, args: Any, kwargs: Any) -> Any:
+    """Calls a function as it is; ``__torch_dispatch__`` receives its operators."""
+    with DisableTorchFunctionSubclass():
+        return function(*args, **kwargs)
+
+
+def _call_loss(function: Any, args: Any, kwargs: Any) -> Any:
+    """Computes a loss without the logits, or calls torch's function with their values."""
+    original, name, reason = _original(function), _name_of(function), None
+    if args and isinstance(tensor := args[0], LazyLogits):
+        call = tensor.value.call
+        if call.options.metrics:
+            call.head.pyfused_metrics = None
+        with DisableTorchFunctionSubclass():
+            if tensor.value.has_rules(tensor):
+                call.check("cross_entropy")
+                loss = _Loss(tensor.value, _LOSSES[original], *args[1:], **kwargs)
+                reason = loss.reason_not_fused()
+                if reason is None:
+                    return loss.compute()
+                call.compute()
+    args, kwargs = _values_of(args, kwargs, name)
+    result = function(*args, **kwargs)
+    if reason is not None:  # only now, as the arguments were valid
+        call.warn(f"{name}, because {reason}. {_COST}")
+        if report.active and function is original:
+            report.count_call(OPERATORS[name], args, (), reason)
+    return result
+
+
+def _call_with_values(function: Any, args: Any, kwargs: Any) -> Any:
+    """Calls a function that accesses memory without an operator of ATen."""
+    args, kwargs = _values_of(args, kwargs, _name_of(function))
+    return function(*args, **kwargs)
+
+
+def _call_of_node(function: Any, args: Any, kwargs: Any) -> Any:
+    """Calls a function of the tensor's node, which its views do not have."""
+    tensor = args[0]
+    with DisableTorchFunctionSubclass():
+        if tensor.value.call.bypassed and tensor.requires_grad:
+            if function is Tensor.register_hook:
+                return tensor.value.call.register_hook(*args, **kwargs)
+            if function == _GRAD_FN:
+                return _BypassedNode()
+        _expect_gradient(tensor, _name_of(function))
+        return function(*args, **kwargs)
+
+
+def _call_backward(function: Any, args: Any, kwargs: Any) -> Any:
+    """Runs a backward pass, which may return gradients of lazy logits."""
+    with DisableTorchFunctionSubclass():
+        expect = partial(_expect_gradient, reader="autograd.grad")
+        tree_map_only(LazyLogits, expect, (args[1:], kwargs))
+        return function(*args, **kwargs)
+
+
+def _call_largest(function: Any, args: Any, kwargs: Any) -> Any:
+    """Calls max or topk, whose results may be known from a loss."""
+    with DisableTorchFunctionSubclass():
+        result = function(*args, **kwargs)
+        tensor = args[0] if args else None
+        if isinstance(tensor, LazyLogits) and not tensor.value.call.computed:
+            return tensor.value.largest_with_gradient(result)
+        return result
+
+
+def _set_data(function: Any, args: Any, kwargs: Any) -> Any:  # noqa: ARG001
+    raise _error("expected no change of the memory of a model's logits, got data")
 
 
 def _original(function: Any) -> Any:
@@ -605,8 +699,31 @@ def _original(function: Any) -> Any:
     return getattr(function, "__wrapped__", function)
 
 
-# Losses of the logits, and of their log_softmax.
-_LOSSES = {_original(F.cross_entropy): False, _original(F.nll_loss): True}
+def _values_of(args: Any, kwargs: Any, reader: str) -> Any:
+    """Returns the arguments of a function with plain tensors in the place of lazy ones."""
+    with DisableTorchFunctionSubclass():
+        return tree_map_only(LazyLogits, partial(_view_of, reader=reader), (args, kwargs))
+
+
+_LOSSES = {_original(F.cross_entropy): False, _original(F.nll_loss): True}  # _Loss.takes_log
+_GRAD_FN = getattr(Tensor, "grad_fn").__get__  # noqa: B009
+_SET_DATA = getattr(Tensor, "data").__set__  # noqa: B009
+_OF_NODES = _GRAD_FN, Tensor.register_hook, Tensor.retain_grad
+_OF_MEMORY = (
+    "numpy tolist data_ptr const_data_ptr storage untyped_storage share_memory_"
+    " __array__ __dlpack__ __deepcopy__ __reduce_ex__"
+)
+_BACKWARD = torch.autograd.grad, torch.autograd.backward, Tensor.backward
+_MAX = torch.max, Tensor.max, aten.max, aten.max.dim
+_TOPK = torch.topk, Tensor.topk, aten.topk, aten.topk.default
+_FUNCTIONS: dict[Any, Callable[..., Any]] = {  # `_call` calls all others
+    **dict.fromkeys(_LOSSES, _call_loss),
+    **dict.fromkeys(_OF_NODES, _call_of_node),
+    **dict.fromkeys((getattr(Tensor, x, None) for x in _OF_MEMORY.split()), _call_with_values),
+    **dict.fromkeys(_BACKWARD, _call_backward),
+    **dict.fromkeys((*_MAX, *_TOPK), _call_largest),
+    _SET_DATA: _set_data,
+}
 
 
 # ---- the tensor subclass -------------------------------------------------------------------------
@@ -626,44 +743,8 @@ class LazyLogits(Tensor):
     def __torch_function__(
         cls, function: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
-        kwargs, original = kwargs or {}, _original(function)
-        tensor: Any = args[0] if args else None
-        is_lazy = isinstance(tensor, LazyLogits)
-        with DisableTorchFunctionSubclass():
-            name, reason = _name_of(function), ""
-            if is_lazy and original in _LOSSES:
-                call = tensor.value.call
-                if call.options.metrics:
-                    call.head.pyfused_metrics = None
-                if tensor.value.has_rules(tensor):
-                    reason = tensor.value.cross_entropy(original, *args[1:], **kwargs)
-                    if not isinstance(reason, str):
-                        return reason
-                    call.compute()
-            if is_lazy and function in _OF_NODES:
-                if tensor.value.call.bypassed and tensor.requires_grad:
-                    if function is Tensor.register_hook:
-                        return tensor.value.call.register_hook(*args, **kwargs)
-                    if function == _GRAD_FN:
-                        return _BypassedNode()
-                _expect_gradient(tensor, name)
-            if is_lazy and function == _SET_DATA:
-                raise _error(f"expected no change of the memory of a model's logits, got {name}")
-            if function in _BACKWARD:
-                expect = partial(_expect_gradient, reader="autograd.grad")
-                tree_map_only(LazyLogits, expect, (args[1:], kwargs))
-            if original not in _LOSSES and function not in _OF_MEMORY:
-                result = function(*args, **kwargs)
-                is_known = is_lazy and name in ("max", "topk") and not tensor.value.call.computed
-                return tensor.value.largest_with_gradient(result) if is_known else result
-            view = partial(_view_of, reader=name)
-            args, kwargs = tree_map_only(LazyLogits, view, (args, kwargs))
-        result = function(*args, **kwargs)
-        if reason:  # only now, as the arguments were valid
-            call.warn(f"{name}, because {reason}. {_COST}")
-            if report.active and function is original:
-                report.count_call(OPERATORS[name], args, (), reason)
-        return result
+        call: Any = _FUNCTIONS.get(_original(function), _call)
+        return call(function, args, kwargs or {})
 
     def __repr__(self) -> str:  # type: ignore[override]
         """Shows what is known, so that print and a debugger do not compute the logits."""
@@ -708,8 +789,7 @@ class LazyLogits(Tensor):
 
 
 torch_internals.skip_frames(LazyLogits.__torch_function__)
-# These calls are dispatched to torch's function, whose __torch_function__ computes the fused loss.
-reasons.not_reported.add(f"input is a {LazyLogits.__name__}")
+reasons.lazy_classes.add(LazyLogits)
 
 
 class _Head(torch.autograd.Function):

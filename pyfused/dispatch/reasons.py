@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -25,11 +26,16 @@ from pyfused.torch_internals import (
 SMALL = "torch is faster at this size"
 FUSED = "torch.compile: Inductor fuses it with its neighbours"
 _log = logging.getLogger("pyfused")
-not_reported: set[str] = set()  # reasons of calls that torch's function passes to another one
+lazy_classes: set[type] = set()  # of tensors on which torch's functions are dispatched again
 _reported: dict[tuple[str, str], object] = {}
 _INDICES = (torch.int64, torch.uint8)
 _CONVERTED = (*_INDICES, torch.bool, torch.int8, torch.int16, torch.int32)
 _OURS_AND_TORCHS = (f"{__name__.partition('.')[0]}.", "torch.")
+
+
+def reported_later(op: Any, tensors: Sequence[Any]) -> bool:
+    """Returns whether torch's function, which computes a call, is dispatched and reported again."""
+    return op.in_torch and type(tensors[0]) in lazy_classes
 
 
 def first_time(op: str, reason: str) -> bool:
@@ -40,10 +46,16 @@ def first_time(op: str, reason: str) -> bool:
 
 def log_once(op: str, reason: str) -> None:
     """Logs why a call falls back to torch's operator, once and at level INFO."""
-    if is_dynamo_compiling() or not _log.isEnabledFor(logging.INFO) or reason in not_reported:
+    if is_dynamo_compiling() or not _log.isEnabledFor(logging.INFO):
         return
     if first_time(op, reason):
         _log.info("%s: torch: %s", op, reason)
+
+
+def warn_once(op: str, reason: str, message: str) -> None:
+    """Warns once for an operator and a reason, at the first frame outside pyfused and torch."""
+    if first_time(op, reason):
+        warnings.warn(message, RuntimeWarning, stacklevel=stacklevel())
 
 
 def stacklevel() -> int:

@@ -148,7 +148,7 @@ def count_call(op: Operator, tensors: Tensors, options: Options, reason: str | N
     """
     if compiler_traces():
         add_traced(op.name)
-    elif reason not in reasons.not_reported:
+    elif not reasons.reported_later(op, tensors):
         if (calls := _recording.calls) is not None:
             calls.append((op, tensors, options, reason))
         if reason is None:

@@ -6,7 +6,6 @@ If ``PYFUSED_BACKEND`` is set, kernels run for tensors of any size.
 from __future__ import annotations
 
 import math
-import warnings
 from functools import lru_cache
 from numbers import Integral
 from types import NoneType
@@ -158,6 +157,8 @@ def report_fallback(op: Operator, tensors: Tensors, options: Options, reason: st
     Logits of 32 MiB or more are large: kernels would need a quarter of that, or 16 MiB. A call with
     invalid arguments computes none.
     """
+    if reasons.reported_later(op, tensors):
+        return
     reasons.log_once(op.name, reason)
     if not op.is_linear:
         return
@@ -170,8 +171,6 @@ def report_fallback(op: Operator, tensors: Tensors, options: Options, reason: st
     megabytes = elements * input.element_size() >> 20
     if megabytes < 32 or checks.reason(op.check_call, tensors, options) is not None:
         return
-    if reasons.first_time(op.name, f"logits: {reason}"):
-        message = f"pyfused: {op.name}: torch's operators need {megabytes} MiB for the logits: "
-        if reason.endswith(" requires grad"):
-            reason += ". Detach it if it needs no gradient"
-        warnings.warn(message + reason, RuntimeWarning, stacklevel=reasons.stacklevel())
+    hint = ". Detach it if it needs no gradient" if reason.endswith(" requires grad") else ""
+    message = f"pyfused: {op.name}: torch's operators need {megabytes} MiB for the logits: {reason}"
+    reasons.warn_once(op.name, f"logits: {reason}", message + hint)

@@ -26,7 +26,7 @@ from pyfused.adopt import lazy_logits
 from pyfused.adopt.lazy_logits import LazyLogits
 from pyfused.dispatch import reasons
 
-pytestmark = pytest.mark.usefixtures("untold")
+pytestmark = pytest.mark.usefixtures("reset_warnings")
 
 
 # ---- heads and models ----------------------------------------------------------------------------

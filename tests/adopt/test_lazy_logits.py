@@ -33,7 +33,7 @@ import pyfused
 from pyfused.adopt import lazy_logits
 from pyfused.adopt.lazy_logits import LazyLogits
 
-pytestmark = pytest.mark.usefixtures("untold")
+pytestmark = pytest.mark.usefixtures("reset_warnings")
 
 
 class Doubled(torch.autograd.Function):
