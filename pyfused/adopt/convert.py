@@ -197,32 +197,36 @@ def plan_conversion(model: Module, *, head: str | None = None) -> Conversion:
     swapped, left, rows = [], [], []
     for name, module in modules:
         head_name, kind = head if name == "." else None, type(module).__name__
-        if reason := _left(name, module, head_name, sizes):
+        if reason := _unconverted(name, module, head_name, sizes):
             left.append(reason)
-            size = f"({sizes[name]})" if name in sizes else ""
-            rows.append((name, kind + size, ("" if size else "left: ") + reason.reason))
-        elif replacement := _replacement(module, head_name):
-            swapped.append(name)
-            rows.append((name, kind, f"replaced by {replacement}"))
+            size, verb = (f"({sizes[name]})", "") if name in sizes else ("", "left: ")
+            rows.append((name, kind + size, verb + reason.reason))
+            continue
+        if _has_head(module, head_name):
+            replacement = heads.description(module, head_name)
+        elif type(module) in FUSED:
+            in_place = ", but torch computes it in place" * bool(getattr(module, "inplace", False))
+            replacement = f"pyfused.nn.{kind}{in_place}"
+        else:
+            continue
+        swapped.append(name)
+        rows.append((name, kind, f"replaced by {replacement}"))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = [f"{name:{widths[0]}}  {kind:{widths[1]}}  {what}" for name, kind, what in rows]
     return Conversion(tuple(swapped), tuple(left), "\n".join(lines))
 
 
-def _is_language_model(module: Module, head: str | None) -> bool:
+def _has_head(module: Module, head: str | None = None) -> bool:
+    """Returns whether the head of a module is known, by the name that a user has passed or not."""
     return head is not None or heads.has_head(module) or heads.is_converted(module)
 
 
-def _left(
+def _unconverted(
     name: str, module: Module, head: str | None, possible_heads: Container[str]
 ) -> Unconverted | None:
-    """Returns a module and why it is not replaced, None if it is or pyfused has no counterpart.
-
-    Args:
-        head: The name of the module's head, None if the user has not passed one.
-    """
+    """Returns a module and why it is not replaced, None if it is or pyfused has no counterpart."""
     kind = type(module).__name__
-    if _is_language_model(module, head):
+    if _has_head(module, head):
         if head is not None:
             heads.check_name(module, head)
         if heads.is_converted(module) and heads.has_converted_head(module, head):
@@ -237,16 +241,6 @@ def _left(
     return Unconverted(name, kind, reason) if reason else None
 
 
-def _replacement(module: Module, head: str | None) -> str | None:
-    """Describes what replaces a module, None if nothing does."""
-    if _is_language_model(module, head):
-        return heads.description(module, head)
-    if type(module) not in FUSED:
-        return None
-    in_place = ", but torch computes it in place" if getattr(module, "inplace", False) else ""
-    return f"pyfused.nn.{type(module).__name__}{in_place}"
-
-
 def _possible_heads(modules: dict[str, Module]) -> dict[str, str]:
     """Returns the sizes of the linear layers that may compute logits, by name.
 
@@ -254,31 +248,23 @@ def _possible_heads(modules: dict[str, Module]) -> dict[str, str]:
     layer, the only one of its size, or one with an output for each row of an embedding. Layers in
     models whose head is known are skipped.
     """
-    known = [
-        submodule
-        for module in modules.values()
-        if heads.has_head(module) or heads.is_converted(module)
-        for submodule in module.modules()
-    ]
+    in_models = {
+        id(layer) for module in modules.values() if _has_head(module) for layer in module.modules()
+    }
     linear = {name: m for name, m in modules.items() if isinstance(m, torch.nn.Linear)}
     inputs = {getattr(m, name, None) for m in modules.values() for name in _INPUT_SIZES}
     sizes = Counter((layer.in_features, layer.out_features) for layer in linear.values())
     embeddings = torch.nn.Embedding, torch.nn.EmbeddingBag
     rows = {m.num_embeddings for m in modules.values() if isinstance(m, embeddings)}
-    return {
-        name: f"{layer.in_features} -> {layer.out_features}"
-        for name, layer in linear.items()
-        if type(layer) is torch.nn.Linear
-        and name != "."
-        and layer.out_features >= max(_MANY_OUTPUTS, layer.in_features)
-        and layer.out_features not in inputs
-        and (
-            layer.out_features in rows
-            or sizes[layer.in_features, layer.out_features] == 1
-            or name == list(linear)[-1]
-        )
-        and all(layer is not submodule for submodule in known)
-    }
+    possible, last = {}, [*linear][-1:]
+    for name, layer in linear.items():
+        size = n, classes = layer.in_features, layer.out_features
+        is_special = classes in rows or sizes[size] == 1 or name in last
+        is_large = classes >= max(_MANY_OUTPUTS, n) and classes not in inputs
+        is_known = name == "." or type(layer) is not torch.nn.Linear or id(layer) in in_models
+        if is_special and is_large and not is_known:
+            possible[name] = f"{n} -> {classes}"
+    return possible
 
 
 def revert(model: Module) -> tuple[str, ...]:

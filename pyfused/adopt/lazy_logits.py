@@ -388,13 +388,11 @@ def _move(value: _Value, function: Any, args: Any, kwargs: Any) -> Any:  # noqa:
     moved, examples = function(numbers, *args), function(value.example, *args)
     if isinstance(moved, Tensor):
         return _moved(value, moved, examples, function, *args)
-    results = []
-    for i, (piece, example) in enumerate(zip(moved, examples, strict=True)):
-        result = _moved(value, piece, example, lambda x, i=i: function(x, *args)[i])
-        if result is None:
-            return None
-        results.append(result)
-    return results
+    results = [
+        _moved(value, piece, example, lambda x, i=i: function(x, *args)[i])
+        for i, (piece, example) in enumerate(zip(moved, examples, strict=True))
+    ]
+    return None if any(x is None for x in results) else results
 
 
 def _moved(value: _Value, numbers: Tensor, example: Tensor, function: Any, *args: Any) -> Any:

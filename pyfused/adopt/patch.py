@@ -184,7 +184,7 @@ def _names_not_patched() -> str:
         return ""
     more = [f"{len(found) - _SHOWN} more"] * (len(found) > _SHOWN)
     names = ", ".join([*found[:_SHOWN], *more])
-    return f"so are calls by names that were bound without the patch: {names}"
+    return f"so are calls through names bound before the patch: {names}"
 
 
 def _describe(function: Any) -> str:

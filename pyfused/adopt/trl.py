@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.compiler import is_dynamo_compiling
 
-from pyfused.dispatch.reasons import SMALL, first_time
+from pyfused.dispatch.reasons import warn_once
 from pyfused.dispatch.run import fallback_reason
 from pyfused.dispatch.sizes import torch_computes
 from pyfused.functional import linear_log_probs
@@ -106,11 +106,13 @@ class _LogProbFunction:
         """Returns the log-probabilities and the other requested outputs."""
         softcap = final_logit_softcapping
         factors = temperature, logit_scale, 1.0 if softcap is None else softcap
-        reason = _original_reason((hidden, weight, bias, targets), factors, outputs)
-        if reason is not None:
-            if reason is not SMALL and not is_dynamo_compiling() and first_time("trl", reason):
-                message = "pyfused.patch_trl: TRL's own function ran, because "
-                warnings.warn(message + reason, RuntimeWarning, stacklevel=2)
+        call = LINEAR_LOG_PROBS, (hidden, weight, bias, targets), LINEAR_LOG_PROBS.options()
+        small = not is_dynamo_compiling() and torch_computes(*call)
+        reason = None if small else _reason_not_fused(call, factors, outputs)
+        if small or reason is not None:
+            if reason is not None and not is_dynamo_compiling():
+                message = f"pyfused.patch_trl: TRL's own function ran, because {reason}"
+                warn_once("trl", reason, message)
             arguments = hidden, weight, bias, targets, temperature, chunk_size, softcap
             return self.original.apply(*arguments, logit_scale, outputs)
         # softcap(scale x) / temperature, with the scale folded into softcap and temperature
@@ -133,21 +135,14 @@ class _LogProbFunction:
         )
 
 
-def _original_reason(
-    tensors: tuple[Tensor, Tensor, Tensor | None, Tensor],
-    factors: Sequence[float],
-    outputs: Sequence[str],
-) -> str | None:
+def _reason_not_fused(call: Any, factors: Sequence[float], outputs: Sequence[str]) -> str | None:
     """Returns why TRL's function has to compute a call, None if pyfused can.
 
     Args:
-        tensors: The hidden states, weight, bias and targets.
+        call: The operator, its tensors and its options.
         factors: The temperature, scale and softcap.
     """
-    hidden, weight, bias, target = tensors
-    call = LINEAR_LOG_PROBS, (hidden, weight, bias, target), LINEAR_LOG_PROBS.options()
-    if not is_dynamo_compiling() and torch_computes(*call[:2]):
-        return SMALL
+    hidden, weight, bias, _ = call[1]
     if hasattr(weight, "ds_id"):
         return "the weight is partitioned by ZeRO-3"
     if "log_sum_sq_probs" in outputs:

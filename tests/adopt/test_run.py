@@ -239,7 +239,7 @@ print(report)
     done = plain("-c", code, cwd=tmp_path)
     compiled, bound = done.stdout.splitlines()[2:]
     assert compiled == "so are calls in compiled programs: silu", done.stderr
-    assert bound == "so are calls by names that were bound without the patch: __main__.loss"
+    assert bound == "so are calls through names bound before the patch: __main__.loss"
 
 
 class Number(int):
@@ -251,7 +251,7 @@ class Number(int):
 
 @pytest.mark.usefixtures("switching")
 def test_threads_that_call_kernels_at_once() -> None:
-    op: Any = SimpleNamespace(name="op", elements=lambda _: 3)
+    op: Any = SimpleNamespace(name="op", in_torch=False, elements=lambda _: 3)
 
     def call(_: int) -> None:
         for _ in range(500):
