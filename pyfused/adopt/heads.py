@@ -56,11 +56,13 @@ def _of_head(kind: Any) -> dict[str, Any]:
 
     def forward(head: Any, input: Tensor) -> Any:
         options = vars(head).get(MARK)
-        if options is not None and _mark_as_called(options.model_name) and options.metrics:
-            head.pyfused_metrics = None
-        if options is None or not (head.training or options.evaluation):
+        if options is None:
             return kind.forward(head, input)
-        if is_dynamo_compiling() and _stays_in_graph(head, input, options):
+        _mark_as_called(options.model_name)
+        if options.metrics:
+            head.pyfused_metrics = None
+        is_lazy = head.training or options.evaluation
+        if not is_lazy or (is_dynamo_compiling() and _stays_in_graph(head, input, options)):
             return kind.forward(head, input)
         return output(head, input, options)
 
@@ -94,21 +96,19 @@ def _is_wanted(options: Options, input: Tensor, weight: Tensor, bias: Tensor | N
 
 
 def _reason_not_lazy(head: Any, input: Tensor, weight: Tensor, bias: Tensor | None) -> str | None:
-    """Returns why a head computes its logits in all calls, None if it does not."""
+    """Returns why a head cannot return lazy logits in this or any call, None if it can."""
     if "forward" in vars(head) or has_own_hooks(head):
         return reason_to_leave(head)
     for name, value in {"weight": weight, "bias": bias}.items():
-        if value is None:
-            continue
-        if type(value) not in PLAIN:
+        if value is not None and type(value) not in PLAIN:
             return f"the {name} of its head is a {type(value).__name__}"
-        if value.device != input.device:
+        if value is not None and value.device != input.device:
             return f"the {name} of its head is on {value.device}, its input on {input.device}"
     return None if weight.numel() else "the weight of its head has no elements"
 
 
 def _can_be_lazy(options: Options, input: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
-    """Returns whether lazy logits have these inputs, and take less time than torch's loss."""
+    """Returns whether a head takes these inputs, and a fused loss less time than torch's."""
     if type(input) not in PLAIN or input.layout is not torch.strided or input.is_nested:
         return False
     is_inference = torch.is_inference_mode_enabled()
@@ -129,10 +129,9 @@ _uncalled: dict[str, tuple[weakref.ref[Any], str]] = {}
 
 
 @torch_internals.called_while_tracing
-def _mark_as_called(model_name: str) -> bool:
-    """Notes that the head of a model is called, and returns True."""
+def _mark_as_called(model_name: str) -> None:
+    """Notes that the head of a model is called."""
     _uncalled.pop(model_name, None)
-    return True
 
 
 def _uncalled_heads() -> str:

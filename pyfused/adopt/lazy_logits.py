@@ -99,9 +99,9 @@ class HeadCall:
         """Returns the lazy output of the head."""
         hidden, weight, _ = self.inputs
         shape, dtype = (*hidden.shape[:-1], weight.shape[0]), self.autocast or hidden.dtype
-        numbers = torch.arange(len(self.is_fused), device="cpu").view(shape[:-1])
+        row_index = torch.arange(len(self.is_fused), device="cpu").view(shape[:-1])
         example = torch.empty(shape, dtype=dtype, device="meta")
-        value = _Value(self, numbers, example, len(shape) - 1, self.linear)
+        value = _Value(self, row_index, example, len(shape) - 1, self.linear)
         tensor = _head(value, *self.inputs)
         self.needs_grad = value.needs_grad = tensor.requires_grad
         return tensor
@@ -164,17 +164,17 @@ class HeadCall:
             x = F.embedding(index.to(x.device, non_blocking=True), x)
         if value.constant is not None:
             bias = value.constant if bias is None else bias + value.constant
-        return x.view(*value.numbers.shape, x.shape[-1]), weight, bias
+        return x.view(*value.row_index.shape, x.shape[-1]), weight, bias
 
-    def record(self, value: _Value, index: Any, largest: Tensor, counts: Tensor) -> None:
-        """Records the largest logits of the rows that count in a loss."""
+    def record(self, value: _Value, index: Any, largest: Tensor, valid: Tensor) -> None:
+        """Records the largest logits of some rows, and their classes where a target is valid."""
         if self.largest is None:
             self.prior = value.constant
             self.largest = largest.new_full((2, len(self.is_fused)), -1)
         elif not self.has_recorded(value.constant):
             return
         self.largest[0, index] = largest[0].flatten()
-        self.largest[1, index] = largest[1].where(counts, -1).flatten()
+        self.largest[1, index] = largest[1].where(valid, -1).flatten()
 
     def has_recorded(self, constant: Tensor | None) -> bool:
         """Returns whether the recorded logits contain this constant."""
@@ -191,16 +191,16 @@ class HeadCall:
         logits, with None, as torch passes for an undefined gradient; or at the node of the logits
         if another operator leads there.
         """
-        last: Any = None
+        last: Any = None  # the backward pass in which the hook has run
 
-        def called(_: Any) -> None:
+        def run_once(_: Any) -> None:
             nonlocal last
             before, last = last, torch_internals.current_graph_task()
             if last != before and hook(None) is not None:
                 raise _error_of_gradient("a hook that changes the gradient")
 
-        handle = tensor.register_hook(called)
-        self.hooks_of_grad[handle.id] = called
+        handle = tensor.register_hook(run_once)
+        self.hooks_of_grad[handle.id] = run_once
         handle.extra_dict_ref = (weakref.ref(self.hooks_of_grad),)
         return handle
 
@@ -216,13 +216,13 @@ def _start_backward(ended: threading.Event, hooks: dict[int, Any], grad_outputs:
 class _Value:
     """Describes how a lazy tensor is computed.
 
-    It is ``scale * x``, or with a cap ``scale * cap * tanh(x / cap)``, where
+    The tensor is ``scale * x``, or with a cap ``scale * cap * tanh(x / cap)``, where
     ``x = linear(rows, weight, bias) + constant``.
 
     Attributes:
         call: The head's call.
-        numbers: The index of each row in the head's output, in the shape of the tensor without the
-            dimension of the classes. It is on the CPU unless a tensor on a GPU has selected rows.
+        row_index: The index of each row in the head's output, of the shape of the tensor without
+            the dimension of the classes. On the CPU unless a tensor on a GPU has selected rows.
         example: A meta tensor of the same shape, strides and dtype.
         dim: The dimension of the classes.
         operation: Returns the values; None afterwards.
@@ -234,7 +234,7 @@ class _Value:
     """
 
     call: HeadCall
-    numbers: Tensor
+    row_index: Tensor
     example: Tensor
     dim: int
     operation: Callable[[], Tensor] | None
@@ -291,8 +291,9 @@ class _Value:
     def result(self, example: Tensor, function: Any, *args: Any, **changes: Any) -> Any:
         """Returns the lazy result of an operator, with some changed attributes.
 
-        Operators of numbers on meta tensors, which could return the example, import torch's
-        compiler (one second).
+        Args:
+            example: A meta tensor like the result. Rules with a number make it by ``empty_like``,
+                as operators of numbers on meta tensors import torch's compiler (one second).
         """
         operation = lambda: function(self.compute(), *args)  # noqa: E731
         changes = {"needs_grad": self.records_grad()} | changes
@@ -304,7 +305,7 @@ class _Value:
 
     def index(self) -> Any:
         """Returns the indices of the rows in the head's output, a slice if they are consecutive."""
-        index = self.numbers.flatten()
+        index = self.row_index.flatten()
         if index.is_cpu and len(index):
             first, last = int(index[0]), int(index[0]) + len(index)
             if torch.equal(index, torch.arange(first, last, device="cpu")):
@@ -316,34 +317,31 @@ class _Value:
         call, recorded = self.call, self.call.largest
         if recorded is None or not call.has_recorded(self.constant):
             return None
-        x, classes = recorded[:, self.numbers.to(recorded.device, non_blocking=True)]
+        x, classes = recorded[:, self.row_index.to(recorded.device, non_blocking=True)]
         if (classes < 0).any():
             return None
         x = x.to(call.autocast or call.inputs[0].dtype).double()
         return self.scaled(x), classes.long()
 
     def largest_with_gradient(self, results: Any) -> Any:
-        """Returns recorded logits and their classes with the gradient of these logits alone.
-
-        The gradient of torch's operator is one of all logits.
-        """
+        """Returns recorded logits, whose gradient is computed without all logits, and classes."""
         values, classes = results
         if not values.requires_grad or self.call.why_ended():
             return results
         rows, weight, bias = self.call.operands(self, self.index())
-        index, dtype = classes.view(self.numbers.shape), self.call.autocast or rows.dtype
+        index, dtype = classes.view(self.row_index.shape), self.call.autocast or rows.dtype
         pair = [x.to(dtype).double() for x in (rows, F.embedding(index, weight))]
         x = (pair[0] * pair[1]).sum(-1)
         x = x if bias is None else x + bias[index].to(dtype)
         return type(results)((self.scaled(x).view_as(values), classes))
 
     def scaled(self, x: Tensor) -> Tensor:
-        """Returns some of the logits, given x of the equation above in float64."""
+        """Returns logits with this x of the equation above, in float64."""
         x = x if self.cap is None else self.cap * (x / self.cap).tanh()
         return (self.scale * x).to(self.example.dtype)
 
     def is_constant(self, tensor: Any, dtype: torch.dtype) -> bool:
-        """Returns whether a tensor has a number for each class, in a dtype."""
+        """Returns whether a plain tensor of a dtype has one number per class, and no gradient."""
         if type(tensor) not in PLAIN or tensor.dtype is not dtype:
             return False
         classes = self.example.shape[self.dim]
@@ -378,14 +376,14 @@ def _view(value: _Value, function: Any, args: Any, kwargs: Any) -> Any:  # noqa:
     dims = [i for i, each in enumerate(shape) if each == size and shape[:i].numel() == rows]
     if len(dims) != 1:
         return None
-    numbers = value.numbers.reshape(shape[: dims[0]] + shape[dims[0] + 1 :])
-    return value.result(example, function, *args, dim=dims[0], numbers=numbers)
+    row_index = value.row_index.reshape(shape[: dims[0]] + shape[dims[0] + 1 :])
+    return value.result(example, function, *args, dim=dims[0], row_index=row_index)
 
 
 def _move(value: _Value, function: Any, args: Any, kwargs: Any) -> Any:  # noqa: ARG001
     """Permutes the dimensions, or selects or splits rows."""
-    numbers = value.numbers.unsqueeze(value.dim).expand(value.example.shape)  # of each logit
-    moved, examples = function(numbers, *args), function(value.example, *args)
+    row_index = value.row_index.unsqueeze(value.dim).expand(value.example.shape)  # of each logit
+    moved, examples = function(row_index, *args), function(value.example, *args)
     if isinstance(moved, Tensor):
         return _moved(value, moved, examples, function, *args)
     results = [
@@ -395,22 +393,22 @@ def _move(value: _Value, function: Any, args: Any, kwargs: Any) -> Any:  # noqa:
     return None if any(x is None for x in results) else results
 
 
-def _moved(value: _Value, numbers: Tensor, example: Tensor, function: Any, *args: Any) -> Any:
-    """Returns the logits of the rows with these numbers, None if they lack classes of a row."""
+def _moved(value: _Value, row_index: Tensor, example: Tensor, function: Any, *args: Any) -> Any:
+    """Returns the logits of the rows with these indices, None if they lack classes of a row."""
     classes = value.example.shape[value.dim], 0
-    sizes = zip(numbers.shape, numbers.stride(), strict=True)
+    sizes = zip(row_index.shape, row_index.stride(), strict=True)
     dims = [i for i, each in enumerate(sizes) if each == classes]
     if len(dims) != 1:
         return None
     (dim,) = dims
-    return value.result(example, function, *args, dim=dim, numbers=numbers.select(dim, 0))
+    return value.result(example, function, *args, dim=dim, row_index=row_index.select(dim, 0))
 
 
 def _index(value: _Value, function: Any, args: Any, kwargs: Any) -> Any:  # noqa: ARG001
     """Selects rows by masks or int64 tensors."""
     if function is aten.index_select.default:
         function, args = aten.index.Tensor, ([None] * (args[0] % value.example.dim()) + [args[1]],)
-    shape, numbers, indices = value.example.shape, value.numbers, list[Tensor | None]()
+    shape, row_index, indices = value.example.shape, value.row_index, list[Tensor | None]()
     for x in args[0]:
         dtype = x.dtype if type(x) in PLAIN else None
         if dtype is torch.bool and x.shape == shape[len(indices) :][: x.dim()] != ():
@@ -420,12 +418,12 @@ def _index(value: _Value, function: Any, args: Any, kwargs: Any) -> Any:  # noqa
         else:
             return None
         if dtype is not None and not x.is_cpu:
-            numbers = numbers.to(x.device, non_blocking=True)
-    if value.dim != numbers.dim() or len(indices) > value.dim:
+            row_index = row_index.to(x.device, non_blocking=True)
+    if value.dim != row_index.dim() or len(indices) > value.dim:
         return None
-    numbers = function(numbers, indices)
+    row_index = function(row_index, indices)
     example = function(value.example, [x if x is None else x.to("meta") for x in indices])
-    return value.result(example, function, indices, dim=numbers.dim(), numbers=numbers)
+    return value.result(example, function, indices, dim=row_index.dim(), row_index=row_index)
 
 
 def _scale(value: _Value, function: Any, args: Any, kwargs: Any) -> Any:  # noqa: ARG001
@@ -538,7 +536,7 @@ class _Loss:
         value = self.value
         self.index, self.dtype = value.index(), value.example.dtype
         # Reading the indices on a GPU would synchronise.
-        self.rows = self.index if value.numbers.is_cpu else slice(None)
+        self.rows = self.index if value.row_index.is_cpu else slice(None)
         is_autocast = torch.is_autocast_enabled(value.call.device.type)
         if is_autocast and self.dtype is not torch.float64:
             self.dtype = torch.float32
@@ -553,7 +551,7 @@ class _Loss:
         if isinstance(target, Tensor) and target.is_floating_point():
             return "target holds class probabilities; call linear_cross_entropy for these"
         is_plain = type(target) in PLAIN and target.dtype is torch.int64
-        if not (is_plain and (target.shape, target.device) == (value.numbers.shape, call.device)):
+        if not (is_plain and (target.shape, target.device) == (value.row_index.shape, call.device)):
             return "target is not a plain int64 tensor on the device of the logits"
         if not target.numel():
             return "it has no rows"
@@ -563,7 +561,7 @@ class _Loss:
             return "hooks for saved tensors, as of a checkpoint, contain only one of head and loss"
         if call.is_fused[self.rows].any():
             return "an earlier loss of the same rows is fused; call linear_log_probs for others"
-        few = value.numbers.numel() <= min(FEW_ROWS, len(call.is_fused) // 8)
+        few = value.row_index.numel() <= min(FEW_ROWS, len(call.is_fused) // 8)
         limited = call.options.metrics or call.options.memory_budget is not None
         if few and call.is_fused.any() and not limited:
             return "it is one of several losses of few rows; compute one loss of all rows"
@@ -749,8 +747,8 @@ class LazyLogits(Tensor):
         value = self.value
         if value.operation is None:
             return repr(value.real)
-        shown = f"shape={tuple(self.shape)}, dtype={self.dtype}, device={self.device}"
-        return f"LazyLogits({shown}, not computed)"
+        description = f"shape={tuple(self.shape)}, dtype={self.dtype}, device={self.device}"
+        return f"LazyLogits({description}, not computed)"
 
     __format__ = object.__format__
 
