@@ -22,10 +22,10 @@ from pyfused.dispatch.reasons import stacklevel
 Model = TypeVar("Model", bound=Module)
 
 _log = logging.getLogger("pyfused")
-FUSED: dict[type[Module], type[Module]] = {
+REPLACEMENTS: dict[type[Module], type[Module]] = {
     getattr(torch.nn, name): getattr(nn, name) for name in nn._NAMES if hasattr(torch.nn, name)
 }
-_TORCH_CLASSES = {fused: torch_class for torch_class, fused in FUSED.items()}
+_TORCH_CLASSES = {ours: torch_class for torch_class, ours in REPLACEMENTS.items()}
 _LOSSES_AND_ACTIVATIONS = {torch.nn.modules.activation.__name__, torch.nn.modules.loss.__name__}
 _NOTHING = (
     "Nothing to convert: found no loss or activation of torch.nn that pyfused has, and no "
@@ -138,8 +138,8 @@ def convert(
     for name in plan.swapped:
         module = modules[name]
         kind = type(module).__name__
-        if type(module) in FUSED:
-            module.__class__ = FUSED[type(module)]
+        if type(module) in REPLACEMENTS:
+            module.__class__ = REPLACEMENTS[type(module)]
             nn.keep_in_graphs(module)
             setattr(module, MARK, True)
         else:
@@ -204,7 +204,7 @@ def plan_conversion(model: Module, *, head: str | None = None) -> Conversion:
             continue
         if _has_head(module, head_name):
             replacement = heads.description(module, head_name)
-        elif type(module) in FUSED:
+        elif type(module) in REPLACEMENTS:
             in_place = ", but torch computes it in place" * bool(getattr(module, "inplace", False))
             replacement = f"pyfused.nn.{kind}{in_place}"
         else:
@@ -321,10 +321,10 @@ def _wrapper(module: Module) -> str | None:
 
 def _reason_to_leave(module: Module) -> str | None:
     kind = type(module)
-    if kind in FUSED:
+    if kind in REPLACEMENTS:
         return None if has_original_forward(module) else "its forward was replaced"
     is_script = isinstance(module, torch.jit.ScriptModule)
-    for torch_class in FUSED:
+    for torch_class in REPLACEMENTS:
         name = torch_class.__name__
         if isinstance(module, torch_class):
             return f"is a subclass of torch.nn.{name}"

@@ -13,7 +13,7 @@ from torch.nn import Module
 
 import pyfused.functional as functional
 import pyfused.nn as nn
-from pyfused.adopt.convert import FUSED
+from pyfused.adopt.convert import REPLACEMENTS
 from pyfused.dispatch.explanation import Explanation, explanation_of
 from pyfused.dispatch.operator import Operator
 from pyfused.dispatch.reasons import SMALL
@@ -63,9 +63,9 @@ def _callable(op: Any) -> tuple[Callable[..., Any], str]:
         formula: Any = getattr(op, "formula", op)
         return op, formula.op.name
     if isinstance(op, Module):
-        if type(op) in FUSED:
+        if type(op) in REPLACEMENTS:
             op = copy.copy(op)
-            op.__class__ = FUSED[type(op)]
+            op.__class__ = REPLACEMENTS[type(op)]
         if getattr(type(op).forward, "__globals__", None) is vars(nn):
             names = {each.module: each.name for each in OPERATORS.values()}
             return op, names.get(type(op).__name__, "")

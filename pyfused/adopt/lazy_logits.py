@@ -704,19 +704,19 @@ def _values_of(args: Any, kwargs: Any, reader: str) -> Any:
 _LOSSES = {_original(F.cross_entropy): False, _original(F.nll_loss): True}  # _Loss.takes_log
 _GRAD_FN = getattr(Tensor, "grad_fn").__get__  # noqa: B009
 _SET_DATA = getattr(Tensor, "data").__set__  # noqa: B009
-_OF_NODES = _GRAD_FN, Tensor.register_hook, Tensor.retain_grad
 _OF_MEMORY = (
     "numpy tolist data_ptr const_data_ptr storage untyped_storage share_memory_"
     " __array__ __dlpack__ __deepcopy__ __reduce_ex__"
 )
-_BACKWARD = torch.autograd.grad, torch.autograd.backward, Tensor.backward
 _MAX = torch.max, Tensor.max, aten.max, aten.max.dim
 _TOPK = torch.topk, Tensor.topk, aten.topk, aten.topk.default
 _FUNCTIONS: dict[Any, Callable[..., Any]] = {  # `_call` calls all others
     **dict.fromkeys(_LOSSES, _call_loss),
-    **dict.fromkeys(_OF_NODES, _call_of_node),
+    **dict.fromkeys((_GRAD_FN, Tensor.register_hook, Tensor.retain_grad), _call_of_node),
     **dict.fromkeys((getattr(Tensor, x, None) for x in _OF_MEMORY.split()), _call_with_values),
-    **dict.fromkeys(_BACKWARD, _call_backward),
+    torch.autograd.grad: _call_backward,
+    torch.autograd.backward: _call_backward,
+    Tensor.backward: _call_backward,
     **dict.fromkeys((*_MAX, *_TOPK), _call_largest),
     _SET_DATA: _set_data,
 }

@@ -44,8 +44,10 @@ def _patched(name: str) -> Callable[..., Any]:
 
 def _original_if_compiled(name: str, original: Any, ours: Any) -> Any:
     def function(*args: Any, **kwargs: Any) -> Any:
-        is_traced = is_dynamo_compiling() and report.add_traced(name)
-        return (original if is_traced else ours)(*args, **kwargs)
+        if is_dynamo_compiling():
+            report.add_traced(name)
+            return original(*args, **kwargs)
+        return ours(*args, **kwargs)
 
     return function
 

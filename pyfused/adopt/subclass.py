@@ -13,7 +13,7 @@ MARK = "_converted_by_pyfused"  # an attribute of modules; copies and saved mode
 MembersOf = Callable[[Any], dict[str, Any]]  # returns the members of a class's subclass
 
 
-class Fused:
+class ConvertedModule:
     """The first base of the subclasses, which pickle cannot import."""
 
     _original: Any
@@ -31,8 +31,8 @@ class Fused:
         try:
             function, args, *state = original.__reduce_ex__(protocol)
         finally:
-            original.__class__ = Fused  # which has no finaliser
-        return _restored, (function, args, kind._original, kind._members_of[0]), *state
+            original.__class__ = ConvertedModule  # which has no finaliser
+        return _restored, (function, args, kind._original, kind._members_of), *state
 
     def __prepare_scriptable__(self) -> Any:
         """Raises when torch.jit.script begins to compile the module."""
@@ -56,24 +56,24 @@ def _subclass(kind: Any, members_of: MembersOf) -> Any:
     """Returns a subclass of the same ``__name__``, with the members ``members_of(kind)``."""
     members = {name: getattr(kind, name) for name in ("__module__", "__qualname__", "__doc__")}
     members["__qualname__"] += " (converted by pyfused)"  # in the representation of the class
-    members |= {"_original": kind, "_members_of": (members_of,), **members_of(kind)}
+    members |= {"_original": kind, "_members_of": staticmethod(members_of), **members_of(kind)}
     if forward := members.get("forward"):
         # Dynamo counts recompilations, and skips code that it failed to compile, per code object.
         forward.__code__ = forward.__code__.replace()
         skip_frames(forward, and_calls=False)
-    return new_class(kind.__name__, (Fused, kind), {}, lambda body: body.update(members))
+    return new_class(kind.__name__, (ConvertedModule, kind), {}, lambda body: body.update(members))
 
 
 def fuse(module: Any, members_of: MembersOf, mark: Any) -> None:
     """Changes the class of a module to a subclass, and marks the module."""
     vars(module)[MARK] = mark
-    if not isinstance(module, Fused):
+    if not isinstance(module, ConvertedModule):
         kind: Any = type(module)
         module.__class__ = _subclass(kind, members_of)
 
 
 def is_fused(module: Any, members_of: MembersOf) -> bool:
-    return isinstance(module, Fused) and type(module)._members_of[0] is members_of
+    return isinstance(module, ConvertedModule) and type(module)._members_of is members_of
 
 
 def unfuse(module: Any) -> None:
