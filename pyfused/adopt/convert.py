@@ -131,6 +131,15 @@ def convert(
     checks.memory_budget(memory_budget)
     options = heads.Options(evaluation, metrics, memory_budget)
     plan, modules = plan_conversion(model, head=head), dict(_modules(model))
+    _log.info("pyfused.convert: %s", _replace(plan, modules, head, options))
+    _warn(plan, modules, head, any(options))
+    return model
+
+
+def _replace(
+    plan: Conversion, modules: dict[str, Module], head: str | None, options: heads.Options
+) -> str:
+    """Replaces the modules of a plan, and returns a line for the log."""
     for left in plan.left:
         if isinstance(left, AlreadyConverted) and heads.is_converted(module := modules[left.name]):
             heads.fuse(module, head if left.name == "." else None, options)
@@ -148,10 +157,10 @@ def convert(
         kinds[kind] += 1
     listed = ", ".join(f"{n} {kind}" for kind, n in kinds.items())
     number = "1 module" if kinds.total() == 1 else f"{kinds.total()} modules"
-    made = f"replaced {number} ({listed}); left {len(plan.left)}: see "
-    _log.info("pyfused.convert: %s", made + "pyfused.plan_conversion(model)" if kinds else plan)
-    _warn(plan, modules, head, any(options))
-    return model
+    made = (
+        f"replaced {number} ({listed}); left {len(plan.left)}: see pyfused.plan_conversion(model)"
+    )
+    return made if kinds else str(plan)
 
 
 def _warn(plan: Conversion, modules: dict[str, Module], head: str | None, options: bool) -> None:
