@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from compare import Recording
 from head_model import TARGET, Model, X
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -273,6 +274,19 @@ def test_reports_of_fused_losses(name: str, patched: bool) -> None:
     assert [*report.to_dict()["operators"]] == ["linear_cross_entropy"]
     explanation = pyfused.explain("cross_entropy", model(X).flatten(0, 1), TARGET)
     assert explanation.op == "linear_cross_entropy"
+
+
+@pytest.mark.filterwarnings("ignore:pyfused.convert")
+def test_reports_of_calls_that_are_left_to_torch() -> None:
+    """A call under a mode counts once, and one of an operator that torch lacks has its reason."""
+    model = pyfused.convert(Model(), head="head")
+    logits = model(X).flatten(0, 1)
+    with Recording(), pyfused.report() as report:
+        pyfused.functional.cross_entropy(logits, TARGET)
+    (counts,) = report.to_dict()["left_to_torch"].values()
+    assert [*counts.values()] == [1]
+    explanation = pyfused.explain("softcap", model(X), 3.0)
+    assert explanation.reason == "input is a LazyLogits"
 
 
 def test_a_call_keeps_no_references() -> None:
