@@ -440,7 +440,7 @@ class Formula:
     def __call__(self, *operands: Tensor, **named: Any) -> Tensor:
         operands, parameters, reduction, weight = self._bind(operands, named)
         tensors = *operands, weight
-        if torch_computes(self.op, tensors):
+        if isinstance(operands[0], Tensor) and torch_computes(self.op, tensors):
             return reduced(self.by_torch(operands, parameters), reduction, weight)
         masks = tuple([getattr(x, "dtype", None) is torch.bool for x in operands])
         numbers, static = self._split(parameters)

@@ -42,7 +42,6 @@ Other names, such as ``conv2d``, are torch's functions.
 
 from __future__ import annotations
 
-import warnings
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -53,7 +52,6 @@ from typing_extensions import Unpack
 from pyfused import checks
 from pyfused.dispatch.autograd import autocast_dtype
 from pyfused.dispatch.originals import F
-from pyfused.dispatch.reasons import stacklevel
 from pyfused.dispatch.run import run
 from pyfused.dispatch.sizes import torch_computes
 from pyfused.layout import common_dtype
@@ -100,11 +98,6 @@ _NAMES = sorted([*operators.OPERATORS, *_OTHERS])
 # Defaults of arguments that torch lacks. Identity shows that an argument was not passed: comparing
 # a tensor would read its value.
 _ZERO, _ONE = 0.0, 1.0
-_MEAN_OF_KL_DIV = (  # torch's warning
-    "reduction: 'mean' divides the total loss by both the batch size and the support size."
-    "'batchmean' divides only by the batch size, and aligns with the KL div math definition."
-    "'mean' will be changed to behave the same as 'batchmean' in the next major release."
-)
 if not TYPE_CHECKING:  # without __all__, type checkers export the functions of this file
     __all__ = _NAMES
 
@@ -928,8 +921,6 @@ def kl_div(
     op = elementwise.KL_DIV
     if torch_computes(op, (input, target), size_average, reduce, reduction=reduction):
         return F.kl_div(input, target, size_average, reduce, reduction, log_target)
-    if reduction == "mean":
-        warnings.warn(_MEAN_OF_KL_DIV, stacklevel=stacklevel())
     return run(op, (input, target), op.options(log_target, reduction))
 
 

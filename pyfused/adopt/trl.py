@@ -107,7 +107,7 @@ class _LogProbFunction:
         softcap = final_logit_softcapping
         factors = temperature, logit_scale, 1.0 if softcap is None else softcap
         call = LINEAR_LOG_PROBS, (hidden, weight, bias, targets), LINEAR_LOG_PROBS.options()
-        small = not is_dynamo_compiling() and torch_computes(*call)
+        small = not is_dynamo_compiling() and torch_computes(*call[:2])
         reason = None if small else _reason_not_fused(call, factors, outputs)
         if small or reason is not None:
             if reason is not None and not is_dynamo_compiling():

@@ -121,13 +121,13 @@ class Operator(ABC):
     torch: Callable[..., Any] = field(default=None)  # type: ignore[assignment]
     reference: Callable[..., Any] = field(default=None)  # type: ignore[assignment]
     reason: Callable[..., str | None] | None = None
+    finish: Callable[[Any, Tensors, Options], Any] | None = None
     extends_torch: Callable[..., bool] | None = None
     check_shapes: Callable[..., None] | None = None
     family: str = ""
 
     in_torch: bool = field(init=False)
     asks_size: bool = field(init=False)
-    finish: Callable[[Any, Tensors, Options], Any] | None = field(init=False, default=None)
     all_operands: tuple[Operand, ...] = field(init=False)
     names: tuple[str, ...] = field(init=False)
     fields: tuple[str, ...] = field(init=False)

@@ -283,7 +283,8 @@ def torch_computes(
 ) -> bool:
     """Returns whether torch computes a call because it is small or empty, or cannot be dispatched.
 
-    torch also computes calls in compiled programs, and calls with the deprecated arguments. Each
+    torch computes calls in compiled programs, calls with the deprecated arguments, and calls of
+    something that is not a tensor, for which it raises an error. Each
     function of ``functional.py`` that torch has asks this first, so that it adds little to the time
     of a small call. The size of tensor subclasses, and in function modes, is not looked at: these
     have to see torch's function and nothing else, and dispatch decides about them.
@@ -299,7 +300,7 @@ def torch_computes(
         return add_traced(op.name)
     input = tensors[0]
     if type(input) not in PLAIN or (has_torch_function_unary(input) and has_function_mode()):
-        return False
+        return not isinstance(input, Tensor)  # such as a proxy of torch.fx, which records the call
     elements = input.numel()
     if type(elements) is not int:  # torch.jit.trace returns a tensor
         return False

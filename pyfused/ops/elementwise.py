@@ -9,6 +9,7 @@ written gradient is more accurate or shorter, or where torch's operator defines 
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from pyfused.dispatch.operator import Operand, Operator, Options
 from pyfused.dispatch.originals import F
+from pyfused.dispatch.reasons import stacklevel
 from pyfused.formula_compiler.kernel import Kernel
 from pyfused.layout import broadcast_with
 from pyfused.ops import definitions
@@ -255,7 +257,20 @@ def _gradient_of_kl_div(input: Tensor, target: Tensor, log_target: bool) -> Grad
     return -target, target.log() + target / target - input  # NaN if the target is 0
 
 
-def _definition_of_kl_div(input: Tensor, target: Tensor, options: Options) -> Tensor:
+_MEAN_OF_KL_DIV = (  # torch's warning
+    "reduction: 'mean' divides the total loss by both the batch size and the support size."
+    "'batchmean' divides only by the batch size, and aligns with the KL div math definition."
+    "'mean' will be changed to behave the same as 'batchmean' in the next major release."
+)
+
+
+def _warn_about_mean(loss: Tensor, _: Any, options: Options) -> Tensor:
+    if options.reduction == "mean":
+        warnings.warn(_MEAN_OF_KL_DIV, stacklevel=stacklevel())
+    return loss
+
+
+def _reference_of_kl_div(input: Tensor, target: Tensor, options: Options) -> Tensor:
     """Returns torch's loss without the warning."""
     log_target, reduction = options
     is_mean = reduction == "mean"
@@ -267,7 +282,9 @@ KL_DIV = PointwiseLoss(
     name="kl_div",
     module="KLDivLoss",
     choices=(Choice("log_target", BOTH), "reduction"),
-    torch=_definition_of_kl_div,
+    torch=lambda x, y, options: F.kl_div(x, y, None, None, options.reduction, options.log_target),
+    reference=_reference_of_kl_div,
+    finish=_warn_about_mean,
     operands=(INPUT, TARGET._replace(low=0.0)),
     denominators={"mean": elements, "batchmean": _rows},
     reason=_differ_in_shape,

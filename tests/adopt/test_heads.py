@@ -386,9 +386,9 @@ def test_memory_budget(monkeypatch: pytest.MonkeyPatch) -> None:
     budgets: list[int | None] = []
     run = lazy_logits.run
 
-    def recorded(op: Any, tensors: Any, options: Any, small: bool) -> Any:
+    def recorded(op: Any, tensors: Any, options: Any, any_size: bool) -> Any:
         budgets.append(options.memory_budget)
-        return run(op, tensors, options, small)
+        return run(op, tensors, options, any_size)
 
     monkeypatch.setattr(lazy_logits, "run", recorded)
     expected, model = results(Model()), Model()

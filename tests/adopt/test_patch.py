@@ -109,7 +109,7 @@ ERRORS = RuntimeError, TypeError, torch.OutOfMemoryError, MemoryError, KeyError,
 @pytest.mark.parametrize("error", ERRORS)
 def test_errors_pass_through(error: type[BaseException], monkeypatch: pytest.MonkeyPatch) -> None:
     fails = Mock(side_effect=error("of a hook, of the user or of torch"))
-    monkeypatch.setattr(type(OPERATORS["relu"]), "fused", fails)
+    monkeypatch.setattr(type(OPERATORS["relu"]), "prepare", fails)
     with pyfused.patch(), pytest.raises(error, match="of a hook"):
         F.relu(X)
     fails.assert_called_once()  # not caught

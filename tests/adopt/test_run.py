@@ -256,7 +256,7 @@ def test_threads_that_call_kernels_at_once() -> None:
     def call(_: int) -> None:
         for _ in range(500):
             for reason in (None, "reason"):
-                reports.counted(op, (), (), reason, call)
+                reports.count_call(op, (), (), reason)
             reports.count_compiled("op")
             counts.to_dict()
 
