@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from compare import python_calls
+from torch.testing import assert_close as close
 
 import pyfused
 from pyfused import functional as fused
@@ -141,6 +143,20 @@ def test_empty_calls_fall_back() -> None:
         x = torch.zeros(elements)
         with sizes.every_size():
             assert runs_torch("mse_loss", x, x) == (elements == 0)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_kernels_compute_small_calls_with_options_that_torch_lacks(reduction: str) -> None:
+    """torch computes empty calls, for which kernels would divide by 0."""
+    for rows in (0, 1):
+        x, target = torch.zeros(rows, 5), torch.zeros(rows, dtype=torch.int64)
+        call = partial(fused.cross_entropy, x, target, reduction=reduction)
+        assert (pyfused.explain(call.func, *call.args, scale=2.0).backend == "torch") == (not rows)
+        for options in ({"scale": 2.0}, {"gamma": 0.0}, {"token_weight": torch.ones(rows)}):
+            close(call(**options), call(), equal_nan=True)
+        loss, metrics = fused.cross_entropy_with_metrics(x, target, reduction=reduction)
+        close(loss, call(), equal_nan=True)
+        assert metrics.prediction.tolist() == [0] * rows
 
 
 # ---- GPUs ----------------------------------------------------------------------------------------
