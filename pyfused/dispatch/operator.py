@@ -80,19 +80,22 @@ class Operator(ABC):
             reduction last.
         options: Makes the options of a call from keywords. It is declared as their NamedTuple
             class, or None to make one of the numbers and the choices.
-        torch: Computes a call by torch's operators. Takes the tensors, one by one, and the options.
-        reference: Computes the differentiable result of a call by torch's operators, from the
-            operands that kernels take; by default ``torch``.
-        reason: Takes the same; returns why kernels do not support the shapes and dtypes, None if
-            they do.
-        extends_torch: Takes the same; returns whether torch's function lacks an argument that is
-            used. None if it has all of them.
+        torch: Takes the tensors of a call, one by one, and the options, and computes the result by
+            torch's operators.
+        reference: Takes the inputs of a kernel and the options, and computes the result by torch's
+            operators, which can be differentiated; by default ``torch``.
+        reason: Takes the tensors of a call, one by one, and the options, and returns why kernels do
+            not support the shapes and dtypes, None if they do.
         check_shapes: Takes the same, and raises for shapes and dtypes that neither kernels nor
-            definitions support; None if `reason` looks at them.
-
-        in_torch: Whether torch has a function of this name.
+            ``torch`` support; None if `reason` looks at them.
+        extends_torch: Takes the same, and returns whether the call uses an argument that torch's
+            function lacks; None if it lacks none.
         finish: Takes the output of a kernel, the tensors and the options of the call, and returns
             the result; None if that is the output.
+        family: The name of the row of sizes.py for operators without their own row; by default the
+            name of the class.
+
+        in_torch: Whether torch has a function of this name.
         asks_size: Whether dispatch asks for the size of a call. Otherwise the function that makes
             the call has asked, and a small call is torch's, with the arguments as they came.
         all_operands: The operands and the factors.
@@ -102,8 +105,6 @@ class Operator(ABC):
         invalid_options: Takes the options of a call, one by one, and returns why no kernel takes
             them, None if one does.
         compared: The index of each number with ``compared_with``, and of its operand.
-        family: The name of the row of sizes.py for operators without their own row; by default the
-            name of the class.
         broadcast: The indices of the tensors that broadcast with the input.
         is_linear: Whether the size of a call is the number of a linear layer's outputs.
         least: The smallest number of elements for which a kernel runs, on GPUs and on CPUs.
@@ -121,9 +122,9 @@ class Operator(ABC):
     torch: Callable[..., Any] = field(default=None)  # type: ignore[assignment]
     reference: Callable[..., Any] = field(default=None)  # type: ignore[assignment]
     reason: Callable[..., str | None] | None = None
-    finish: Callable[[Any, Tensors, Options], Any] | None = None
-    extends_torch: Callable[..., bool] | None = None
     check_shapes: Callable[..., None] | None = None
+    extends_torch: Callable[..., bool] | None = None
+    finish: Callable[[Any, Tensors, Options], Any] | None = None
     family: str = ""
 
     in_torch: bool = field(init=False)
