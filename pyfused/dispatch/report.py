@@ -158,10 +158,9 @@ def count_call(op: Operator, tensors: Tensors, options: Options, reason: str | N
 
 
 @called_while_tracing
-def add_traced(name: str) -> bool:
-    """Records that torch.compile leaves a call of an operator to torch; returns True."""
+def add_traced(name: str) -> None:
+    """Records that torch.compile leaves a call of an operator to torch."""
     traced.add(name)
-    return True
 
 
 def count_compiled(name: str) -> None:

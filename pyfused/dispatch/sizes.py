@@ -297,7 +297,8 @@ def torch_computes(
     if not size_average is reduce is None:
         return True
     if is_dynamo_compiling():
-        return add_traced(op.name)
+        add_traced(op.name)
+        return True
     input = tensors[0]
     if type(input) not in PLAIN or (has_torch_function_unary(input) and has_function_mode()):
         return not isinstance(input, Tensor)  # such as a proxy of torch.fx, which records the call
