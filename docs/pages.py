@@ -70,7 +70,7 @@ def measured(name: str) -> str:
             )
         return (
             "This operator is newer than the latest report."
-            f' `make bench-quick BENCH_ARGS="-k {name}"` measures it on your machine. {METHOD}'
+            f' `make bench BENCH_ARGS="quick -k {name}"` measures it on your machine. {METHOD}'
         )
     method = (
         "Times are medians; brackets contain the quartiles of the ratio. A ratio above 1 means that"

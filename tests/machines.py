@@ -1,8 +1,8 @@
-"""Runs tests with the code paths of other processors: `make test-machines`.
+"""Runs tests with the code paths of other processors: `python tests/machines.py`.
 
 Libraries choose code paths by processor, and environment variables override the choice. Each row of
 MACHINES has variables, and the files whose results depend on them. File names among the arguments,
-such as log_probs, select files. PYTEST_ARGS passes arguments.
+such as log_probs, select files. pytest gets the others.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Writes csrc/sizes.txt, the bytes of machine code of each kernel: `make sizes`.
+"""Writes csrc/sizes.txt, the bytes of machine code of each kernel of the modules.
 
 One compiler makes the same machine code from the same source, on any machine, and a kernel that has
 grown usually takes longer. `tests/repo/test_machine_code.py` compares the table with the modules.

@@ -1,6 +1,6 @@
 """transformers, Lightning and skorch give the same losses with and without pyfused.
 
-`make test-integrations` runs these tests, which download nothing.
+tests/README.md has the command. The tests download nothing.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Some kernels compile for GPUs, without a GPU, and spill few registers.
 
-`make gpu-compile` compiles all of them; `AHEAD_ARGS="-k 'sm_90 and softmax'"` selects some.
+`make gpu-compile` compiles all of them; `PYTEST_ARGS="-k 'sm_90 and softmax'"` selects some.
 """
 
 from __future__ import annotations

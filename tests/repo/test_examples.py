@@ -1,6 +1,6 @@
 """The examples run and learn, with equal losses for torch and pyfused.
 
-`make demo-quick` runs all of them at full size.
+`make demo` runs all of them at full size.
 """
 
 from __future__ import annotations

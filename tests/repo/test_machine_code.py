@@ -25,7 +25,7 @@ def test_no_kernel_has_grown() -> None:
     lines = sizes.changed(old, sizes.measured(), built)
     assert not lines, (
         "\n".join(["csrc/sizes.txt differs from the compiled kernels:", *lines])
-        + "\nIf `make bench-compare` finds no kernel slower, run `make sizes` and commit the table."
+        + "\nIf no kernel is slower, run tools/sizes.py and commit the table: tools/README.md."
     )
 
 
