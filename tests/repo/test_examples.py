@@ -9,7 +9,6 @@ import importlib
 import json
 import re
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -41,18 +40,6 @@ def kernels_forced() -> Iterator[None]:
 
 def example(name: str) -> ModuleType:
     return importlib.import_module(name)
-
-
-def test_progress_without_a_terminal(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """Lines are also printed during a long step."""
-    monkeypatch.setattr(example("common"), "SECONDS", 0.1)
-    for i in example("common").track(range(4), "Steps"):
-        time.sleep(1.5 if i == 0 else 0.3)
-    printed = capsys.readouterr().out
-    assert printed.startswith("Steps: 0 of 4, 1 s\nSteps: 0 of 4, ")
-    assert re.search(r"Steps: 3 of 4, \d s, about \d s left\n", printed)
 
 
 def test_gpt_trains_with_equal_losses(tmp_path: Path) -> None:
