@@ -42,7 +42,7 @@ else  # both suites run, whatever the first reports
 	$(PYTEST) --ignore tests/repo $(PYTEST_ARGS) || cpu=failed; \
 	TRITON_INTERPRET=1 PYFUSED_BACKEND=triton $(BIN)/python -m pytest -n 2 $(PYTEST_ARGS) || gpu=failed; \
 	echo "Tests on CPUs $$cpu; tests of GPU kernels in Triton's interpreter $$gpu"; \
-	test $$cpu $$gpu = passed passed
+	test "$$cpu $$gpu" = 'passed passed'
 endif
 
 test-repo: $(BUILD) $(EXTRAS) ## run the tests of pages, examples, packages and tools
