@@ -60,7 +60,8 @@ def test_files_and_metadata_of_the_sdist_and_the_wheel(dist: Path) -> None:
     (path,) = dist.glob("*.whl")
     wheel = zipfile.ZipFile(path)
     suffix = sysconfig.get_config_var("EXT_SUFFIX")
-    modules |= {module.replace(".", "/") + suffix for module in MODULES} | {"pyfused/py.typed"}
+    modules |= {f"pyfused/_cpu_{isa.replace('-', '_')}{suffix}" for isa in cpu.ISAS}
+    modules |= {"pyfused/py.typed"}
     names = wheel.namelist()
     package = modules | {f"pyfused/{kernel}" for kernel in kernels}
     assert {name for name in names if ".dist-info/" not in name} == package
