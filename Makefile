@@ -33,7 +33,7 @@ ifndef QUICK
 	$(BIN)/python examples/distillation.py
 endif
 
-test: $(BUILD) $(TOOLS) ## run the tests of the library: 20 CPU minutes (PYTEST_ARGS="-k relu" selects some, on CPUs)
+test: $(BUILD) $(TOOLS) ## run the tests of the library: 7 to 10 minutes on two cores (PYTEST_ARGS="-k relu" selects some, on CPUs)
 	$(BIN)/python -m pytest -qx -n 0 -p no:randomly tests/contract/test_completeness.py
 ifneq ($(filter -k% -m% tests/%,$(PYTEST_ARGS)),)
 	$(PYTEST) --ignore tests/repo $(PYTEST_ARGS)
@@ -84,12 +84,13 @@ bench: $(BUILD) $(TOOLS) ## compare torch and pyfused: 1 to 2 hours (BENCH_ARGS=
 # they take minutes and call the same code; the tests of memory and processes, because sanitizers
 # change memory use. One test of accuracy is deselected, because its sums are not vectorised.
 SANITIZE := build/sanitize
+SANITIZERS := address,undefined
 CHECKED = tests/ops tests/formula tests/contract/test_errors.py tests/kernels/test_large.py tests/kernels/test_recycle.py \
 	tests/kernels/test_sanitizer.py tests/kernels/test_threads.py tests/kernels/test_vec.py
 library = $$($(CXX) -print-file-name=lib$(1).so)
 
 sanitize: $(TOOLS) ## find memory errors, undefined behaviour and races in the kernels (GCC; PYFUSED_ISAS=x86_64_v2 takes a third of the time)
-	CXXFLAGS='-O1 -g -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=all' \
+	CXXFLAGS='-O1 -g -fno-omit-frame-pointer -fsanitize=$(SANITIZERS) -fno-sanitize-recover=all' \
 		$(BIN)/python setup.py --quiet build --build-base $(SANITIZE)/temp --build-lib $(SANITIZE)/lib
 	cd $(SANITIZE)/lib && $(if $(PYFUSED_ISAS),PYFUSED_CPU_CAPABILITY=$(subst _,-,$(PYFUSED_ISAS))) \
 		LD_PRELOAD="$(call library,asan) $(call library,stdc++)" \
