@@ -116,7 +116,9 @@ gpu-check: ## test and time the kernels on this machine's GPU, with the packages
 wheels: $(BUILD) $(TOOLS) ## build the source distribution, and the wheel for this Python, platform and all instruction sets, in dist/
 	rm -rf dist build/lib*
 	$(BIN)/python -m build --sdist
-	PYFUSED_ISAS=all $(BIN)/python setup.py --quiet build_ext --build-temp build/editable-* bdist_wheel
+	PYFUSED_ISAS=all $(BIN)/python setup.py --quiet build_ext --build-temp $(OBJECTS) bdist_wheel
+
+OBJECTS = build/editable-$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_python_version())')
 
 clean: ## remove build outputs and caches, except .venv
 	rm -rf build dist demo site .benchmarks .hypothesis .mypy_cache .pytest_cache .ruff_cache *.egg-info pyfused/*.so $(BUILD)
