@@ -1,10 +1,8 @@
-"""Defines the benchmark cases and their arguments, checks results, and times interleaved calls."""
+"""Defines the benchmark cases and their arguments, and checks results."""
 
 from __future__ import annotations
 
 import math
-import statistics
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -12,6 +10,7 @@ from types import FunctionType
 from typing import Any
 
 import torch
+from timing import Step
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -19,14 +18,8 @@ from pyfused import functional as fused
 from pyfused.dispatch.operator import Operand
 from pyfused.ops.operators import OPERATORS
 
-Step = Callable[[], object]
-Timer = Callable[[int], float]  # makes a number of calls, and returns their time in seconds
-Times = list[list[float]]
-Quartiles = tuple[float, float, float]
-
 
 def of_family(*families: str) -> tuple[str, ...]:
-    """Returns the operators of families. Families are named, as older revisions may lack some."""
     return tuple(name for name, op in OPERATORS.items() if op.family in families)
 
 
@@ -47,8 +40,7 @@ class Torch:
 
 
 def _by_torch(op: str) -> Callable[..., Tensor]:
-    if hasattr(OPERATORS["mse_loss"], "reference"):  # in older revisions
-        return OPERATORS[op].reference
+    """Returns the function of pyfused with torch's definition in place of `run`."""
     function = getattr(fused, op)
     definition = lambda op, tensors, *options: op.torch(*tensors, *options)  # noqa: E731
     names = {**vars(fused), "run": definition}
@@ -63,11 +55,8 @@ TORCH = Torch()
 class Compiled:
     """Operators, each compiled separately with torch.compile's default options."""
 
-    def __init__(self, operators: Any = TORCH) -> None:
-        self.operators = operators
-
     def __getattr__(self, op: str) -> Callable[..., Tensor]:
-        setattr(self, op, torch.compile(getattr(self.operators, op)))
+        setattr(self, op, torch.compile(getattr(TORCH, op)))
         return getattr(self, op)
 
 
@@ -274,8 +263,7 @@ def _contiguous(case: Case, device: str) -> Arguments:
         scores[torch.arange(case.shape[dim]) > kept.movedim(dim, -1)] = -math.inf
     input.requires_grad_()
     if case.op in ACTIVATIONS:
-        options = getattr(OPERATORS[case.op], "required", {})  # older revisions lack it
-        return Arguments(input, options=options, grad_output=normal(*case.shape))
+        return Arguments(input, grad_output=normal(*case.shape))
     if case.op in SOFTMAX:
         return Arguments(input, options={"dim": case.dim}, grad_output=normal(*case.shape))
     grad_output, options = None, {}
@@ -374,199 +362,3 @@ def evaluate(function: Callable[..., Tensor], arguments: Arguments) -> tuple[Ten
     value = function(a.input, *a.others, **a.options)
     (gradient,) = torch.autograd.grad(value, a.input, a.grad_output)
     return value.detach(), gradient
-
-
-# ---- a language model's head ---------------------------------------------------------------------
-
-
-class HeadCase:
-    """Arguments of a head, and implementations that return the gradients of input and head."""
-
-    def __init__(
-        self,
-        tokens: int,
-        features: int,
-        classes: int,
-        dtype: torch.dtype = F32,
-        device: str = "cpu",
-    ) -> None:
-        generator = torch.Generator(device).manual_seed(0)
-        here: dict[str, Any] = {"generator": generator, "device": device}
-        randn = partial(torch.randn, dtype=dtype, **here)
-        self.input = randn(tokens, features).requires_grad_()
-        self.head = (randn(classes, features) / features**0.5).requires_grad_()
-        self.target = torch.randint(classes, (tokens,), **here)
-        self.half = self.target.clone()
-        self.half[torch.randperm(tokens, **here)[: tokens // 2]] = -100
-        self.logits = tokens * classes * dtype.itemsize  # bytes
-        self.grad_outputs = randn(3, tokens).unbind()
-        self.teacher = randn(tokens, features), randn(classes, features) / features**0.5
-
-    def gradients(self, *results: Tensor) -> tuple[Tensor, ...]:
-        grad_outputs = None
-        if len(results) > 1:
-            pairs = zip(self.grad_outputs, results, strict=True)
-            grad_outputs = [grad_output.to(result.dtype) for grad_output, result in pairs]
-        return torch.autograd.grad(results, (self.input, self.head), grad_outputs)
-
-    def products(self) -> tuple[Tensor, ...]:
-        """Computes the matrix products alone: the logits, and both gradients from them."""
-        x, w = self.input.detach(), self.head.detach()
-        logits = x @ w.t()
-        return logits @ w, logits.t() @ x
-
-    def products_of_two(self) -> tuple[Tensor, ...]:
-        """Computes the products of `products`, and the teacher's logits."""
-        input, weight = self.teacher
-        input @ weight.t()
-        return self.products()
-
-    def reference(self) -> tuple[Tensor, ...]:
-        return self.gradients(F.cross_entropy(F.linear(self.input, self.head), self.target))
-
-    def in_chunks(self) -> tuple[Tensor, ...]:
-        options = torch.nn.LinearCrossEntropyOptions()
-        given = self.input, self.head, self.target
-        return self.gradients(F.linear_cross_entropy(*given, options=options))
-
-    def compiled(self, **options: Any) -> Callable[[], tuple[Tensor, ...]]:
-        """Returns `reference`, compiled by torch.compile with these options of Inductor."""
-
-        def loss(input: Tensor, head: Tensor, target: Tensor) -> Tensor:
-            return F.cross_entropy(F.linear(input, head), target)
-
-        step = torch.compile(loss, options=options, dynamic=False)
-        return lambda: self.gradients(step(self.input, self.head, self.target))
-
-    def of_logits(self) -> tuple[Tensor, ...]:
-        """Computes all logits by torch, and their loss by pyfused."""
-        return self.gradients(fused.cross_entropy(F.linear(self.input, self.head), self.target))
-
-    def ours(self, target: Tensor | None = None, **options: Any) -> tuple[Tensor, ...]:
-        given = self.input, self.head, self.target if target is None else target
-        return self.gradients(fused.linear_cross_entropy(*given, **options))
-
-    def log_probs_of_torch(self) -> tuple[Tensor, ...]:
-        logits, target = F.linear(self.input, self.head), self.target[:, None]
-        log_p = logits.log_softmax(1)
-        of_target = log_p.gather(1, target)
-        lse, entropy = logits.gather(1, target) - of_target, -(log_p.exp() * log_p).sum(1)
-        return self.gradients(of_target.squeeze(1), entropy, lse.squeeze(1))
-
-    def log_probs(self, **options: Any) -> tuple[Tensor, ...]:
-        options |= {"return_entropy": True, "return_lse": True}
-        given = self.input, self.head, self.target
-        return self.gradients(*fused.linear_log_probs(*given, **options)[:3])
-
-    def divergence_of_torch(self) -> tuple[Tensor, ...]:
-        log_p = F.linear(self.input, self.head).log_softmax(1)
-        log_q = F.linear(*self.teacher).log_softmax(1)
-        return self.gradients(F.kl_div(log_p, log_q, reduction="batchmean", log_target=True))
-
-    def divergence(self) -> tuple[Tensor, ...]:
-        return self.gradients(fused.linear_kl_div(self.input, self.head, *self.teacher))
-
-    def implementations(self) -> dict[str, dict[str, Callable[[], tuple[Tensor, ...]]]]:
-        """Returns the implementations of each loss: products alone, torch's operators, pyfused."""
-        return {
-            "cross-entropy": {
-                "three products": self.products,
-                "torch": self.reference,
-                "torch, in chunks": self.in_chunks,
-                "pyfused, cross_entropy of logits": self.of_logits,
-                "pyfused": self.ours,
-                **{
-                    f"pyfused, memory_budget of a {name}": partial(
-                        self.ours, memory_budget=self.logits // part
-                    )
-                    for name, part in (("quarter", 4), ("16th", 16))
-                },
-                "pyfused, half ignored": partial(self.ours, self.half),
-            },
-            "log-probabilities": {
-                "three products": self.products,
-                "torch": self.log_probs_of_torch,
-                "pyfused": self.log_probs,
-            },
-            "KL divergence": {
-                "four products": self.products_of_two,
-                "torch": self.divergence_of_torch,
-                "pyfused": self.divergence,
-            },
-        }
-
-
-# ---- timing --------------------------------------------------------------------------------------
-
-# A batch of calls is long compared to the timer's cost (50 ns) and short compared to a time slice.
-BATCH_SECONDS = 1e-3
-MOST_ROUNDS = 200
-LONGER = (1, 3, 9)  # factors of the time, for measurements after inconclusive ones
-
-
-def settle_allocator() -> None:
-    """Raises glibc's mmap threshold to its maximum, 32 MiB.
-
-    Freeing a block raises the threshold, so otherwise a case would depend on earlier cases.
-    """
-    for mib in (1, 4, 16, 31):
-        torch.empty(mib << 20, dtype=torch.uint8).fill_(0)
-
-
-def repeat(step: Step, calls: int) -> None:
-    for _ in range(calls):
-        step()
-
-
-def timed(step: Step, calls: int) -> float:
-    started = time.perf_counter()
-    repeat(step, calls)
-    return time.perf_counter() - started
-
-
-def plan(timers: Sequence[Timer], seconds: float, fewest: int = 9) -> tuple[int, int]:
-    """Returns the number of rounds that fit the time, and the number of calls per round."""
-    once = []
-    for timer in timers:
-        timer(1)
-        once.append(min(timer(1) for _ in range(2)))
-    calls = max(1, math.ceil(BATCH_SECONDS / max(once)))
-    rounds = round(seconds / (calls * sum(once)))
-    return min(max(rounds, fewest), MOST_ROUNDS), calls
-
-
-def interleaved(timers: Sequence[Timer], rounds: int, calls: int) -> Times:
-    """Calls all timers in each round, in alternating order; returns milliseconds per call."""
-    times: Times = [[] for _ in timers]
-    order = range(len(timers))
-    for turn in range(rounds):
-        for index in order if turn % 2 else reversed(order):
-            times[index].append(1e3 * timers[index](calls) / calls)
-    return times
-
-
-def measure(timers: Sequence[Timer], seconds: float, fewest: int = 9) -> Times:
-    return interleaved(timers, *plan(timers, seconds, fewest))
-
-
-def timers_of(steps: Sequence[Step]) -> list[Timer]:
-    return [partial(timed, step) for step in steps]
-
-
-def remeasured(timers: Sequence[Timer], seconds: float, margin: float, fewest: int = 9) -> Times:
-    """Measures two timers, and repeats longer measurements while the second appears slower."""
-    for factor in LONGER:
-        times = measure(timers, factor * seconds, fewest)
-        if ratios(*times)[2] >= margin:
-            break
-    return times
-
-
-def quartiles(values: Sequence[float]) -> Quartiles:
-    low, median, high = statistics.quantiles(values, n=4)
-    return low, median, high
-
-
-def ratios(theirs: Sequence[float], ours: Sequence[float]) -> Quartiles:
-    """Returns the quartiles of the ratios per round; within a round, load affects both alike."""
-    return quartiles([their / our for their, our in zip(theirs, ours, strict=True)])

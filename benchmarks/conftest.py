@@ -6,8 +6,8 @@ import os
 from typing import Any
 
 import pytest
-from cases import settle_allocator
 from report import Found, machine_info, markdown
+from timing import settle_allocator
 
 from pyfused import memory
 

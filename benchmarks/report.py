@@ -1,4 +1,4 @@
-"""Writes tables from the results of pytest-benchmark, the GPU suite and allocators.
+"""Writes tables from the results of pytest-benchmark and of the GPU suite.
 
 The output folder is benchmarks/results/<machine>, whose files the pages of docs/ show.
 """
@@ -19,7 +19,8 @@ from statistics import median
 from typing import Any
 
 import torch
-from cases import Case, Quartiles, ratios
+from cases import Case
+from timing import Quartiles, Times, ratios
 
 from pyfused.backends import cpu
 
@@ -216,38 +217,20 @@ def tabulated(columns: Sequence[str], rows: Sequence[Sequence[str]], names: int)
     return "\n".join(f"| {' | '.join(cells)} |" for cells in (*head, *rows))
 
 
+def times_cells(times: Times) -> list[str]:
+    """Returns table cells: the median times of two timers, and their ratio."""
+    return [*(f"{median(each):,.4g}" for each in times), spread(ratios(*times))]
+
+
 def spread(ratio: Sequence[float]) -> str:
     return "{1:.2f} ({0:.2f} to {2:.2f})".format(*ratio)
-
-
-def allocators_markdown(found: Sequence[Found]) -> str:
-    """Returns a table of median speed-ups over torch's default allocator, one row per case."""
-    cases = list(dict.fromkeys(entry["case"] for entry in found))
-    first, *others = dict.fromkeys(entry["setting"] for entry in found)
-    by = {(entry["setting"], entry["case"]): entry for entry in found}
-    rows = [
-        [
-            case,
-            f"{by[first, case]['ms']:.3g} ms",
-            *(f"{by[name, case]['ratio'][1]:.2f}" for name in others),
-        ]
-        for case in cases
-    ]
-    return tabulated(["case", first, *others], rows, names=1)
-
-
-def write_table(file: Path, caption: str, table: str) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(f"{caption}\n\n{table}\n", encoding="utf-8")
 
 
 # ---- the report ----------------------------------------------------------------------------------
 
 
-def write(files: Sequence[Path], results: Path = RESULTS, allocators: Path | None = None) -> None:
+def write(files: Sequence[Path], results: Path = RESULTS) -> None:
     found = load(files)
-    if allocators:
-        found |= json.loads(allocators.read_text(encoding="utf-8"))
     rows = rows_of(found)
     if not rows:
         sys.exit(f"no benchmark has succeeded: {found.get('left_out')}")
@@ -255,7 +238,4 @@ def write(files: Sequence[Path], results: Path = RESULTS, allocators: Path | Non
     write_csv(folder / "results.csv", [cells(row) | where for row in rows])
     if found["memory"]:
         write_csv(folder / "memory.csv", [each | where for each in found["memory"]])
-    if "allocators" in found:
-        table = allocators_markdown(found["allocators"])
-        write_table(folder / "allocators.md", f"{machine(found)}. Medians.", table)
     print(markdown(rows), f"written to {folder}", sep="\n\n")

@@ -27,21 +27,10 @@ from typing import Any
 
 import cases
 import torch
-from cases import (
-    ACTIVATIONS,
-    BF16,
-    EMBEDDINGS,
-    F32,
-    MODES,
-    POINTWISE,
-    SOFTMAX,
-    TRAINING,
-    Case,
-    Step,
-)
-from pairs import Worker
+from cases import ACTIVATIONS, BF16, EMBEDDINGS, F32, MODES, POINTWISE, SOFTMAX, TRAINING, Case
 from report import ROOT, tabulated
 from rich.progress import track
+from timing import Step, Worker, settle_allocator
 
 import pyfused
 from pyfused import functional as fused
@@ -179,29 +168,23 @@ def work(folder: Path) -> None:
     assert Path(pyfused.__file__).is_relative_to(folder.resolve()), pyfused.__file__
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    cases.settle_allocator()
+    settle_allocator()
     warnings.simplefilter("ignore")  # of kl_div, about its reduction
     known = calls()
     points = [(name, mode) for name, (case, _) in known.items() for mode in modes_of(case)]
     prepared = lru_cache(TOGETHER)(lambda name, mode: step_of(known[name], mode))
     with every_size():
         for line in sys.stdin:  # until the parent process ends
-            if request := json.loads(line):
-                print(
-                    json.dumps([timed(prepared(*point), kernels) for point in request]), flush=True
-                )
-            else:
-                print(json.dumps(points), flush=True)
+            request = json.loads(line)
+            answer = [timed(prepared(*point), kernels) for point in request] or points
+            print(json.dumps(answer), flush=True)
 
 
 def built(revision: str) -> Path:
     """Extracts and builds a revision, unless that has been done."""
-    commit = subprocess.run(
-        ["git", "rev-parse", "--verify", f"{revision}^{{commit}}"],
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        text=True,
-    ).stdout.strip() or sys.exit(f"{revision} is no revision")
+    verify = ["git", "rev-parse", "--verify", f"{revision}^{{commit}}"]
+    done = subprocess.run(verify, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    commit = done.stdout.strip() or sys.exit(f"{revision} is no revision")
     folder = ROOT / ".benchmarks" / "revisions" / commit
     if not (folder / ".built").exists():
         folder.mkdir(parents=True, exist_ok=True)
@@ -228,10 +211,11 @@ def pair(base: Path) -> list[Worker]:
 SLOWER, CLEAR = 1.05, 1.02  # ratios of new and old time
 ALLOWED = 0.5e-3  # milliseconds by which a kernel may be slower: calling one takes twice as long
 ROUNDS = (3, 10)  # the fewest and the most for a call in a pair of processes
-NEW_PROCESSES = 2
+PAIRS = 3  # of processes: calls that appear slower are measured again in the next
 
 Point = tuple[str, str]  # the name of a call, and a mode
 Times = tuple[list[float], list[float]]  # of the revision and of the working tree, in each round
+Found = dict[Point, Times]
 
 
 def ratios(times: Times) -> tuple[float, float]:
@@ -248,11 +232,7 @@ def ratios(times: Times) -> tuple[float, float]:
 
 
 def measure(
-    workers: list[Worker],
-    found: dict[Point, Times],
-    points: list[Point],
-    beside: dict[Point, Times],
-    all_rounds: bool = False,
+    workers: list[Worker], points: list[Point], found: Found, beside: Found, all_rounds: bool
 ) -> None:
     """Times calls by turns, each until it is clear that it is not slower."""
     for number in range(ROUNDS[1]):
@@ -269,43 +249,35 @@ def measure(
 def compare(options: Namespace) -> None:
     """Times all calls, and lists those that are slower; exits with 1 if there are any."""
     base = Path(options.base) if Path(options.base).is_dir() else built(options.base)
-    until = time.monotonic() + 60 * options.minutes
+    started = time.monotonic()
     workers = pair(base)
     of_base, of_tree = ([tuple(point) for point in worker.ask()] for worker in workers)
     both = sorted({*of_base} & {*of_tree})
-    points = [point for point in both if any(part in point[0] for part in options.k)]
-    random.Random(0).shuffle(points)  # spreads a noisy minute over all operators
-    found, beside = dict[Point, Times](), dict[Point, Times]()
-    for start in track(range(0, len(points), TOGETHER), "Measuring", transient=True):
-        if time.monotonic() > until - 20 * options.minutes:  # the rest is for the second look
-            print(f"Out of time after {len(found)} of {len(points)} calls")
-            break
-        measure(workers, found, points[start : start + TOGETHER], beside, options.all)
-    slower = [point for point, times in found.items() if ratios(times)[0] > CLEAR]
-    seen, total = len(slower), len(found)
-    for _ in range(NEW_PROCESSES):
-        workers, again = pair(base), dict[Point, Times]()
-        for start in range(0, len(slower), TOGETHER):
-            if time.monotonic() > until:
-                print(f"Not confirmed: {len(slower) - start} of {len(slower)} calls, out of time")
-                again |= {point: found[point] for point in slower[start:]}
+    slower = [point for point in both if any(part in point[0] for part in options.k)]
+    random.Random(0).shuffle(slower)  # spreads a noisy minute over all operators
+    found, beside = Found(), Found()
+    for number in range(PAIRS):
+        workers = pair(base) if number else workers
+        again, minutes = Found(), options.minutes * (1 if number else 2 / 3)
+        starts = range(0, len(slower), TOGETHER)
+        for start in track(starts, "Measuring", transient=True):
+            if time.monotonic() > started + 60 * minutes:
+                print(f"Out of time: {len(slower) - start} of {len(slower)} calls are not measured")
                 break
-            measure(workers, again, slower[start : start + TOGETHER], beside)
-        slower = [point for point, times in again.items() if ratios(times)[0] > SLOWER]
+            some = slower[start : start + TOGETHER]
+            measure(workers, some, again, beside, options.all and not number)
         found |= again
+        # A call that is not measured again stays in the list.
+        limit = SLOWER if number else CLEAR
+        slower = [each for each in slower if each in found and ratios(found[each])[0] > limit]
     rows = [
-        [
-            *point,
-            *(f"{min(each):.4f}" for each in times),
-            *(f"{each:.2f}" for each in ratios(times)),
-        ]
+        [*point, *(f"{min(x):.4f}" for x in times), *(f"{x:.2f}" for x in ratios(times))]
         for point, times in sorted(found.items(), key=lambda each: -ratios(each[1])[0])
         if point in slower or options.all
     ]
     header = ["call", "mode", f"{options.base}, ms", "working tree, ms", "ratio, from", "to"]
     print(tabulated(header, rows, names=2))
-    words = f"slower than at {options.base} by 5 %, of {seen} that were measured again"
-    print(f"{len(slower)} of {total} calls are {words}")
+    print(f"{len(slower)} of {len(found)} calls are slower than at {options.base} by 5 %")
     change = median([min(new) / min(old) for old, new in beside.values()])
     print(f"Outside of kernels, calls take {change:.2f} times as long (median)")
     sys.exit(bool(slower))

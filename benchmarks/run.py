@@ -27,42 +27,28 @@ OUTPUT = ROOT / ".benchmarks"
 Command = Callable[[argparse.Namespace], None] | str
 
 
-# ---- the suite and its report --------------------------------------------------------------------
-
-
-def suite(*arguments: str) -> list[Path]:
-    """Runs the benchmarks with torch's default, with huge pages, and with `memory.keep`."""
-    OUTPUT.mkdir(exist_ok=True)
-    files = []
-    default = {k: v for k, v in os.environ.items() if k != "THP_MEM_ALLOC_ENABLE"}
-    huge_pages = default | {"THP_MEM_ALLOC_ENABLE": "1"}
-    keep = default | {"BENCHMARK_KEEP": "1"}
-    for name, variables in (("default", default), ("huge-pages", huge_pages), ("keep", keep)):
-        files.append(OUTPUT / f"{name}.json")
-        pytest = [sys.executable, "-m", "pytest", HERE, "--benchmark-json", files[-1], *arguments]
-        subprocess.run(pytest, env=variables, cwd=ROOT, check=True)
-    return files
+# ---- the cases and their report ------------------------------------------------------------------
 
 
 def report(options: argparse.Namespace) -> None:
+    """Times the cases with torch's default, with huge pages, and with `memory.keep`."""
+    write = importlib.import_module("report").write
     if options.json:
-        importlib.import_module("report").write(options.json, options.results)
+        write(options.json, options.results)
         return
-    if options.threads:
-        os.environ["OMP_NUM_THREADS"] = str(options.threads)  # inherited by the processes below
-    files, allocators = suite(), OUTPUT / "allocators.json"
-    subprocess.run([sys.executable, __file__, "allocators", "--json", allocators], check=True)
-    importlib.import_module("report").write(files, options.results, allocators)
-
-
-def quick(options: argparse.Namespace) -> None:
-    files = suite(*(["-k", options.k] if options.k else ["-m", "quick"]))
-    importlib.import_module("report").write(files, OUTPUT)
-
-
-def memory(options: argparse.Namespace) -> None:
-    pytest = [sys.executable, "-m", "pytest", HERE / "test_memory.py", "-k", options.k]
-    subprocess.run(pytest, cwd=ROOT, check=True)
+    chosen = ["-k", options.k] if options.k else ["-m", "quick"] if options.quick else []
+    OUTPUT.mkdir(exist_ok=True)
+    default = {k: v for k, v in os.environ.items() if k != "THP_MEM_ALLOC_ENABLE"}
+    variables = {"default": {}, "huge-pages": {"THP_MEM_ALLOC_ENABLE": "1"}}
+    variables["keep"] = {"BENCHMARK_KEEP": "1"}
+    for threads in options.threads or [None]:
+        files = []
+        count = {"OMP_NUM_THREADS": str(threads)} if threads else {}
+        for name, added in variables.items():
+            files.append(OUTPUT / f"{name}.json")
+            pytest = [sys.executable, "-m", "pytest", HERE, "--benchmark-json", files[-1], *chosen]
+            subprocess.run(pytest, env=default | count | added, cwd=ROOT, check=True)
+        write(files, OUTPUT if chosen else options.results)
 
 
 # ---- gpu-check -----------------------------------------------------------------------------------
@@ -92,7 +78,7 @@ def without_gpu() -> str | None:
 def environment(out: Path, site: Path) -> dict[str, str]:
     """Returns variables to import the package in `site`, and torch's pybind11 if it is missing."""
     path = [site]
-    if subprocess.run([sys.executable, "-c", "import pybind11"], capture_output=True).returncode:
+    if importlib.util.find_spec("pybind11") is None:
         shim = out / "shim"
         shim.mkdir(exist_ok=True)
         code = "from torch.utils.cpp_extension import include_paths\n"
@@ -123,26 +109,27 @@ def steps(out: Path, built: bool = False) -> list[Step]:
     files = [ROOT / "tests" / name for name in SHARED]
     shared = ("--maxfail=60", "--tb=short", *files)  # a step out of time reports no failure
 
-    def measured(name: str, command: str, file: str, seconds: int) -> Step:
+    def measured(name: str, measurement: str, file: str, seconds: int) -> Step:
         """Returns a step that starts no new case after some time, and gets 30 seconds more."""
-        return Step(name, (*run, command, out / file, "--seconds", str(seconds)), seconds + 30)
+        command = *run, "gpu", measurement, out / file, "--seconds", str(seconds)
+        return Step(name, command, seconds + 30)
 
     written = (*run, "report", "--json", out / "gpu.json", "--results", out / "results")
     build = Step("build", (*pip, "--upgrade", "--target", out / "site", ROOT), 150, needed=True)
     training = "--only", "GPT-2 small bfloat16"
     chosen = [
         *([] if built else [build]),
-        measured("smoke", "gpu-smoke", "smoke.md", 60),
+        measured("smoke", "smoke", "smoke.md", 60),
         Step("gpu tests", (*parallel, ROOT / "tests/gpu/test_cuda.py"), 120, False, TEST_PACKAGES),
-        measured("kernels", "gpu-kernels", "kernels.md", 60),
-        measured("heads", "gpu-heads", "heads.md", 60),
+        measured("kernels", "kernels", "kernels.md", 60),
+        measured("heads", "heads", "heads.md", 60),
         Step("training", (*run, "steps", out / "steps.csv", *training), 150),
-        measured("sizes", "gpu-sizes", "sizes.md", 45),
-        measured("host time", "gpu-host", "host.md", 20),
+        measured("sizes", "sizes", "sizes.md", 45),
+        measured("host time", "host", "host.md", 20),
         Step("shared tests", (*parallel, *shared), 240, False, TEST_PACKAGES),
-        measured("benchmarks", "gpu", "gpu.json", 180),
+        measured("benchmarks", "report", "gpu.json", 180),
         Step("report", written, 30),
-        measured("launch choices", "gpu-launch", "launch.md", 100),
+        measured("launch choices", "launch", "launch.md", 100),
     ]
     if sanitizer := shutil.which("compute-sanitizer"):
         one = ROOT / "tests/gpu/test_cuda.py::test_every_kernel_runs"
@@ -182,27 +169,19 @@ def targets(results: dict[str, Any]) -> list[str]:
     """Returns the performance targets, each with the number of cases that reach it."""
     rows = [benchmark["extra_info"] for benchmark in results["benchmarks"]]
     rows = [row for row in rows if row["mode"] == "forward+backward"]
-    large = [row for row in rows if row["headline"]]
-    cross_entropy = [row for row in large if row["op"] == "cross_entropy"]
-    others = [row for row in large if row["op"] != "cross_entropy"]
-    many = [row for row in cross_entropy if row["classes"] >= 32_000]
+    cross_entropy = [row for row in rows if row["headline"] and row["op"] == "cross_entropy"]
+    others = [row for row in rows if row["headline"] and row["op"] != "cross_entropy"]
     lines = []
     for what, least, peer, chosen in (
-        ("other operators, share of the copy's bandwidth", 0.9, "copy", others),
         ("cross_entropy, share of the copy's bandwidth", 0.85, "copy", cross_entropy),
+        ("other operators, share of the copy's bandwidth", 0.9, "copy", others),
         ("times as fast as torch.compile", 1.0, "torch.compile", rows),
         ("times as fast as Liger", 1.0, "liger", rows),
-        ("times as fast as eager torch from 32000 classes on", 3.0, "torch", many),
     ):
         values = [row["peers"][peer]["ratio"][1] for row in chosen if peer in row["peers"]]
         good, worst = sum(value >= least for value in values), min(values, default=0.0)
         counted = f"{good} of {len(values)} cases reach {least}, the worst {worst:.2f}"
         lines.append(f"- {what}: {counted if values else 'not measured'}")
-    # softmax and softcap also return a tensor of the input's size.
-    losses = [row for row in large if row["op"] not in ("softmax", "softcap")]
-    peaks = [row["peak_gradients"] for row in losses if row["peak_gradients"] is not None]
-    peak = f"{max(peaks):.2f} (target: 1)" if peaks else "not measured"
-    lines.append(f"- peak memory beyond the inputs, in gradients: {peak}")
     return [*lines, *(f"- left out: {case}" for case in results["left_out"])]
 
 
@@ -219,12 +198,9 @@ def gpu_check(options: argparse.Namespace) -> None:
     until = time.perf_counter() + 60 * options.minutes
     variables = environment(out, (options.site or out / "site").resolve())
     results: list[str] = []
-    chosen = [
-        step
-        for step in steps(out, options.site is not None)
-        if step.needed or step.name in (options.steps or [step.name])
-    ]
-    for step in chosen:
+    for step in steps(out, options.site is not None):
+        if not step.needed and options.steps and step.name not in options.steps:
+            continue
         result = run_step(step, out, until - time.perf_counter(), variables)
         results.append(f"- {step.name}: {result}")
         print(results[-1], flush=True)
@@ -242,119 +218,71 @@ def gpu_check(options: argparse.Namespace) -> None:
 # ---- the command line ----------------------------------------------------------------------------
 
 
-class Commands:
-    """The commands, whose functions are called with the parsed options."""
+def parser() -> argparse.ArgumentParser:
+    main = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    commands = main.add_subparsers(metavar="COMMAND", required=True)
 
-    def __init__(self) -> None:
-        self.parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-        self.commands = self.parser.add_subparsers(metavar="COMMAND", required=True)
-        self.named, self.declared = (argparse.ArgumentParser(add_help=False) for _ in range(2))
-        self.named.add_argument("-k", nargs="+", default=[""], help="select by parts of names")
-        self.declared.add_argument("--op", nargs="+", help="select operators")
-        self.declared.add_argument("--dtype", nargs="+", help="select dtypes")
-        self.add_suite()
-        self.add_comparisons()
-        self.add_models()
-        self.add_gpu()
-
-    def command(
-        self, name: str, function: Command, words: str, *parents: argparse.ArgumentParser
-    ) -> Callable[..., Any]:
+    def command(name: str, function: Command, words: str) -> Callable[..., Any]:
         """Adds a command, and returns the function that adds an argument to it."""
         form = argparse.ArgumentDefaultsHelpFormatter
-        made = self.commands.add_parser(
-            name, help=words, description=words, parents=parents, formatter_class=form
-        )
+        made = commands.add_parser(name, help=words, description=words, formatter_class=form)
         made.set_defaults(function=function)
         return made.add_argument
 
-    def add_suite(self) -> None:
-        add = self.command("report", report, "time all cases, and write benchmarks/results")
-        add("--json", type=Path, nargs="+", help="report these results instead of measuring")
-        add("--results", type=Path, default=HERE / "results", help="the output folder")
-        add("--threads", type=int, help="the number of threads")
-        add = self.command("quick", quick, "time the headline cases, and report in .benchmarks")
-        add("-k", metavar="EXPRESSION", help="select other cases, as in pytest")
-        add = self.command("memory", memory, "measure the peak memory of torch and pyfused")
-        add("-k", metavar="EXPRESSION", default="", help="select cases, as in pytest")
+    add = command("report", report, "time all cases, and write benchmarks/results")
+    add("--quick", action="store_true", help="only the headline cases; writes .benchmarks/")
+    add("-k", metavar="EXPRESSION", help="select cases, as in pytest; writes .benchmarks/")
+    add("--threads", type=int, nargs="+", help="the numbers of threads, each with its report")
+    add("--json", type=Path, nargs="+", help="report these results instead of measuring")
+    add("--results", type=Path, default=HERE / "results", help="the output folder")
 
-    def add_comparisons(self) -> None:
-        named, command = self.named, self.command
-        add = command("busy", "pairs.busy", "time the headline cases under load", named)
-        add("--seconds", type=float, default=10, help="time per case")
-        words = "compare the kernels of a revision and of the working tree"
-        add = command("compare", "revisions.compare", words, named)
-        add("base", help="a git revision, or a folder with its build")
-        add("--all", action="store_true", help="time and list all calls, to see which are faster")
-        add("--minutes", type=float, default=5, help="the time limit, without the build")
-        words = "time large cases with each allocator setting"
-        add = command("allocators", "pairs.allocators", words, named)
-        add("--seconds", type=float, default=12, help="time per case")
-        add("--json", type=Path, help="also write the results to this file, for the report")
-        add("--all", action="store_true", help="all operators, not one of each family")
-        words = "measure the overhead of calls on 80 elements, compared with torch"
-        add = command("overhead", "pairs.overhead", words, named)
-        add("--rounds", type=int, default=101, help="rounds of 200 calls")
-        words = "compare users' formulas with eager and compiled torch, and hand-written kernels"
-        add = command("formulas", "pairs.formulas", words, named)
-        add("--seconds", type=float, default=2, help="time per formula and size")
-        words = "time calls of random shapes; exit with 1 if any is slower than in torch"
-        add = command("sweep", "sweep.sweep", words, self.declared)
-        add("--threads", nargs="+", type=int, default=[1, 2], help="the numbers of threads")
-        add("--seconds", type=float, default=0.08, help="time per call")
-        add("--margin", type=float, default=0.95, help="smaller ratios count as slower")
-        add("--shapes", type=int, default=6, help="shapes per operator and dtype")
-        add("--minutes", type=float, default=20, help="the time limit")
-        add("--layouts", action="store_true", help="slices, transposed and other strided tensors")
-        add("--seed", type=int, help="the seed of another run, to repeat its shapes")
-        ways = ("called", "patched")
-        add("--how", choices=ways, default="called", help="how calls are made")
+    words = "time training steps of several models: torch, compiled, and with pyfused"
+    add = command("steps", "steps.steps", words)
+    add("file", type=Path, nargs="?", help="the output file; by default in benchmarks/results/")
+    add("--rounds", type=int, default=5, help="steps per model and way")
+    add("--cpu", action="store_true", help="measure CPU time on one thread, for a busy machine")
+    add("--only", default="", help="models whose name contains this; writes no file")
+    add("--ways", nargs="+", help="only these ways; writes no file")
+    add("--seconds", type=float, default=3600, help="start no new model after this time")
+    add("--trial", action="store_true", help="run tiny models, to test the command")
 
-    def add_models(self) -> None:
-        command = self.command
-        words = "time a language model's head and loss, and write heads.md in benchmarks/results/"
-        add = command("head", "head.head", words)
-        add("--quick", action="store_true", help="time only the first case, and write no file")
-        words = "time training steps of several models: torch, compiled, and with pyfused"
-        add = command("steps", "steps.steps", words)
-        add("file", type=Path, nargs="?", help="the output file; by default in benchmarks/results/")
-        add("--rounds", type=int, default=5, help="steps per model and way")
-        add("--cpu", action="store_true", help="measure CPU time on one thread, for a busy machine")
-        add("--only", default="", help="models whose name contains this; writes no file")
-        add("--ways", nargs="+", help="only these ways; writes no file")
-        add("--seconds", type=float, default=3600, help="start no new model after this time")
-        add("--trial", action="store_true", help="run tiny models, to test the command")
-        words = "time calls and steps with 1, 2, 4, ... threads, and write threads.md (3 minutes)"
-        add = command("threads", "threads.threads", words)
-        add("--results", type=Path, default=HERE / "results", help="the folder of the machines")
-        add("--seconds", type=float, default=165, help="start no new measurement after this time")
-        add("--serial", action="store_true", help="only print the time outside of parallel regions")
-        add("--trial", action="store_true", help="run tiny cases, to test the command")
+    words = "compare the kernels of a revision and of the working tree"
+    add = command("compare", "revisions.compare", words)
+    add("base", help="a git revision, or a folder with its build")
+    add("-k", nargs="+", default=[""], help="select by parts of names")
+    add("--all", action="store_true", help="time and list all calls, to see which are faster")
+    add("--minutes", type=float, default=5, help="the time limit, without the build")
 
-    def add_gpu(self) -> None:
-        for name, module, words in (
-            ("gpu", "gpu", "time the cases on a GPU"),
-            ("gpu-launch", "gpu", "time the chosen block sizes and warps, and their neighbours"),
-            ("gpu-smoke", "gpu_use", "run one kernel of each family, and compare it with torch"),
-            ("gpu-kernels", "gpu_use", "measure time, memory and launches of calls on a GPU"),
-            ("gpu-sizes", "gpu_use", "time calls of all sizes on a GPU"),
-            ("gpu-host", "gpu_use", "measure the host time of calls on a GPU"),
-            ("gpu-heads", "gpu_use", "time a language model's head and loss on a GPU"),
-        ):
-            function = f"{module}.{name.replace('-', '_')}"
-            add = self.command(name, function, words, self.named)
-            add("file", type=Path, help="the output file")
-            add("--seconds", type=float, default=240, help="start no new case after this time")
-            add("--trial", action="store_true", help="run tiny cases on the CPU, as a test")
-        add = self.command("gpu-check", gpu_check, "build, test and time the kernels on a GPU")
-        add("out", type=Path, help="the output folder")
-        add("--site", type=Path, help="a folder with the built package; nothing is built")
-        add("--steps", nargs="+", metavar="NAME", help="run only these steps after the build")
-        add("--minutes", type=float, default=MINUTES, help="the time limit")
+    words = "time calls of random shapes; exit with 1 if any is slower than in torch"
+    add = command("sweep", "sweep.sweep", words)
+    add("--op", nargs="+", help="select operators")
+    add("--dtype", nargs="+", help="select dtypes")
+    add("--threads", nargs="+", type=int, default=[1, 2], help="the numbers of threads")
+    add("--seconds", type=float, default=0.08, help="time per call")
+    add("--margin", type=float, default=0.95, help="smaller ratios count as slower")
+    add("--shapes", type=int, default=6, help="shapes per operator and dtype")
+    add("--minutes", type=float, default=20, help="the time limit")
+    add("--layouts", action="store_true", help="slices, transposed and other strided tensors")
+    add("--seed", type=int, help="the seed of another run, to repeat its shapes")
+
+    add = command("gpu", "gpu.gpu", "measure the kernels on a GPU")
+    names = "smoke", "kernels", "heads", "sizes", "host", "report", "launch"
+    add("name", choices=names, help="what is measured")
+    add("file", type=Path, help="the output file")
+    add("-k", nargs="+", default=[""], help="select cases by parts of names")
+    add("--seconds", type=float, default=240, help="start no new case after this time")
+    add("--trial", action="store_true", help="run tiny cases, to test the command")
+
+    add = command("gpu-check", gpu_check, "build, test and time the kernels on a GPU")
+    add("out", type=Path, help="the output folder")
+    add("--site", type=Path, help="a folder with the built package; nothing is built")
+    add("--steps", nargs="+", metavar="NAME", help="run only these steps after the build")
+    add("--minutes", type=float, default=MINUTES, help="the time limit")
+    return main
 
 
 def main() -> None:
-    options = Commands().parser.parse_args()
+    options = parser().parse_args()
     function = options.function
     if isinstance(function, str):
         module, name = function.split(".")

@@ -23,10 +23,8 @@ from typing import Any, NamedTuple
 
 import report
 import torch
-from cases import interleaved, ratios
-from head import status
-from pairs import Worker
 from report import RESULTS, ROOT, spread, tabulated
+from timing import Worker, interleaved, ratios, status
 from torch import Tensor, nn
 
 import pyfused
@@ -200,23 +198,6 @@ class Recommender(Model):
         return features
 
 
-class Digits(Model):
-    """Classifies images of 64 pixels."""
-
-    def __init__(self, batch: int) -> None:
-        super().__init__()
-        self.batch = batch
-        self.hidden = nn.Sequential(nn.Linear(64, 128), nn.ReLU())
-        self.head = nn.Linear(128, 10)
-
-    def draw(self) -> tuple[Tensor, Tensor]:
-        return torch.randn(self.batch, 64), torch.randint(10, (self.batch,))
-
-    def features(self, input: Tensor) -> Tensor:
-        features: Tensor = self.hidden(input)
-        return features
-
-
 class Case(NamedTuple):
     """A model and its training step.
 
@@ -238,25 +219,25 @@ class Case(NamedTuple):
         return self.on_gpu if torch.cuda.is_available() else self.on_cpu
 
 
+LLAMA = "one layer and the head of Llama 3.2 1B"
 GPT2, BERT = (50_257, 768, 12, False), (30_522, 768, 12, True)
 CASES = (
     Case("GPT-2 small", Transformer, GPT2, (2, 128), (8, 1024), "tokens"),
     Case("GPT-2 small", Transformer, GPT2, (2, 128), (8, 1024), "tokens", "bfloat16"),
     Case(
-        "one layer and the head of Llama 3.2 1B",
+        LLAMA,
         Transformer,
         (128_256, 2048, 1, False),
         (2, 128),
         (4, 2048),
         "tokens",
         "bfloat16",
-        weights=True,
+        True,
     ),
     Case("BERT, masked tokens", Transformer, BERT, (2, 128), (32, 512), "tokens"),
     Case("U-Net, 21 classes", UNet, (32, 4), (2, 128), (16, 256), "images"),
     Case("ResNet-20, 10 classes", ResNet, (3,), (128, 64), (512, 64), "images"),
     Case("recommender, 100,000 items", Recommender, (100_000, 64), (1024,), (8192,), "samples"),
-    Case("digits, 10 classes", Digits, (), (64,), (64,), "samples"),
 )
 TRIAL = (
     Case("GPT", Transformer, (300, 64, 1, False), (2, 8), (2, 8), "tokens"),
@@ -384,9 +365,6 @@ def measure(options: Namespace, machine: str, file: Path | None) -> list[dict[st
     return rows
 
 
-# ---- tables --------------------------------------------------------------------------------------
-
-
 def revision() -> str:
     command = ["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -394,31 +372,18 @@ def revision() -> str:
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
-    """Returns two tables: how many times as fast as torch each way is, and the peak memory.
-
-    Ways with `keep` have a line of their own below the others.
-    """
-    ways = list(dict.fromkeys(row["way"].removesuffix(KEEP) for row in rows))
-    ways = ["torch", *[way for way in ways if way != "torch"]]
-    speeds, peaks = [], []
-    for head in dict.fromkeys((row["model"], row["batch"], row["dtype"]) for row in rows):
-        known = {r["way"]: r for r in rows if (r["model"], r["batch"], r["dtype"]) == head}
-        first = next(iter(known.values()))
-        ms = median(float(row["torch, ms"]) for row in known.values())
-        speed = {way: spread([float(r[name]) for name in RATIO]) for way, r in known.items()}
-        peak = {way: f"{int(r['peak']) / 2**30:.2f}" for way, r in known.items()}
-        speed["torch"] = f"{1e3 * int(first['count']) / ms:,.4g} {first['unit']} per second"
-        peak["torch"] = f"{max(int(r['torch, peak']) for r in known.values()) / 2**30:.2f}"
-        model = [", ".join((first["model"], first["dtype"], first["batch"]))]
-        for lines, cells in ((speeds, speed), (peaks, peak)):
-            lines.append([*model, *(cells.get(way, "n/a") for way in ways)])
-            if "torch" + KEEP in known:
-                lines.append(["with `keep`", *(cells.get(way + KEEP, "n/a") for way in ways)])
-    columns = ["model, dtype, batch", *[f"`{way}`" for way in ways]]
-    return (
-        f"Speed-up over eager torch:\n\n{tabulated(columns, speeds, names=1)}\n\n"
-        f"Peak memory in GiB, without the libraries:\n\n{tabulated(columns, peaks, names=1)}"
-    )
+    lines = [
+        [
+            ", ".join((row["model"], row["dtype"], row["batch"])),
+            row["way"],
+            *(f"{row[name]:,.1f}" for name in ("torch, ms", "ms")),
+            spread([row[name] for name in RATIO]),
+            *(f"{row[name] / 2**30:.2f}" for name in ("torch, peak", "peak")),
+        ]
+        for row in rows
+    ]
+    columns = ["model, dtype, batch", "way", "torch, ms", "ms", "torch / way"]
+    return tabulated([*columns, "peak, GiB: torch", "of the way"], lines, names=2)
 
 
 def steps(options: Namespace) -> None:

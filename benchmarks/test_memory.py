@@ -12,7 +12,7 @@ import pytest
 import torch
 from cases import BF16, TORCH, Case, Compiled, M, draw
 from conftest import MEMORY
-from head import peak_growth
+from timing import peak_growth
 from torch import Tensor
 
 import pyfused.functional
@@ -24,10 +24,10 @@ CASES = (
     Case("mse_loss", (32 * M,)),
     Case("relu", (32 * M,)),
 )
-IMPLEMENTATIONS: dict[str, tuple[Any, dict[str, Any]]] = {
-    "torch": (TORCH, {}),
-    "torch.compile": (Compiled(), {}),
-    "pyfused": (pyfused.functional, {}),
+IMPLEMENTATIONS: dict[str, Any] = {
+    "torch": TORCH,
+    "torch.compile": Compiled(),
+    "pyfused": pyfused.functional,
 }
 
 
@@ -49,13 +49,10 @@ def test_memory(pytestconfig: pytest.Config, case: Case, implementation: str) ->
 
 def peak(case: Case, implementation: str) -> int:
     """Returns the peak memory of forward and backward in this process, in bytes."""
-    operators, options = IMPLEMENTATIONS[implementation]
-    arguments = draw(case)
+    function, arguments = getattr(IMPLEMENTATIONS[implementation], case.op), draw(case)
 
     def call(input: Tensor) -> tuple[Tensor, ...]:
-        value = getattr(operators, case.op)(
-            input, *arguments.others, **arguments.options, **options
-        )
+        value = function(input, *arguments.others, **arguments.options)
         return torch.autograd.grad(value, input, arguments.grad_output)
 
     return peak_growth(call, lambda: arguments.input * 1)

@@ -16,9 +16,10 @@ from typing import Any
 import cases
 import pytest
 import torch
-from cases import CASES, MODES, TORCH, TRAINING, Arguments, Case, step, timed
+from cases import CASES, MODES, TORCH, TRAINING, Arguments, Case, step
 from pytest_benchmark.fixture import BenchmarkFixture
 from report import peer, row
+from timing import plan, repeat, timed, timers_of
 
 import pyfused.functional
 
@@ -63,7 +64,7 @@ def test_speed(
     peers = {name: step(operators, case, arguments, mode) for name, operators in PEERS.items()}
     if case.traffic(mode) and not (HUGE_PAGES or KEEP):
         peers["copy"] = cases.copy_step(case, mode)
-    rounds, calls = cases.plan(cases.timers_of([ours, *peers.values()]), SECONDS)
+    rounds, calls = plan(timers_of([ours, *peers.values()]), SECONDS)
     times: dict[str, list[float]] = {name: [] for name in peers}
     beside: dict[str, list[float]] = {name: [] for name in peers}  # pyfused after each peer
     *others, last = peers
@@ -77,7 +78,7 @@ def test_speed(
 
     benchmark.group = case.name
     benchmark.pedantic(
-        partial(cases.repeat, ours, calls),
+        partial(repeat, ours, calls),
         setup=time_the_peers,
         rounds=rounds,
         warmup_rounds=WARM_UP,

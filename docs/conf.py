@@ -17,7 +17,6 @@ from sphinx.writers.html5 import HTML5Translator
 os.environ["PYFUSED_BACKEND"] = "cpu"  # pictures show kernels, although their tensors are small
 sys.path.append(str(Path(__file__).parent))
 
-import gallery
 import pages
 
 import pyfused
@@ -51,10 +50,10 @@ nitpick_ignore = [
 intersphinx_mapping = {"torch": ("https://docs.pytorch.org/docs/stable/", "torch-objects.inv")}
 html_theme = "furo"
 html_theme_options = {
-    "source_repository": gallery.HOMEPAGE,  # links to the repository and to each page
+    "source_repository": pages.HOMEPAGE,  # links to the repository and to each page
     "source_branch": "main",
     "source_directory": "docs/",
-    "footer_icons": [{"name": "Repository", "url": gallery.HOMEPAGE, "html": "Repository"}],
+    "footer_icons": [{"name": "Repository", "url": pages.HOMEPAGE, "html": "Repository"}],
 }
 html_static_path = ["_static"]
 html_css_files = ["pages.css"]
@@ -124,14 +123,14 @@ def let_names_break(_app: Sphinx, doctree: nodes.document, _page: str) -> None:
 
 
 def check_pages(_app: Sphinx) -> None:
-    """Warns of parts that `python docs/gallery.py` has to write again."""
-    for file in gallery.outdated():
-        getLogger(__name__).warning("%s is outdated: run python docs/gallery.py", file)
+    """Warns of parts that `python docs/pages.py` has to write again."""
+    for file in pages.outdated():
+        getLogger(__name__).warning("%s is outdated: run python docs/pages.py", file)
 
 
 def setup(app: Sphinx) -> None:
     app.add_html_math_renderer("mathml", (formula, None), (formula, None))
-    app.connect("source-read", gallery.fill)
+    app.connect("source-read", pages.fill)
     app.connect("builder-inited", check_pages)
     app.connect("builder-inited", pages.write)
     app.connect("doctree-resolved", label_cells)

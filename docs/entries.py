@@ -42,15 +42,13 @@ class Entry:
     Attributes:
         formula: LaTeX, with the input x and the target t; empty if only the docstring has it.
         use: A sentence about when to choose the operator.
-        axis: The label of the x axis.
+        axis: The label of the x axis, and its lowest and highest value.
     """
 
     formula: str
     use: str
     curves: tuple[Curve, ...] = (Curve(""),)
-    low: float = -3.0
-    high: float = 3.0
-    axis: str = "input"
+    axis: tuple[str, float, float] = ("input", -3.0, 3.0)
 
 
 LOGIT = "logit of the first class of three"
@@ -83,9 +81,7 @@ GALLERY: dict[str, dict[str, Entry]] = {
             TARGETS,
         ),
         "l1_loss": Entry(
-            r"|x - t|",
-            "For regression with outliers: the model predicts the median.",
-            TARGETS,
+            r"|x - t|", "For regression with outliers: the model predicts the median.", TARGETS
         ),
         "smooth_l1_loss": Entry(
             r"\begin{cases} \dfrac{(x - t)^2}{2 \beta} & |x - t| < \beta \\"
@@ -127,9 +123,7 @@ GALLERY: dict[str, dict[str, Entry]] = {
             r"t \, (\log\, t - x)",
             "For matching a target distribution, given log-probabilities x, as in distillation.",
             tuple(Curve(f"target {t:g}", (t,)) for t in (0.1, 0.5, 0.9)),
-            low=-4.0,
-            high=0.0,
-            axis="input, a logarithm",
+            axis=("input, a logarithm", -4.0, 0.0),
         ),
         "kl_div_with_logits": Entry(
             r"\beta \, \mathrm{KL}(q \| m) + (1 - \beta) \, \mathrm{KL}(p \| m), \quad"
@@ -137,18 +131,14 @@ GALLERY: dict[str, dict[str, Entry]] = {
             "For distillation from logits: the student's softmax p approaches the teacher's q."
             " With beta 0 the loss is KL(q || p), and with beta 1 KL(p || q).",
             tuple(Curve(f"beta {b:g}", (0.0,), {"beta": b}, (0.0, 0.0)) for b in (0.0, 0.5, 1.0)),
-            low=-5.0,
-            high=5.0,
-            axis=LOGIT,
+            axis=(LOGIT, -5.0, 5.0),
         ),
         "linear_kl_div": Entry(
             r"\mathrm{kl\_div\_with\_logits}(W x + b, \; V y + c)",
             "For distillation of language models from the inputs of their last layers, without"
             " holding all logits.",
             tuple(Curve(f"beta {b:g}", (), {"beta": b, **TEACHER_HEAD}) for b in (0.0, 0.5, 1.0)),
-            low=-5.0,
-            high=5.0,
-            axis=LOGIT,
+            axis=(LOGIT, -5.0, 5.0),
         ),
         "linear_topk_kl_div": Entry(
             r"\sum_{c \in K} q_c (\log\, q_c - \log\, p_c) + q_r (\log\, q_r - \log\, p_r)",
@@ -157,9 +147,7 @@ GALLERY: dict[str, dict[str, Entry]] = {
             tuple(
                 Curve(f"remainder {r}", (), {"remainder": r, **TOP_1}) for r in ("bucket", "ignore")
             ),
-            low=-5.0,
-            high=5.0,
-            axis=LOGIT,
+            axis=(LOGIT, -5.0, 5.0),
         ),
     },
     "Binary and multi-label classification": {
@@ -171,17 +159,13 @@ GALLERY: dict[str, dict[str, Entry]] = {
                 Curve("target 1", (1.0,)),
                 Curve("target 1, pos_weight 3", (1.0,), {"pos_weight": torch.tensor(3.0)}),
             ),
-            low=-5.0,
-            high=5.0,
-            axis="logit",
+            axis=("logit", -5.0, 5.0),
         ),
         "binary_cross_entropy": Entry(
             r"-t \log\, x - (1 - t) \log (1 - x)",
             "For models that output probabilities, if the logits are not available.",
             tuple(Curve(f"target {t:g}", (t,)) for t in (0.0, 0.3, 1.0)),
-            low=0.02,
-            high=0.98,
-            axis="probability",
+            axis=("probability", 0.02, 0.98),
         ),
         "sigmoid_focal_loss": Entry(
             r"-\alpha \, (1 - p)^\gamma \log\, p",
@@ -191,9 +175,7 @@ GALLERY: dict[str, dict[str, Entry]] = {
                 Curve(f"gamma {gamma:g}", (1.0,), {"alpha": -1.0, "gamma": gamma})
                 for gamma in (0.0, 1.0, 2.0, 5.0)
             ),
-            low=-5.0,
-            high=5.0,
-            axis="logit, target 1",
+            axis=("logit, target 1", -5.0, 5.0),
         ),
         "soft_margin_loss": Entry(
             r"\log \left(1 + e^{-t x}\right)",
@@ -217,7 +199,7 @@ GALLERY: dict[str, dict[str, Entry]] = {
                 Curve("p 2, margin 2", (0.0, 1.0), {"margin": 2.0}, (0.0,)),
                 Curve("p 1, margin 1", (0.0, 1.0), {"p": 1}, (0.0,)),
             ),
-            axis="first of two features, y at 0, z at 1",
+            axis=("first of two features, y at 0, z at 1", -3.0, 3.0),
         ),
         "cosine_embedding_loss": Entry(
             r"\begin{cases} 1 - \cos(x, y) & t = 1 \\"
@@ -228,15 +210,13 @@ GALLERY: dict[str, dict[str, Entry]] = {
                 Curve("target -1", (1.0, -1), others=(1.0,)),
                 Curve("target -1, margin 0.5", (1.0, -1), {"margin": 0.5}, (1.0,)),
             ),
-            axis="first of two features, the second is 1",
+            axis=("first of two features, the second is 1", -3.0, 3.0),
         ),
         "hinge_embedding_loss": Entry(
             r"\begin{cases} x & t = 1 \\ \max(0,\; m - x) & t = -1 \end{cases}",
             "For distances x: similar pairs should be close, and others at least a margin m apart.",
             SIGNS,
-            low=0.0,
-            high=2.0,
-            axis="input, a distance",
+            axis=("input, a distance", 0.0, 2.0),
         ),
         "margin_ranking_loss": Entry(
             r"\max(0,\; m - t \, (x_1 - x_2))",
@@ -246,7 +226,7 @@ GALLERY: dict[str, dict[str, Entry]] = {
                 Curve("second higher", (0.0, -1.0)),
                 Curve("first higher, margin 1", (0.0, 1.0), {"margin": 1.0}),
             ),
-            axis="first score, the second is 0",
+            axis=("first score, the second is 0", -3.0, 3.0),
         ),
     },
     "Classification": {
@@ -259,18 +239,14 @@ GALLERY: dict[str, dict[str, Entry]] = {
                 Curve("the target, smoothing 0.2", (0,), {"label_smoothing": 0.2}, (0.0, 0.0)),
                 Curve("the target, gamma 2", (0,), {"gamma": 2.0}, (0.0, 0.0)),
             ),
-            low=-6.0,
-            high=6.0,
-            axis=LOGIT,
+            axis=(LOGIT, -6.0, 6.0),
         ),
         "linear_cross_entropy": Entry(
             r"\log\, \sum_c e^{w_c \cdot x} - w_t \cdot x",
             "For many classes, such as the tokens of a language model: takes blocks of logits, not"
             " all of them.",
             (*OF_HEAD, Curve("the target, z_loss 0.1", (), HEAD | OF_FIRST | {"z_loss": 0.1})),
-            low=-6.0,
-            high=6.0,
-            axis="feature that is the first class's logit",
+            axis=("feature that is the first class's logit", -6.0, 6.0),
         ),
         "log_probs": Entry(
             r"x_t - \log\, \sum_c e^{x_c}",
@@ -281,18 +257,14 @@ GALLERY: dict[str, dict[str, Entry]] = {
                 Curve("another class", (1,), others=(0.0, 0.0)),
                 Curve("the target, temperature 2", (0,), {"temperature": 2.0}, (0.0, 0.0)),
             ),
-            low=-6.0,
-            high=6.0,
-            axis=LOGIT,
+            axis=(LOGIT, -6.0, 6.0),
         ),
         "linear_log_probs": Entry(
             r"w_t \cdot x - \log\, \sum_c e^{w_c \cdot x}",
             "For log-probabilities of a language model from the input of its last layer, without"
             " holding all logits.",
             OF_HEAD,
-            low=-6.0,
-            high=6.0,
-            axis="feature that is the first class's logit",
+            axis=("feature that is the first class's logit", -6.0, 6.0),
         ),
         "nll_loss": Entry(
             r"-w_t \, x_t",
@@ -307,9 +279,7 @@ GALLERY: dict[str, dict[str, Entry]] = {
                 ),
                 Curve("another class", (1,), others=(-1.0, -1.0)),
             ),
-            low=-4.0,
-            high=0.0,
-            axis="log-probability of the first class",
+            axis=("log-probability of the first class", -4.0, 0.0),
         ),
         "softmax": Entry(
             r"\frac{e^{x_c}}{\sum_k e^{x_k}}",
@@ -318,9 +288,7 @@ GALLERY: dict[str, dict[str, Entry]] = {
                 Curve(f"others {a:g}, {b:g}", options={"dim": 1}, others=(a, b))
                 for a, b in ((0.0, 0.0), (0.0, 3.0))
             ),
-            low=-6.0,
-            high=6.0,
-            axis=LOGIT,
+            axis=(LOGIT, -6.0, 6.0),
         ),
         "log_softmax": Entry(
             r"x_c - \log\, \sum_k e^{x_k}",
@@ -330,16 +298,11 @@ GALLERY: dict[str, dict[str, Entry]] = {
                 Curve(f"others {a:g}, {b:g}", options={"dim": 1}, others=(a, b))
                 for a, b in ((0.0, 0.0), (0.0, 3.0))
             ),
-            low=-6.0,
-            high=6.0,
-            axis=LOGIT,
+            axis=(LOGIT, -6.0, 6.0),
         ),
     },
     "Activations": {
-        "relu": Entry(
-            r"\max(0,\; x)",
-            "The default choice, and the cheapest.",
-        ),
+        "relu": Entry(r"\max(0,\; x)", "The default choice, and the cheapest."),
         "leaky_relu": Entry(
             r"\begin{cases} x & x > 0 \\ s \, x & \text{else} \end{cases}",
             "Like relu, but the slope s keeps the gradient of negative values from being zero.",
@@ -349,16 +312,15 @@ GALLERY: dict[str, dict[str, Entry]] = {
             r"x \, \Phi(x)",
             "For transformers. Φ is the normal distribution, which tanh approximates.",
             (Curve("exact"), Curve("tanh", options={"approximate": "tanh"})),
-            low=-4.0,
+            axis=("input", -4.0, 3.0),
         ),
         "silu": Entry(
             r"x \, \sigma(x)",
             "For convolutional networks, and gated layers of language models.",
-            low=-6.0,
+            axis=("input", -6.0, 3.0),
         ),
         "tanh": Entry(
-            r"\tanh\, x",
-            "For outputs between -1 and 1: recurrent networks, bounded actions.",
+            r"\tanh\, x", "For outputs between -1 and 1: recurrent networks, bounded actions."
         ),
         "elu": Entry(
             r"\begin{cases} x & x > 0 \\"
@@ -380,8 +342,7 @@ GALLERY: dict[str, dict[str, Entry]] = {
         "mish": Entry(
             r"x \, \tanh(\log(1 + e^x))",
             "For detectors of the YOLO family.",
-            low=-6.0,
-            high=3.0,
+            axis=("input", -6.0, 3.0),
         ),
         "softplus": Entry(
             r"\frac{1}{\beta} \log(1 + e^{\beta x})",
@@ -389,161 +350,107 @@ GALLERY: dict[str, dict[str, Entry]] = {
             (Curve(""), Curve("beta 3", options={"beta": 3.0})),
         ),
         "logsigmoid": Entry(
-            r"-\log(1 + e^{-x})",
-            "For log-probabilities of labels, and for preference losses.",
+            r"-\log(1 + e^{-x})", "For log-probabilities of labels, and for preference losses."
         ),
         "softsign": Entry(
-            r"\frac{x}{1 + |x|}",
-            "Like tanh, but it saturates slowly.",
-            low=-6.0,
-            high=6.0,
+            r"\frac{x}{1 + |x|}", "Like tanh, but it saturates slowly.", axis=("input", -6.0, 6.0)
         ),
-        "tanhshrink": Entry(
-            r"x - \tanh\, x",
-            "For damping values near 0.",
-        ),
+        "tanhshrink": Entry(r"x - \tanh\, x", "For damping values near 0."),
         "swiglu": Entry(
             r"u \, x \, \sigma(x)",
             "For the gated layers of Llama, Qwen and Mistral; u is the other half of the layer.",
             UP,
-            axis="gate",
+            axis=("gate", -3.0, 3.0),
         ),
         "geglu": Entry(
             r"u \, x \, \Phi(x)",
             "For the gated layers of Gemma and T5.",
             UP,
-            axis="gate",
+            axis=("gate", -3.0, 3.0),
         ),
         "reglu": Entry(
             r"u \, \max(x, 0)",
             "For gated layers without an exponential.",
             UP,
-            axis="gate",
+            axis=("gate", -3.0, 3.0),
         ),
         "softcap": Entry(
             r"c \, \tanh\, \frac{x}{c}",
             "For logits of language models that should stay bounded.",
             tuple(Curve(f"cap {c:g}", options={"cap": c}) for c in (1.0, 3.0)),
-            low=-6.0,
-            high=6.0,
+            axis=("input", -6.0, 6.0),
         ),
         "sigmoid": Entry(
             r"\sigma(x) = \frac{1}{1 + e^{-x}}",
             "For gates, and for probabilities; for training, a loss of logits is more accurate.",
-            low=-6.0,
-            high=6.0,
+            axis=("input", -6.0, 6.0),
         ),
     },
 }
 
-# The code after the imports of torch, and of pyfused.functional as F.
+# The code after the imports of torch, and of pyfused.functional as F; the backward pass follows.
 EXAMPLES = {
-    "smooth_l1_loss": """
-boxes, target = torch.rand(64, 4, requires_grad=True), torch.rand(64, 4)
-loss = F.smooth_l1_loss(boxes, target, beta=0.1)
-loss.backward()
-""",
-    "huber_loss": """
-prediction, target = torch.randn(64, 10, requires_grad=True), torch.randn(64, 10)
-loss = F.huber_loss(prediction, target, delta=0.5)
-loss.backward()
-""",
     "quantile_loss": """
 # An interval that holds 80% of the targets.
 low, high = torch.randn(2, 64, requires_grad=True)
 target = torch.randn(64)
 loss = F.quantile_loss(low, target, quantile=0.1)
 loss = loss + F.quantile_loss(high, target, quantile=0.9)
-loss.backward()
 """,
     "gaussian_nll_loss": """
 mean, log_variance = torch.randn(2, 64, requires_grad=True)
 target = torch.randn(64)
 loss = F.gaussian_nll_loss(mean, target, log_variance.exp())
-loss.backward()
 """,
     "poisson_nll_loss": """
 log_rate = torch.randn(64, requires_grad=True)
 counts = torch.poisson(torch.full((64,), 3.0))
 loss = F.poisson_nll_loss(log_rate, counts)
-loss.backward()
 """,
     "kl_div": """
 student, teacher = torch.randn(64, 10, requires_grad=True), torch.randn(64, 10)
 log_probabilities = F.log_softmax(student, dim=1)
 loss = F.kl_div(log_probabilities, F.softmax(teacher, dim=1), reduction="batchmean")
-loss.backward()
 """,
     "binary_cross_entropy_with_logits": """
 logits = torch.randn(64, 10, requires_grad=True)
 target = torch.randint(2, (64, 10)).float()
 rare = torch.full((10,), 3.0)
 loss = F.binary_cross_entropy_with_logits(logits, target, pos_weight=rare)
-loss.backward()
-""",
-    "binary_cross_entropy": """
-probabilities = torch.rand(64, 10, requires_grad=True)
-target = torch.randint(2, (64, 10)).float()
-loss = F.binary_cross_entropy(probabilities, target)
-loss.backward()
 """,
     "sigmoid_focal_loss": """
 logits = torch.randn(64, 100, requires_grad=True)
 target = (torch.rand(64, 100) < 0.01).float()  # nearly all are 0
 loss = F.sigmoid_focal_loss(logits, target, alpha=0.25, gamma=2.0, reduction="mean")
-loss.backward()
-""",
-    "soft_margin_loss": """
-scores = torch.randn(64, requires_grad=True)
-target = torch.randn(64).sign()  # -1 and 1
-loss = F.soft_margin_loss(scores, target)
-loss.backward()
-""",
-    "hinge_loss": """
-scores = torch.randn(64, requires_grad=True)
-target = torch.randn(64).sign()  # -1 and 1
-loss = F.hinge_loss(scores, target, squared=True)
-loss.backward()
 """,
     "hinge_embedding_loss": """
 left, right = torch.randn(64, 10, requires_grad=True), torch.randn(64, 10)
 similar = torch.randn(64).sign()  # 1 for similar pairs, -1 for others
 loss = F.hinge_embedding_loss((left - right).norm(dim=1), similar, margin=2.0)
-loss.backward()
 """,
     "triplet_margin_loss": """
 anchor, positive, negative = torch.randn(3, 64, 128, requires_grad=True)
 loss = F.triplet_margin_loss(anchor, positive, negative, margin=0.5)
-loss.backward()
 """,
     "cosine_embedding_loss": """
 first, second = torch.randn(2, 64, 128, requires_grad=True)
 target = torch.randn(64).sign()  # 1 for similar pairs, -1 for others
 loss = F.cosine_embedding_loss(first, second, target, margin=0.5)
-loss.backward()
-""",
-    "margin_ranking_loss": """
-first, second = torch.randn(2, 64, requires_grad=True)
-target = torch.randn(64).sign()  # 1: the first should be higher, -1: the second
-loss = F.margin_ranking_loss(first, second, target, margin=0.5)
-loss.backward()
 """,
     "cross_entropy": """
 logits = torch.randn(64, 1000, requires_grad=True)
 target = torch.randint(1000, (64,))
 loss = F.cross_entropy(logits, target, label_smoothing=0.1)
-loss.backward()
 
 images = torch.randn(2, 21, 32, 32)  # a class for each pixel
 classes = torch.randint(21, (2, 32, 32))
-loss = F.cross_entropy(images, classes, ignore_index=0)
+loss = loss + F.cross_entropy(images, classes, ignore_index=0)
 """,
     "linear_cross_entropy": """
 hidden = torch.randn(64, 32, requires_grad=True)  # the output of a model's last layer
 head = torch.nn.Linear(32, 1000, bias=False)
 target = torch.randint(1000, (64,))
 loss = F.linear_cross_entropy(hidden, head.weight, target)
-loss.backward()
 """,
     "log_probs": """
 logits = torch.randn(64, 1000, requires_grad=True)
@@ -552,7 +459,6 @@ old_log_p, advantage = torch.full((64,), -7.0), torch.randn(64)  # computed with
 result = F.log_probs(logits, tokens, return_entropy=True)
 ratio = (result.log_probability - old_log_p).exp()
 loss = -(ratio * advantage).mean() - 0.01 * result.entropy.mean()
-loss.backward()
 """,
     "linear_log_probs": """
 hidden = torch.randn(64, 32, requires_grad=True)  # the output of a model's last layer
@@ -560,19 +466,16 @@ head = torch.nn.Linear(32, 1000, bias=False)
 tokens = torch.randint(1000, (64,))
 result = F.linear_log_probs(hidden, head.weight, tokens, return_lse=True)
 loss = -result.log_probability.mean() + 1e-4 * result.log_sum_exp.square().mean()
-loss.backward()
 """,
     "nll_loss": """
 logits = torch.randn(64, 10, requires_grad=True)
 target = torch.randint(10, (64,))
 loss = F.nll_loss(F.log_softmax(logits, dim=1), target)
-loss.backward()
 """,
     "kl_div_with_logits": """
 teacher_logits = torch.randn(2, 16, 1000)
 logits = torch.randn(2, 16, 1000, requires_grad=True)
 loss = F.kl_div_with_logits(logits, teacher_logits, dim=-1, beta=0.5, temperature=2.0)
-loss.backward()
 """,
     "linear_kl_div": """
 hidden, head = torch.randn(32, 64, requires_grad=True), torch.nn.Linear(64, 1000)
@@ -580,13 +483,11 @@ teacher_hidden, teacher_weight = torch.randn(32, 128), torch.randn(1000, 128)
 loss = F.linear_kl_div(
     hidden, head.weight, teacher_hidden, teacher_weight, linear_bias=head.bias
 )
-loss.backward()
 """,
     "linear_topk_kl_div": """
 hidden, head = torch.randn(32, 64, requires_grad=True), torch.nn.Linear(64, 1000, bias=False)
 log_probs, indices = torch.randn(32, 1000).log_softmax(-1).topk(20)
 loss = F.linear_topk_kl_div(hidden, head.weight, indices, log_probs)
-loss.backward()
 """,
     "softmax": """
 scores = torch.randn(8, 64, 64)
@@ -601,28 +502,25 @@ assert (log_probabilities <= 0).all()
     "silu": """
 gate, x = torch.randn(2, 64, 10, requires_grad=True)
 y = F.silu(gate) * x
-y.sum().backward()
 """,
     "softcap": """
 logits = torch.randn(64, 1000, requires_grad=True)
 target = torch.randint(1000, (64,))
 loss = F.cross_entropy(F.softcap(logits, cap=30.0), target)
-loss.backward()
 """,
 }
-OF_ACTIVATION = """
-x = torch.randn(64, 10, requires_grad=True)
-y = F.{}(x, {})
-y.sum().backward()
-"""
+# The options of examples that follow from declarations.
 OPTIONS = {
+    "smooth_l1_loss": "beta=0.1",
+    "huber_loss": "delta=0.5",
+    "hinge_loss": "squared=True",
+    "margin_ranking_loss": "margin=0.5",
     "leaky_relu": "negative_slope=0.2",
     "gelu": 'approximate="tanh"',
     "elu": "alpha=0.5",
     "celu": "alpha=0.5",
     "softplus": "beta=2.0",
 }
-EXAMPLES |= {name: OF_ACTIVATION.format(name, given) for name, given in OPTIONS.items()}
 
 
 # ---- entries from declarations -------------------------------------------------------------------
@@ -637,13 +535,12 @@ def drawn(operand: Operand) -> str:
 
 def example(op: Activation | PointwiseLoss) -> str:
     first, *others = (operand for operand in op.operands if not operand.optional)
-    names = [operand.name for operand in (first, *others)]
-    given = ", ".join(names)
-    loss = "reduction" in op.names
+    given = [first.name, *(operand.name for operand in others)]
+    given += [OPTIONS[op.name]] if op.name in OPTIONS else []
     lines = [f"{first.name} = {drawn(first)}.requires_grad_()"]
     lines += [f"{operand.name} = {drawn(operand)}" for operand in others]
-    lines += [f"{'loss' if loss else 'y'} = F.{op.name}({given})"]
-    return "\n".join([*lines, "loss.backward()" if loss else "y.sum().backward()"])
+    result = "loss" if "reduction" in op.names else "y"
+    return "\n".join([*lines, f"{result} = F.{op.name}({', '.join(given)})"])
 
 
 def entry(op: Activation | PointwiseLoss) -> Entry:
@@ -657,7 +554,7 @@ def entry(op: Activation | PointwiseLoss) -> Entry:
     summary = (inspect.getdoc(getattr(functional, op.name)) or "").partition("\n\n")[0]
     low, high = max(first.low + 0.02, -3.0), min(first.high - 0.02, 3.0)
     use = re.sub(r":func:(`\w+`)", r"\1", " ".join(summary.split()))
-    return Entry("", use, tuple(curves), low, high, axis=first.name)
+    return Entry("", use, tuple(curves), (first.name, low, high))
 
 
 _WRITTEN = {name for group in GALLERY.values() for name in group}

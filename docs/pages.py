@@ -1,25 +1,39 @@
-"""Writes docs/operators/, a page for each operator, and docs/groups/, a page for each group.
-
-docs/entries.py has the formula, the sentence, the picture's curves and the example.
+"""Writes parts of the pages: `python docs/pages.py` writes tables and charts into docs/*.md and
+README.md, and Sphinx, by conf.py, writes pages of operators and groups.
 """
 
 from __future__ import annotations
 
 import inspect
+import json
 import re
+from collections.abc import Iterable
 from contextlib import redirect_stdout
 from io import StringIO
 from pathlib import Path
 from typing import Any
 
-import gallery
+import charts
 import report
+import tables
 import torch
+from charts import CELL, DOCS
 from entries import ENTRIES, EXAMPLES
+from report import Row
 
 import pyfused.functional
-from pyfused.dispatch.sizes import LINEAR
+from pyfused.dispatch.sizes import ALWAYS, limits
 from pyfused.ops.operators import OPERATORS
+
+README = DOCS.parent / "README.md"
+PAGES = (README, *sorted(DOCS.glob("*.md")))
+HOMEPAGE = re.findall('Homepage = "(.*)"', (DOCS.parent / "pyproject.toml").read_text("utf-8"))[0]
+PART = re.compile(r"(?s)(<!-- written: ([\w ]+) -->\n).*?(?=<!-- end -->)")
+PICTURE = re.compile(
+    r'(?s)<picture>\s*<source[^>]*srcset="(.*?)">\s*<img alt="(.*?)" src="(.*?)">\s*</picture>'
+)
+
+# ---- pages of operators and groups ---------------------------------------------------------------
 
 IMPORTS = "import torch\nimport pyfused.functional as F\n"
 SHARED = (
@@ -34,9 +48,11 @@ METHOD = "The [README of the benchmarks](../../benchmarks/README.md) describes t
 def example(name: str) -> str:
     """Returns a program that calls the operator and prints its loss, if it has one."""
     code = EXAMPLES[name].strip()
-    if not re.search(r"^loss = ", code, re.MULTILINE):
-        return f"{IMPORTS}\n{code}\n"
-    return f"{IMPORTS}\ntorch.manual_seed(0)\n{code}\nprint(loss)\n"
+    if re.search(r"^loss = ", code, re.MULTILINE):
+        code = f"torch.manual_seed(0)\n{code}\nloss.backward()\nprint(loss)"
+    elif re.search(r"^y = ", code, re.MULTILINE):
+        code += "\ny.sum().backward()"
+    return f"{IMPORTS}\n{code}\n"
 
 
 def output(program: str) -> str:
@@ -63,14 +79,14 @@ def measured(name: str) -> str:
         if rows:
             tables.append(f"{found[0]['machine']}:\n\n{report.markdown(rows)}")
     if not tables:
-        if name in (*LINEAR, "cross_entropy", "log_probs", "kl_div_with_logits"):
+        if name.startswith("linear_") or name in ("log_probs", "kl_div_with_logits"):
             return (
                 "[Language models](../language-models.md) compares time and peak memory of heads"
                 " with torch's and with bare matrix products."
             )
         return (
             "This operator is newer than the latest report."
-            f' `make bench BENCH_ARGS="quick -k {name}"` measures it on your machine. {METHOD}'
+            f" `python benchmarks/run.py report -k {name}` measures it on your machine. {METHOD}"
         )
     method = (
         "Times are medians; brackets contain the quartiles of the ratio. A ratio above 1 means that"
@@ -89,13 +105,12 @@ def page(name: str) -> str:
     functions = [n for n in (name, f"{name}_with_metrics") if n in pyfused.functional.__all__]
     documented = [f".. autofunction:: pyfused.functional.{n}" for n in functions]
     documented.append(f".. autoclass:: pyfused.nn.{module}")
-    sizes = gallery.sizes(name)
     return "\n".join(
         (
             f"# {name}\n",
             f"{entry.use}\n",
             entry.formula and f"```{{math}}\n{entry.formula}\n```\n",
-            f'<div class="picture">\n{gallery.picture(name, entry)}\n</div>\n',
+            f'<div class="picture">\n{charts.picture(name, entry)}\n</div>\n',
             f"{in_torch(name)}\n",
             f"## Example\n\n```python\n{example(name)}```\n",
             f"[Download this example]({name}.py)\n",
@@ -103,16 +118,60 @@ def page(name: str) -> str:
             "## Reference\n\n```{eval-rst}\n" + "\n\n".join(documented) + "\n```\n",
             f"{SHARED}\n",
             f"## Measurements\n\n{measured(name)}\n",
-            f"The smallest inputs that run a kernel on CPUs, in float32 elements:\n\n{sizes}\n",
+            "The smallest inputs that run a kernel on CPUs, in float32 elements:\n",
+            f"{tables.sizes(name)}\n",
         )
     )
 
 
-def write(app: Any) -> None:
+LEGEND = (
+    "In the formulas, x is the input and t the target. The pictures show the output of the kernels."
+    " Speed-ups are forward and backward, for the largest size that was"
+    " [measured](../is-it-for-you.md) on CPUs; smaller inputs gain less."
+)
+
+
+def group_page(group: str) -> str:
+    """Returns the page of a group, below which the sidebar lists the pages of its operators."""
+    parts = [f"# {group}\n\n{LEGEND}\n\n{tables.machines()}\n"]
+    for name in tables.groups()[group]:
+        entry = ENTRIES[name]
+        parts += [
+            f'## {name}\n\n<div class="entry"><div>\n',
+            entry.formula and f"```{{math}}\n{entry.formula}\n```\n",
+            f"{entry.use}\n",
+            f"[`F.{name}`, `nn.{OPERATORS[name].module}`](../operators/{name}.md)\n",
+            f"{speed_up(*tables.largest_cases().get(name, (None,)))}\n",
+            f"</div>\n{charts.picture(name, entry)}\n</div>\n",
+        ]
+    return "\n".join([*parts, _toctree(f"../operators/{name}" for name in tables.groups()[group])])
+
+
+def speed_up(row: Row | None, _machine: str = "") -> str:
+    """Returns a sentence with the speed-ups of a case, and the size from which a kernel runs."""
+    if row is None:
+        return ""
+    text = f"**{tables.certain(*row.peers['torch'].ratio):.1f} times** as fast as eager torch"
+    others = ("torch, keep", "if both run with `keep`"), ("torch.compile", "as compiled torch")
+    for peer, name in others:
+        if peer in tables.compared(row):
+            text += f", {tables.certain(*row.peers[peer].ratio):.1f} times {name}"
+    text += f", for {row.case.removeprefix(row.op).strip()}"
+    smallest = limits(OPERATORS[row.op], 2).from_elements
+    if smallest > ALWAYS:
+        text += f". Kernels run from {tables.words(smallest)} elements on"
+    return f"{text}."
+
+
+def slug(group: str) -> str:
+    return group.lower().replace(" ", "-")
+
+
+def write(_app: Any) -> None:
     """Writes the pages before Sphinx looks for them, and deletes pages of removed operators."""
-    groups = {gallery.slug(group): gallery.group_page(group) for group in gallery.shown()}
+    groups = {slug(group): group_page(group) for group in tables.groups()}
     for name, texts in (("operators", {op: page(op) for op in OPERATORS}), ("groups", groups)):
-        folder = Path(app.srcdir, name)
+        folder = DOCS / name
         folder.mkdir(exist_ok=True)
         for file in folder.glob("*.*"):
             if file.stem not in texts:
@@ -121,6 +180,42 @@ def write(app: Any) -> None:
             (folder / f"{stem}.md").write_text(text, encoding="utf-8")
             if stem in OPERATORS:
                 (folder / f"{stem}.py").write_text(example(stem), encoding="utf-8")
+
+
+# ---- pages as Sphinx reads them ------------------------------------------------------------------
+
+
+def fill(_app: object, page: str, source: list[str]) -> None:
+    """Prepares a page for the site as Sphinx reads it.
+
+    README.md is the first page, whose sidebar has the pages that index.md lists. Pictures become
+    images of the theme, and links to files outside of docs/ lead to the repository.
+    """
+    text = source[0]
+    if page == "index":
+        readme = re.sub(
+            r"\]\((CONTRIBUTING|CHANGELOG)\.md", r"](../\1.md", README.read_text("utf-8")
+        )
+        readme = re.sub(r'(\]\(|srcset="|src=")docs/', r"\1", readme)
+        parts = re.findall(r"(?ms)^## (.*?)\n(.*?)(?=^## |\Z)", text)
+        trees = (_toctree(re.findall(r"\]\((.*?)\.md\)", part), title) for title, part in parts)
+        text = "\n".join(["---\nhide-toc: true\n---", readme, *trees])
+    if page == "losses":
+        for group, names in tables.groups().items():
+            text = text.replace(f"| {group} |", f"| [{group}](groups/{slug(group)}.md) |")
+            for name in names:
+                text = text.replace(f"| `{name}`", f"| [`{name}`](operators/{name}.md)", 1)
+                text = text.replace(f", `{name}`", f", [`{name}`](operators/{name}.md)", 1)
+        text += f"\n{_toctree(f'groups/{slug(group)}' for group in tables.groups())}"
+    text = PICTURE.sub(r"![\2](\3){.only-light}\n![\2](\1){.only-dark}", text)
+    up = re.escape("../" * (1 + page.count("/")))
+    outside = rf"\]\({up}([\w/.-]+\.(?:md|py|cpp|h|csv))\b"
+    source[0] = re.sub(outside, rf"]({HOMEPAGE}/blob/main/\1", text)
+
+
+def _toctree(pages: Iterable[str], caption: str = "") -> str:
+    title = f":caption: {caption}\n" * bool(caption)
+    return "```{toctree}\n:hidden:\n" + title + "\n" + "\n".join(pages) + "\n```\n"
 
 
 # ---- docstrings ----------------------------------------------------------------------------------
@@ -164,3 +259,66 @@ def returns(_app: Any, _what: str, _name: str, _object: Any, _: Any, lines: list
         if line.strip() == "Returns:":
             text = lines[index + 1].lstrip()
             lines[index + 1] = lines[index + 1].removesuffix(text) + f": {text}"
+
+
+# ---- parts that are committed --------------------------------------------------------------------
+
+NOTEBOOKS = ("tutorial", "pretraining", "distillation")
+
+
+def notebook(page: str) -> str:
+    """Returns a page as a Jupyter notebook: its blocks of Python are the cells of code."""
+    text = (DOCS / f"{page}.md").read_text(encoding="utf-8")
+    text = re.sub(r"\n.*\]\(\.\./examples/\w+\.ipynb\).*\n", "", text)  # the link to the notebook
+    text = PICTURE.sub("", re.sub(r"\]\((?=[\w-]+\.md)", "](../docs/", text))
+    cells: list[dict[str, Any]] = []
+    for index, part in enumerate(CELL.split(text)):
+        lines = (part or "").strip().splitlines(keepends=True)
+        if not lines:
+            continue
+        cell = {"cell_type": "markdown", "id": f"{page}-{index}", "metadata": {}, "source": lines}
+        if index % 3 == 1:
+            cell |= {"cell_type": "code", "execution_count": None, "outputs": []}
+        if index % 3 == 2:
+            cells[-1]["outputs"] = [{"name": "stdout", "output_type": "stream", "text": lines}]
+        else:
+            cells.append(dict(sorted(cell.items())))
+    kernel = {"display_name": "Python 3", "language": "python", "name": "python3"}
+    metadata = {"kernelspec": kernel, "language_info": {"name": "python"}}
+    found = {"cells": cells, "metadata": metadata, "nbformat": 4, "nbformat_minor": 5}
+    return json.dumps(found, indent=1) + "\n"
+
+
+LEGEND_OF_SIZES = (
+    "The smallest inputs that run a kernel on CPUs with one or two threads, in float32"
+    ' elements. "Few classes" are contiguous, and at most 15, without AVX-512 at most 7.'
+)
+
+
+def files() -> dict[Path, str]:
+    """Returns the text of each committed file that is written, with its parts up to date."""
+
+    def current(match: re.Match[str]) -> str:
+        return f"{match[1]}\n{tables.WRITTEN[match[2]]()}\n\n"
+
+    found = {page: PART.sub(current, page.read_text("utf-8")) for page in PAGES}
+    sizes = report.RESULTS / "smallest-inputs.md"
+    return {**found, sizes: f"{LEGEND_OF_SIZES}\n\n{tables.sizes()}\n"}
+
+
+def outdated() -> list[str]:
+    """Returns the names of files whose written parts are not up to date."""
+    return [file.name for file, text in files().items() if file.read_text("utf-8") != text]
+
+
+def main() -> None:
+    for file, text in files().items():
+        file.write_text(text, encoding="utf-8")
+    for name in NOTEBOOKS:
+        file = DOCS.parent / "examples" / f"{name}.ipynb"
+        file.write_text(notebook(name), encoding="utf-8")
+    charts.write()
+
+
+if __name__ == "__main__":
+    main()

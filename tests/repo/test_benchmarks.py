@@ -1,4 +1,4 @@
-"""Tests of the benchmarks: shapes of the sweep, comparisons, reports, threads and GPUs."""
+"""Tests of the benchmarks: shapes of the sweep, comparisons, reports and GPUs."""
 
 from __future__ import annotations
 
@@ -18,12 +18,10 @@ sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
 
 import cases
 import gpu
-import gpu_use
 import report
 import revisions
 import run
 import sweep
-import threads as benchmark
 from cases import BF16, TORCH, Case, assert_correct, draw
 
 import pyfused.functional as fused
@@ -43,11 +41,10 @@ def test_wrong_results_are_not_timed() -> None:
 
 
 @pytest.mark.thresholds
-@pytest.mark.parametrize("how", [sweep.CALLED, sweep.PATCHED])
-def test_a_sweep_times_torch_and_the_kernels(how: str, kernel_calls: KernelCalls) -> None:
+def test_a_sweep_times_torch_and_the_kernels(kernel_calls: KernelCalls) -> None:
     case = Case("elu", (1 << 22,))
     sweep.drawn_and_checked(case)
-    theirs, ours = sweep.timers_of_both(case, cases.FORWARD, how)
+    theirs, ours = sweep.timers_of_both(case, cases.FORWARD)
     kernel_calls.clear()
     theirs(1)
     assert not kernel_calls
@@ -93,54 +90,6 @@ def test_a_report_can_be_read(tmp_path: Path) -> None:
     assert [report.row_of(cells) for cells in report.read_csv(tmp_path / "results.csv")] == rows
 
 
-# ---- times by threads ----------------------------------------------------------------------------
-
-
-def options(folder: Path, seconds: float) -> Namespace:
-    return Namespace(results=folder, seconds=seconds, serial=False, trial=True)
-
-
-def tables(text: str) -> list[list[list[str]]]:
-    """Returns the rows of each table, without the line below its head."""
-    blocks = [block.splitlines() for block in text.split("\n\n") if block.startswith("|")]
-    split = [[line.strip("| ").split(" | ") for line in block] for block in blocks]
-    return [[head, *rows] for head, _, *rows in split]
-
-
-@pytest.mark.thresholds
-def test_times_by_threads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(benchmark, "cores", lambda: 2)
-    before = torch.get_num_threads()
-    benchmark.threads(options(tmp_path, seconds=60))
-    assert torch.get_num_threads() == before
-    (folder,) = tmp_path.iterdir()
-    assert {file.name for file in folder.iterdir()} == {
-        *("threads.md", "threads.svg", "threads-dark.svg")
-    }
-    text = (folder / "threads.md").read_text("utf-8")
-    assert torch.__version__ in text
-    assert "NUMA" in text
-    assert "Out of time: nothing." in text
-    (head, *rows), (_, *shares) = tables(text)
-    assert head[3:] == ["1 thread", *(f"{n} threads" for n in (2, 4, 8, 16))]
-    assert {row[1] for row in rows} == {"defaults", "keep"}
-    assert all(row[5:] == ["not measured"] * 3 for row in rows)
-    ms = [float(cell) for row in rows if row[2].endswith(", ms") for cell in row[3:5]]
-    assert len(ms) == 2 * 2 * (4 * 2 + 1)
-    assert min(ms) > 0
-    assert all(0 < float(row[4].rstrip("%")) <= 100 for row in shares)
-
-
-def test_measurements_that_are_out_of_time_are_named() -> None:
-    found = {("relu", "keep", 2): {"torch": [2.0, 2.0], "pyfused": [1.0, 1.0]}}
-    (_, *rows), *_ = tables(benchmark.table(found, [1, 2], [1, 2, 4]))
-    assert [row[3:] for row in rows] == [
-        ["out of time", "2", "not measured"],
-        ["out of time", "1", "not measured"],
-        ["out of time", "2.00 (2.00 to 2.00)", "not measured"],
-    ]
-
-
 # ---- make gpu-check, without a GPU ---------------------------------------------------------------
 
 
@@ -154,45 +103,48 @@ def test_steps_name_files_that_exist(tmp_path: Path) -> None:
             assert not word.startswith(str(ROOT)) or Path(word.partition("::")[0]).exists()
 
 
-@pytest.fixture
-def rehearsed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Runs the benchmarks on the CPU; their results have the same format as on a GPU."""
-    for name, value in {"ROUNDS": 3, "CALLS": 2, "SMALL": 1000}.items():
+# ---- measurements on a GPU, which run on the CPU here --------------------------------------------
+
+
+@pytest.fixture(autouse=True)
+def few_calls(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"ROUNDS": 3, "CALLS": 2, "SMALL": 1000, "SIZES": (256, 4096)}.items():
         monkeypatch.setattr(gpu, name, value)
-    peers = {"torch": torch.nn.functional, "torch.compile": torch.nn.functional}
-    monkeypatch.setattr(gpu, "peers_of", lambda case: peers)
-    file = tmp_path / "gpu.json"
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+
+
+def options(file: Path) -> Namespace:
+    return Namespace(trial=True, seconds=60, file=file, k=[""])
+
+
+def test_the_report_has_the_form_of_a_cpu_report(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     cases = (
         Case("cross_entropy", (64, 32_000), BF16, headline=True),
         Case("mse_loss", (5000,), headline=True),
         Case("relu", (100,)),
     )
-    gpu.run(cases, "cpu", 60, file)
-    return file
-
-
-def test_the_report_has_the_form_of_a_cpu_report(rehearsed: Path, tmp_path: Path) -> None:
-    found = json.loads(rehearsed.read_text())
+    monkeypatch.setattr(gpu, "TINY", cases)
+    monkeypatch.setattr(gpu, "peers_of", lambda case: {"torch": TORCH, "torch.compile": TORCH})
+    file = tmp_path / "gpu.json"
+    gpu.report(options(file))
+    found = json.loads(file.read_text())
     assert found["left_out"] == []
     rows = report.rows_of(found)
     assert [row.op for row in rows] == ["cross_entropy"] * 2 + ["mse_loss"] * 2 + ["relu"]
     assert all(("copy" in row.peers) == (row.elements >= 1000) for row in rows)
-    report.write([rehearsed], tmp_path / "results")
+    report.write([file], tmp_path / "results")
     (folder,) = (tmp_path / "results").iterdir()
     assert {file.name for file in folder.iterdir()} == {"results.csv"}
     read = [report.row_of(cells) for cells in report.read_csv(folder / "results.csv")]
     assert [row.case for row in read] == [row.case for row in rows]
 
 
-# ---- typical use ---------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("name", ["smoke", "kernels", "sizes", "host", "heads"])
-def test_typical_use(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gpu_use, "SIZES", (256, 4096))
-    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+def test_typical_use(name: str, tmp_path: Path) -> None:
     file = tmp_path / f"{name}.md"
-    getattr(gpu_use, f"gpu_{name}")(Namespace(trial=True, seconds=60, file=file, k=[""]))
+    gpu.MEASUREMENTS[name](options(file))
     head, _, columns, _, *rows = file.read_text().splitlines()
     assert torch.__version__ in head
     found = [[cell.strip() for cell in row.strip("|").split("|")] for row in rows]
