@@ -76,7 +76,7 @@ docs: $(BUILD) $(EXTRAS) ## build the documentation in site/, and check its spel
 	$(BIN)/codespell *.md docs csrc pyfused kernels benchmarks examples tests tools
 	$(BIN)/sphinx-build --fail-on-warning --keep-going --fresh-env --quiet docs site
 
-bench: $(BUILD) $(TOOLS) ## compare torch and pyfused: 1 to 2 hours (BENCH_ARGS="quick -k relu" runs another command of benchmarks/run.py)
+bench: $(BUILD) $(TOOLS) ## compare torch and pyfused: 1 to 2 hours (BENCH_ARGS="report --quick -k relu" runs another command of benchmarks/run.py)
 	$(BIN)/python benchmarks/run.py $(or $(BENCH_ARGS),report)
 
 # Python is not instrumented, so the sanitizer's library is preloaded. libgomp is not either, so races

@@ -15,26 +15,23 @@ import pytest
 
 sys.path.append(str(Path(__file__).parents[2] / "docs"))
 
-import gain as gains
-import gallery
+import charts
 import pages
+import tables
 from entries import EXAMPLES
-from steps import RATIO
 
 from pyfused.ops.operators import OPERATORS
 
 pytestmark = pytest.mark.cpu
 DOCS = Path(__file__).parents[2] / "docs"
 README = DOCS.parent / "README.md"
-KEEP = gallery.report.RESULTS / "amd-epyc-2-cores-x86-64-v3" / "keep.md"
-EPYC = gallery.report.RESULTS / "amd-epyc-2-cores-x86-64-v4"
 
 MOST_WORDS, LONGEST_PAGE, LINES_OF_README = 15_500, 1_400, 92
 
 
 def test_the_pages_are_short() -> None:
     """A page that grows first loses what another page says, or what only its authors need."""
-    files = (*gallery.PAGES, DOCS.parent / "CONTRIBUTING.md")
+    files = (*pages.PAGES, DOCS.parent / "CONTRIBUTING.md")
     words = {page.name: len(page.read_text("utf-8").split()) for page in files}
     shorten = f"shorten a page: {words}"
     assert max(words.values()) <= LONGEST_PAGE, shorten
@@ -43,33 +40,13 @@ def test_the_pages_are_short() -> None:
 
 
 def test_written_parts_are_current() -> None:
-    assert not gallery.outdated(), "run python docs/gallery.py"
+    assert not pages.outdated(), "run python docs/pages.py"
 
 
-def test_numbers_in_sentences_are_measured() -> None:
-    steps = gallery._newest_steps()
-    ratios = {name: [float(rows["torch, keep"][x]) for x in RATIO] for name, rows in steps.items()}
-    keep = gallery._range([gallery._certain(*ratio) for ratio in ratios.values()])
-    recommender = next(rows for name, rows in steps.items() if name.startswith("recommender"))
-    fast, before, peak = (
-        float(recommender["convert"][name]) for name in ("ratio, median", "torch, peak", "peak")
-    )
-    assert peak / before == pytest.approx(1 / 3, rel=0.1)
-    _, _, eager, compiled = zip(*gallery._markdown_rows(EPYC / "formulas.md"), strict=True)
-    peaks = max(tuned for *_, tuned in gallery._keep_ratios(KEEP))
-    for page, words in (
-        (README, f"{keep} times as fast, with up to {peaks:.1f} times the [peak]"),
-        (DOCS / "memory.md", f"{keep} times as fast"),
-        (README, f"{fast:.1f} times as fast in a third of the memory"),
-        (DOCS / "formulas.md", f"{gallery._range(list(map(float, eager)))} times as fast"),
-        (DOCS / "formulas.md", f"{gallery._range(list(map(float, compiled)))} times as compiled"),
-    ):
-        assert words in " ".join(page.read_text("utf-8").split())
-
-
-def test_pages_show_every_table_that_is_written() -> None:
-    text = "".join(page.read_text("utf-8") for page in gallery.PAGES)
-    assert sorted(name for _, name in gallery.PART.findall(text)) == sorted(gallery.WRITTEN)
+def test_pages_show_every_table_and_chart() -> None:
+    text = "".join(page.read_text("utf-8") for page in pages.PAGES)
+    assert sorted(name for _, name in pages.PART.findall(text)) == sorted(tables.WRITTEN)
+    assert {*re.findall(r"charts/(.*?\.svg)", text)} == {x.name for x in DOCS.glob("charts/*.svg")}
 
 
 def test_the_index_lists_every_page() -> None:
@@ -84,36 +61,30 @@ def test_the_index_lists_every_page() -> None:
 def test_a_ratio_within_the_noise_is_no_speed_up(
     quartiles: tuple[float, float, float], shown: str
 ) -> None:
-    assert gallery._rounded(*quartiles) == shown
+    assert tables.rounded(*quartiles) == shown
 
 
 def test_the_table_of_losses_has_a_column_for_each_processor() -> None:
-    names = {table[0]["machine"].partition(",")[0] for table in gallery._of_cpus("results")}
-    head, *_ = gallery.headline().splitlines()
+    names = {table[0]["machine"].partition(",")[0] for table in tables.of_cpus("results")}
+    head, *_ = tables.headline().splitlines()
     assert len(names) > 1
     assert names == set(head.strip("| ").split(" | ")[1:])
 
 
-@pytest.mark.parametrize("name", gallery.DRAWN)
+@pytest.mark.parametrize("name", charts.DRAWN)
 def test_committed_charts_are_current(name: str) -> None:
-    text = (gallery.CHARTS / f"{name}.svg").read_text("utf-8")
+    text = (DOCS / "charts" / f"{name}.svg").read_text("utf-8")
     pinned = (
         f"matplotlib=={matplotlib.__version__} " in (README.parent / "constraints.txt").read_text()
     )
     if (
         name in ("formulas", "tutorial") or not pinned
     ):  # curves and coordinates may differ in the last digits
-        drawn = gallery.rendered(gallery.DRAWN[name](), name)
+        drawn = charts.rendered(charts.DRAWN[name](), name)
         titles = re.findall(r"<text[^>]*>([^<]+)</text>", drawn)
         assert all(title in text for title in titles)
     else:
-        assert gallery.rendered(gallery.DRAWN[name](), name) == text, "run python docs/gallery.py"
-
-
-@pytest.mark.parametrize("op", gains.OPERATORS)
-def test_the_chart_of_gains_has_the_current_sizes(op: str) -> None:
-    rows = [row for row in gallery._of_cpus("gain")[-1] if row["op"] == op]
-    assert {int(row["limit"]) for row in rows} == {gains.limit(op)}, "run python docs/gain.py"
+        assert charts.rendered(charts.DRAWN[name](), name) == text, "run python docs/pages.py"
 
 
 @pytest.mark.thresholds
@@ -124,10 +95,10 @@ def test_an_example_runs_and_calls_the_operator(name: str) -> None:
 
 
 @pytest.mark.thresholds
-@pytest.mark.parametrize("name", gallery.NOTEBOOKS)
+@pytest.mark.parametrize("name", pages.NOTEBOOKS)
 def test_a_notebook_is_current_and_runs(name: str) -> None:
     text = (README.parent / f"examples/{name}.ipynb").read_text("utf-8")
-    assert text == gallery.notebook(name), "run python docs/gallery.py"
+    assert text == pages.notebook(name), "run python docs/pages.py"
     cells = [cell for cell in json.loads(text)["cells"] if cell["cell_type"] == "code"]
     assert cells
     names: dict[str, Any] = {}
