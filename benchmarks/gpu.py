@@ -80,23 +80,15 @@ def described(error: Exception) -> str:
 
 
 def info() -> dict[str, Any]:
-    def installed(package: str) -> str:
-        try:
-            return metadata.version(package)
-        except metadata.PackageNotFoundError:
-            return "not installed"
-
+    versions = {found.name: found.version for found in metadata.distributions()}
     command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-    try:
-        driver = subprocess.check_output(command, text=True).split()[0]
-    except (OSError, subprocess.CalledProcessError):
-        driver = "unknown"
+    on_gpu = DEVICE == "cuda"
     return {
-        "gpu": torch.cuda.get_device_name() if DEVICE == "cuda" else "none",
-        "driver": driver,
+        "gpu": torch.cuda.get_device_name() if on_gpu else "none",
+        "driver": subprocess.check_output(command, text=True).split()[0] if on_gpu else "none",
         "torch": torch.__version__,
-        "triton": installed("triton"),
-        "liger": installed("liger-kernel"),
+        "triton": versions.get("triton", "not installed"),
+        "liger": versions.get("liger-kernel", "not installed"),
         "python": platform.python_version(),
         "system": platform.system(),
     }
@@ -296,6 +288,7 @@ def report(options: Namespace) -> None:
                 print(f"{result.case}, {mode}: {ms:.4g} ms", flush=True)
         except Exception as error:  # continue with the other cases
             found["left_out"].append(f"{case.name}: {described(error)}")
+            print(found["left_out"][-1], flush=True)
         options.file.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
 
 

@@ -8,6 +8,7 @@ affects.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import math
 import os
@@ -47,107 +48,83 @@ WARM_UP, SECONDS = 1, 0.5  # steps; the least time of a measurement
 class Model(nn.Module):
     """A model whose ``forward`` returns the cross-entropy of its output layer ``head``."""
 
-    head: nn.Module
     linear = False  # whether head and loss are one call
 
-    def __init__(self) -> None:
+    def __init__(self, body: nn.Module, head: nn.Module) -> None:
         super().__init__()
-        self.loss = nn.CrossEntropyLoss()
-
-    def features(self, input: Tensor) -> Tensor:
-        """Returns the input of the head; its last dimension has the features."""
-        raise NotImplementedError
+        self.body, self.head, self.loss = body, head, nn.CrossEntropyLoss()
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
-        features = self.features(input)
+        features, head = self.body(input), self.head
         if self.linear:
-            weight, bias = self.head.weight, self.head.bias
-            return pyfused.functional.linear_cross_entropy(
-                features, weight, target, linear_bias=bias
-            )
-        loss: Tensor = self.loss(self.head(features), target)
+            linear = pyfused.functional.linear_cross_entropy
+            return linear(features, head.weight, target, linear_bias=head.bias)
+        loss: Tensor = self.loss(head(features), target)
         return loss
 
 
-class Transformer(Model):
-    """A language model, causal like GPT or masked like BERT, where 15 % of the tokens count."""
+Step = tuple[Model, Tensor, Tensor]  # a model, its input and the target
 
-    def __init__(
-        self, classes: int, width: int, layers: int, masked: bool, batch: int, length: int
-    ) -> None:
+
+class Transformer(nn.Module):
+    def __init__(self, classes: int, width: int, layers: int, masked: bool, length: int) -> None:
         super().__init__()
-        self.sizes, self.masked = (classes, batch, length), masked
         self.tokens, self.positions = nn.Embedding(classes, width), nn.Embedding(length, width)
+        nn.init.normal_(self.tokens.weight, std=0.02)
         layer = nn.TransformerEncoderLayer(
             width, width // 64, 4 * width, 0.0, "gelu", batch_first=True, norm_first=True
         )
         self.layers = nn.TransformerEncoder(layer, layers, enable_nested_tensor=False)
-        self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, classes, bias=masked)
-        self.head.weight = self.tokens.weight
-        nn.init.normal_(self.tokens.weight, std=0.02)
+        self.norm = nn.LayerNorm(width)
         mask = None if masked else nn.Transformer.generate_square_subsequent_mask(length)
         self.register_buffer("mask", mask)
 
-    def draw(self) -> tuple[Tensor, Tensor]:
-        classes, batch, length = self.sizes
-        tokens = torch.randint(classes, (batch, length + 1))
-        if not self.masked:
-            return tokens[:, :-1], tokens[:, 1:].flatten()
-        counts = torch.rand(batch, length) < 0.15
-        return tokens[:, 1:], tokens[:, 1:].where(counts, -100).flatten()
-
-    def features(self, input: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         x = self.tokens(input) + self.positions.weight
-        features: Tensor = self.norm(self.layers(x, self.mask, is_causal=not self.masked))
+        features: Tensor = self.norm(self.layers(x, self.mask, is_causal=self.mask is not None))
         return features.flatten(0, 1)
 
 
-class UNet(Model):
-    """Segments images into 21 classes."""
+def language_model(
+    classes: int, width: int, layers: int, masked: bool, batch: int, length: int
+) -> Step:
+    """Returns a model that is causal like GPT, or masked like BERT, where 15 % of tokens count."""
+    body = Transformer(classes, width, layers, masked, length)
+    model = Model(body, nn.Linear(width, classes, bias=masked))
+    model.head.weight = body.tokens.weight
+    tokens = torch.randint(classes, (batch, length + 1))
+    target = tokens[:, 1:]
+    if not masked:
+        return model, tokens[:, :-1], target.flatten()
+    return model, target, target.where(torch.rand(batch, length) < 0.15, -100).flatten()
 
-    def __init__(self, width: int, levels: int, batch: int, size: int) -> None:
+
+class Level(nn.Module):
+    """A level of a U-Net and those below it, whose images have half the height and width."""
+
+    def __init__(self, channels: int, widths: Sequence[int]) -> None:
         super().__init__()
-        self.shape = batch, 3, size, size
-        widths = [width << level for level in range(levels)]
-        self.down = nn.ModuleList(map(_convolutions, [3, *widths], widths))
-        self.up = nn.ModuleList(
-            _convolutions(2 * narrow + narrow, narrow) for narrow in reversed(widths[:-1])
-        )
-        self.shrink, self.grow = nn.MaxPool2d(2), nn.Upsample(scale_factor=2)
-        self.head = nn.Conv2d(width, 21, 1)
+        width, *deeper = widths
+        self.down, self.below = convolutions(channels, width), None
+        if deeper:
+            below = nn.MaxPool2d(2), Level(width, deeper), nn.Upsample(scale_factor=2)
+            self.below, self.up = nn.Sequential(*below), convolutions(width + deeper[0], width)
 
-    def draw(self) -> tuple[Tensor, Tensor]:
-        batch, _, height, width = self.shape
-        return torch.randn(self.shape), torch.randint(21, (batch, height, width))
-
-    def features(self, input: Tensor) -> Tensor:
-        skipped = []
-        for block in self.down:
-            input = block(self.shrink(input) if skipped else input)
-            skipped.append(input)
-        for block, other in zip(self.up, reversed(skipped[:-1]), strict=True):
-            input = block(torch.cat([self.grow(input), other], 1))
-        return input
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.down(x)
+        return x if self.below is None else self.up(torch.cat([self.below(x), x], 1))
 
 
-class ResNet(Model):
-    """Classifies images into 10 classes, like the networks for CIFAR-10 of He et al. (2015)."""
+def convolutions(channels: int, width: int) -> nn.Module:
+    pairs = (channels, width), (width, width)
+    blocks = [(nn.Conv2d(*p, 3, padding=1), nn.BatchNorm2d(width), nn.ReLU()) for p in pairs]
+    return nn.Sequential(*blocks[0], *blocks[1])
 
-    def __init__(self, blocks: int, batch: int, size: int) -> None:
-        super().__init__()
-        self.shape = batch, 3, size, size
-        self.first = _convolution(3, 16)
-        pairs = [(16, 16)] * blocks + [(16, 32)] + [(32, 32)] * (blocks - 1)
-        pairs += [(32, 64)] + [(64, 64)] * (blocks - 1)
-        self.blocks = nn.Sequential(*(Residual(*pair) for pair in pairs))
-        self.head = nn.Linear(64, 10)
 
-    def draw(self) -> tuple[Tensor, Tensor]:
-        return torch.randn(self.shape), torch.randint(10, self.shape[:1])
-
-    def features(self, input: Tensor) -> Tensor:
-        features: Tensor = self.blocks(torch.relu(self.first(input))).mean((2, 3))
-        return features
+def unet(width: int, levels: int, batch: int, size: int) -> Step:
+    """Returns a model that segments images into 21 classes."""
+    model = Model(Level(3, [width << level for level in range(levels)]), nn.Conv2d(width, 21, 1))
+    return model, torch.randn(batch, 3, size, size), torch.randint(21, (batch, size, size))
 
 
 class Residual(nn.Module):
@@ -156,7 +133,7 @@ class Residual(nn.Module):
     def __init__(self, channels: int, width: int) -> None:
         super().__init__()
         stride = width // channels
-        first, second = _convolution(channels, width, stride), _convolution(width, width)
+        first, second = convolution(channels, width, stride), convolution(width, width)
         self.convolutions = nn.Sequential(first, nn.ReLU(), second)
         wider = nn.Conv2d(channels, width, 1, stride, bias=False), nn.BatchNorm2d(width)
         self.shortcut = nn.Identity() if stride == 1 else nn.Sequential(*wider)
@@ -167,47 +144,37 @@ class Residual(nn.Module):
         return result
 
 
-def _convolution(channels: int, width: int, stride: int = 1) -> nn.Module:
-    convolution = nn.Conv2d(channels, width, 3, stride, padding=1, bias=False)
-    return nn.Sequential(convolution, nn.BatchNorm2d(width))
+def convolution(channels: int, width: int, stride: int = 1) -> nn.Module:
+    layer = nn.Conv2d(channels, width, 3, stride, padding=1, bias=False)
+    return nn.Sequential(layer, nn.BatchNorm2d(width))
 
 
-def _convolutions(channels: int, width: int) -> nn.Module:
-    layers: list[nn.Module] = []
-    for given in (channels, width):
-        layers += [nn.Conv2d(given, width, 3, padding=1), nn.BatchNorm2d(width), nn.ReLU()]
-    return nn.Sequential(*layers)
+def resnet(blocks: int, batch: int, size: int) -> Step:
+    """Returns a model for images of 10 classes, like those for CIFAR-10 of He et al. (2015)."""
+    widths = [16] * (blocks + 1) + [32] * blocks + [64] * blocks
+    body = [Residual(*pair) for pair in itertools.pairwise(widths)]
+    pool = nn.AdaptiveAvgPool2d(1), nn.Flatten()
+    model = Model(nn.Sequential(convolution(3, 16), nn.ReLU(), *body, *pool), nn.Linear(64, 10))
+    return model, torch.randn(batch, 3, size, size), torch.randint(10, (batch,))
 
 
-class Recommender(Model):
-    """Predicts the next item from the last 20."""
-
-    def __init__(self, items: int, width: int, batch: int) -> None:
-        super().__init__()
-        self.sizes = items, batch
-        self.items = nn.EmbeddingBag(items, width)
-        self.hidden = nn.Sequential(nn.Linear(width, 256), nn.ReLU(), nn.Linear(256, width))
-        self.head = nn.Linear(width, items)
-
-    def draw(self) -> tuple[Tensor, Tensor]:
-        items, batch = self.sizes
-        return torch.randint(items, (batch, 20)), torch.randint(items, (batch,))
-
-    def features(self, input: Tensor) -> Tensor:
-        features: Tensor = self.hidden(self.items(input))
-        return features
+def recommender(items: int, width: int, batch: int) -> Step:
+    """Returns a model that predicts the next item from the last 20."""
+    hidden = nn.Linear(width, 256), nn.ReLU(), nn.Linear(256, width)
+    model = Model(nn.Sequential(nn.EmbeddingBag(items, width), *hidden), nn.Linear(width, items))
+    return model, torch.randint(items, (batch, 20)), torch.randint(items, (batch,))
 
 
 class Case(NamedTuple):
     """A model and its training step.
 
     Attributes:
-        shape: The model's sizes, and the batch on a CPU and on a GPU.
+        sizes: The model's sizes, and below, the batch on a CPU and on a GPU.
         dtype: float32, or bfloat16 for autocast; with ``weights``, the weights are bfloat16.
     """
 
     name: str
-    model: Callable[..., Model]
+    prepare: Callable[..., Step]
     sizes: tuple[Any, ...]
     on_cpu: tuple[int, ...]
     on_gpu: tuple[int, ...]
@@ -219,29 +186,21 @@ class Case(NamedTuple):
         return self.on_gpu if torch.cuda.is_available() else self.on_cpu
 
 
-LLAMA = "one layer and the head of Llama 3.2 1B"
 GPT2, BERT = (50_257, 768, 12, False), (30_522, 768, 12, True)
+LLAMA = "one layer and the head of Llama 3.2 1B", language_model, (128_256, 2048, 1, False)
+ITEMS = "recommender, 100,000 items", recommender, (100_000, 64)
 CASES = (
-    Case("GPT-2 small", Transformer, GPT2, (2, 128), (8, 1024), "tokens"),
-    Case("GPT-2 small", Transformer, GPT2, (2, 128), (8, 1024), "tokens", "bfloat16"),
-    Case(
-        LLAMA,
-        Transformer,
-        (128_256, 2048, 1, False),
-        (2, 128),
-        (4, 2048),
-        "tokens",
-        "bfloat16",
-        True,
-    ),
-    Case("BERT, masked tokens", Transformer, BERT, (2, 128), (32, 512), "tokens"),
-    Case("U-Net, 21 classes", UNet, (32, 4), (2, 128), (16, 256), "images"),
-    Case("ResNet-20, 10 classes", ResNet, (3,), (128, 64), (512, 64), "images"),
-    Case("recommender, 100,000 items", Recommender, (100_000, 64), (1024,), (8192,), "samples"),
+    Case("GPT-2 small", language_model, GPT2, (2, 128), (8, 1024), "tokens"),
+    Case("GPT-2 small", language_model, GPT2, (2, 128), (8, 1024), "tokens", "bfloat16"),
+    Case(*LLAMA, (2, 128), (4, 2048), "tokens", "bfloat16", weights=True),
+    Case("BERT, masked tokens", language_model, BERT, (2, 128), (32, 512), "tokens"),
+    Case("U-Net, 21 classes", unet, (32, 4), (2, 128), (16, 256), "images"),
+    Case("ResNet-20, 10 classes", resnet, (3,), (128, 64), (512, 64), "images"),
+    Case(*ITEMS, (1024,), (8192,), "samples"),
 )
 TRIAL = (
-    Case("GPT", Transformer, (300, 64, 1, False), (2, 8), (2, 8), "tokens"),
-    Case("U-Net", UNet, (4, 2), (1, 16), (1, 16), "images"),
+    Case("GPT", language_model, (300, 64, 1, False), (2, 8), (2, 8), "tokens"),
+    Case("U-Net", unet, (4, 2), (1, 16), (1, 16), "images"),
 )
 
 
@@ -261,8 +220,8 @@ def work(trial: bool, index: int, way: str, cpu: bool) -> None:
     if way.endswith(KEEP):
         pyfused.memory.keep()
     torch.manual_seed(0)
-    model = case.model(*case.sizes, *case.batch())
-    input, target = (tensor.to(device) for tensor in model.draw())
+    model, *drawn = case.prepare(*case.sizes, *case.batch())
+    input, target = (tensor.to(device) for tensor in drawn)
     model.to(device, torch.bfloat16 if case.weights else None)
     model.linear = way.startswith("linear_cross_entropy")
     if way.startswith("convert"):
@@ -281,10 +240,10 @@ def work(trial: bool, index: int, way: str, cpu: bool) -> None:
         for line in sys.stdin:
             if "loss" in line:
                 print(loss.item(), flush=True)
+            elif "peak" in line and device == "cuda":
+                print(torch.cuda.max_memory_allocated(), flush=True)
             elif "peak" in line:
-                on_gpu = device == "cuda"
-                peak = torch.cuda.max_memory_allocated() if on_gpu else status("VmHWM") - before
-                print(peak, flush=True)
+                print(status("VmHWM") - before, flush=True)
             else:
                 started = clock()
                 for _ in range(*json.loads(line)):
@@ -340,8 +299,8 @@ def compare(
     ]
 
 
-def measure(options: Namespace, machine: str, file: Path | None) -> list[dict[str, Any]]:
-    """Returns a row for each case and way, and writes the rows after each case."""
+def measure(options: Namespace, machine: str, file: Path | None) -> None:
+    """Prints the rows of each case, and writes those of all cases so far."""
     started, on_gpu = time.perf_counter(), torch.cuda.is_available()
     rows: list[dict[str, Any]] = []
     for index, case in enumerate(TRIAL if options.trial else CASES):
@@ -359,10 +318,9 @@ def measure(options: Namespace, machine: str, file: Path | None) -> list[dict[st
         }
         found = compare(options.trial, index, ways, options.rounds, options.cpu)
         rows += [{**described, **row, "machine": machine} for row in found]
-        print(*rows[-len(found) :], sep="\n", flush=True)
+        print(table(rows[-len(found) :]), flush=True)
         if file is not None:
             report.write_csv(file, rows)
-    return rows
 
 
 def revision() -> str:
@@ -398,8 +356,8 @@ def steps(options: Namespace) -> None:
     if file is None and not (options.trial or options.only or options.ways):
         whole = {**info, "threads": os.cpu_count()}  # the folder of the machine's other results
         file = RESULTS / report.slug({"machine_info": whole}) / "steps.csv"
-    rows = measure(options, machine, file)
-    print(f"{machine}.\n\n{table(rows)}")
+    print(f"{machine}.\n")
+    measure(options, machine, file)
 
 
 if __name__ == "__main__":

@@ -73,53 +73,46 @@ def formula(translator: HTML5Translator, node: nodes.math | nodes.math_block) ->
 
 
 MOST_COLUMNS = 5  # that a phone shows as a table
-
-
-def label_cells(_app: Sphinx, doctree: nodes.document, _page: str) -> None:
-    """Prepares tables that pages.css shows as lists on narrow screens.
-
-    These are tables of sentences and of many columns. Each cell gets the heading of its column.
-    Empty cells, in which Sphinx writes a space, get a class, and are hidden there.
-    """
-    for table in doctree.findall(nodes.tgroup):
-        for head, body in zip(table.findall(nodes.thead), table.findall(nodes.tbody), strict=False):
-            headings = [*head.findall(nodes.entry)]
-            has_numbers = any("text-right" in heading["classes"] for heading in headings)
-            if has_numbers and len(headings) <= MOST_COLUMNS:
-                continue
-            table.parent["classes"].append("listed")
-            titles = [heading.astext() for heading in headings]
-            for row in body.findall(nodes.row):
-                for k, (title, entry) in enumerate(zip(titles, row.children, strict=True)):
-                    if not entry.astext():
-                        entry["classes"].append("empty")
-                    elif k and title:
-                        entry.insert(0, nodes.inline("", title, classes=["label"]))
-
-
 QUARTILES = re.compile(r"([\d.]+) \(([\d.]+) to ([\d.]+)\)")
 
 
-def keep_quartiles_together(_app: Sphinx, doctree: nodes.document, _page: str) -> None:
-    """Allows a line break in a table only between a ratio and its quartiles."""
-    for entry in doctree.findall(nodes.entry):
-        for text in list(entry.findall(nodes.Text)):
+def label_cells(table: nodes.tgroup) -> None:
+    """Gives each cell the heading of its column, which pages.css shows on narrow screens.
+
+    Such tables have sentences or many columns. Empty cells, in which Sphinx writes a space, get a
+    class, and are hidden there.
+    """
+    (head,), (body,) = table.findall(nodes.thead), table.findall(nodes.tbody)
+    headings = [*head.findall(nodes.entry)]
+    has_numbers = any("text-right" in heading["classes"] for heading in headings)
+    if has_numbers and len(headings) <= MOST_COLUMNS:
+        return
+    table.parent["classes"].append("listed")
+    for row in body.findall(nodes.row):
+        for k, (heading, entry) in enumerate(zip(headings, row.children, strict=True)):
+            if not entry.astext():
+                entry["classes"].append("empty")
+            elif k and heading.astext():
+                entry.insert(0, nodes.inline("", heading.astext(), classes=["label"]))
+
+
+def prepare_tables(_app: Sphinx, doctree: nodes.document, _page: str) -> None:
+    """Labels cells, and allows line breaks in them between the parts of names and of ratios."""
+    for table in doctree.findall(nodes.tgroup):
+        if [*table.findall(nodes.thead)]:
+            label_cells(table)
+        for text in [
+            text for entry in table.findall(nodes.entry) for text in entry.findall(nodes.Text)
+        ]:
+            first, *others = re.split(r"(?<=_)|(?<=\.)(?=[a-z])", text)
             if match := QUARTILES.fullmatch(text):
                 ratio, low, high = match.groups()
                 text.parent.replace(text, nodes.Text(f"{ratio} ({low}\u00a0to\u00a0{high})"))
-
-
-def let_names_break(_app: Sphinx, doctree: nodes.document, _page: str) -> None:
-    """Allows line breaks behind the underscores and dots of names in tables."""
-    for entry in doctree.findall(nodes.entry):
-        for text in list(entry.findall(nodes.Text)):
-            first, *others = re.split(r"(?<=_)|(?<=\.)(?=[a-z])", text)
-            if not others or isinstance(text.parent, nodes.literal_block):
-                continue
-            pieces: list[nodes.Node] = [nodes.Text(first)]
-            for piece in others:  # not a zero-width space, which would be copied with the name
-                pieces += [nodes.raw("", "<wbr>", format="html"), nodes.Text(piece)]
-            text.parent.replace(text, pieces)
+            elif others and not isinstance(text.parent, nodes.literal_block):
+                pieces: list[nodes.Node] = [nodes.Text(first)]
+                for piece in others:  # not a zero-width space, which would be copied with the name
+                    pieces += [nodes.raw("", "<wbr>", format="html"), nodes.Text(piece)]
+                text.parent.replace(text, pieces)
 
 
 def check_pages(_app: Sphinx) -> None:
@@ -133,8 +126,6 @@ def setup(app: Sphinx) -> None:
     app.connect("source-read", pages.fill)
     app.connect("builder-inited", check_pages)
     app.connect("builder-inited", pages.write)
-    app.connect("doctree-resolved", label_cells)
-    app.connect("doctree-resolved", keep_quartiles_together)
-    app.connect("doctree-resolved", let_names_break)
+    app.connect("doctree-resolved", prepare_tables)
     app.connect("autodoc-process-docstring", pages.arguments, priority=400)  # Napoleon has 500
     app.connect("autodoc-process-docstring", pages.returns, priority=400)
