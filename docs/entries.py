@@ -51,7 +51,10 @@ class Entry:
     axis: tuple[str, float, float] = ("input", -3.0, 3.0)
 
 
-LOGIT = "logit of the first class of three"
+WIDE, GATE = ("input", -6.0, 6.0), ("gate", -3.0, 3.0)
+LOGIT = "logit of the first class of three", -6.0, 6.0
+NEAR = LOGIT[0], -5.0, 5.0
+FEATURE = "feature that is the first class's logit", -6.0, 6.0
 HEAD = {"linear_weight": torch.tensor([[1.0], [0.0], [0.0]])}
 TEACHER_HEAD = {
     **HEAD,
@@ -69,323 +72,291 @@ OF_HEAD = (
     Curve("another class", (), HEAD | {"target": torch.ones(401, dtype=torch.int64)}),
     Curve("the target, softcap 2", (), HEAD | OF_FIRST | {"softcap": 2.0}),
 )
+OF_LOGITS = (
+    Curve("the target", (0,), others=(0.0, 0.0)),
+    Curve("another class", (1,), others=(0.0, 0.0)),
+)
+OF_OTHERS = tuple(
+    Curve(f"others 0, {logit:g}", options={"dim": 1}, others=(0.0, logit)) for logit in (0.0, 3.0)
+)
+ALPHA = Curve(""), Curve("alpha 0.5", options={"alpha": 0.5})
+WEIGHT = torch.tensor([2.0, 1.0, 1.0])
 TARGETS = Curve("target 0", (0.0,)), Curve("target 1", (1.0,))
 UP = Curve("up 1", (1.0,)), Curve("up -0.5", (-0.5,))
 SIGNS = Curve("target 1", (1.0,)), Curve("target -1", (-1.0,))
 
-GALLERY: dict[str, dict[str, Entry]] = {
-    "Regression": {
-        "mse_loss": Entry(
-            r"(x - t)^2",
-            "For regression without outliers: one large error outweighs many small ones.",
-            TARGETS,
+GALLERY: dict[str, dict[str, Entry]] = {}
+GALLERY["Regression"] = {
+    "mse_loss": Entry(
+        r"(x - t)^2",
+        "For regression without outliers: one large error outweighs many small ones.",
+        TARGETS,
+    ),
+    "l1_loss": Entry(
+        r"|x - t|", "For regression with outliers: the model predicts the median.", TARGETS
+    ),
+    "smooth_l1_loss": Entry(
+        r"\begin{cases} \dfrac{(x - t)^2}{2 \beta} & |x - t| < \beta \\"
+        r" |x - t| - \dfrac{\beta}{2} & \text{else} \end{cases}",
+        "Like l1_loss, with a gradient that shrinks near the target; common for bounding boxes.",
+        tuple(Curve(f"beta {beta:g}", (0.0,), {"beta": beta}) for beta in (0.5, 1.0, 2.0)),
+    ),
+    "huber_loss": Entry(
+        r"\begin{cases} \dfrac{(x - t)^2}{2} & |x - t| < \delta \\"
+        r" \delta \left(|x - t| - \dfrac{\delta}{2}\right) & \text{else} \end{cases}",
+        "For regression with outliers, if the size of normal errors is known.",
+        tuple(Curve(f"delta {delta:g}", (0.0,), {"delta": delta}) for delta in (0.5, 1.0, 2.0)),
+    ),
+    "log_cosh_loss": Entry(
+        r"\log\, \cosh (x - t)",
+        "Like huber_loss, but smooth everywhere and without a parameter.",
+        TARGETS,
+    ),
+    "quantile_loss": Entry(
+        r"\max\left(q \, (t - x),\; (q - 1) (t - x)\right)",
+        "For predicting a quantile: errors in one direction cost more, as for stock levels, or"
+        " for prediction intervals between two quantiles.",
+        tuple(Curve(f"quantile {q:g}", (0.0,), {"quantile": q}) for q in (0.1, 0.5, 0.9)),
+    ),
+}
+GALLERY["Distributions"] = {
+    "gaussian_nll_loss": Entry(
+        r"\frac{1}{2} \left(\log\, v + \frac{(x - t)^2}{v}\right)",
+        "For models that also predict their uncertainty, as a variance v for each mean.",
+        tuple(Curve(f"variance {v:g}", (0.0, v)) for v in (0.25, 1.0, 4.0)),
+    ),
+    "poisson_nll_loss": Entry(
+        r"e^x - t \, x",
+        "For counts: the model predicts the logarithm of their rate.",
+        tuple(Curve(f"target {t:g}", (t,)) for t in (0.0, 1.0, 4.0)),
+    ),
+    "kl_div": Entry(
+        r"t \, (\log\, t - x)",
+        "For matching a target distribution, given log-probabilities x, as in distillation.",
+        tuple(Curve(f"target {t:g}", (t,)) for t in (0.1, 0.5, 0.9)),
+        axis=("input, a logarithm", -4.0, 0.0),
+    ),
+    "kl_div_with_logits": Entry(
+        r"\beta \, \mathrm{KL}(q \| m) + (1 - \beta) \, \mathrm{KL}(p \| m), \quad"
+        r" m = \beta q + (1 - \beta) p",
+        "For distillation from logits: the student's softmax p approaches the teacher's q."
+        " With beta 0 the loss is KL(q || p), and with beta 1 KL(p || q).",
+        tuple(Curve(f"beta {b:g}", (0.0,), {"beta": b}, (0.0, 0.0)) for b in (0.0, 0.5, 1.0)),
+        axis=NEAR,
+    ),
+    "linear_kl_div": Entry(
+        r"\mathrm{kl\_div\_with\_logits}(W x + b, \; V y + c)",
+        "For distillation of language models from the inputs of their last layers, without"
+        " holding all logits.",
+        tuple(Curve(f"beta {b:g}", (), {"beta": b, **TEACHER_HEAD}) for b in (0.0, 0.5, 1.0)),
+        axis=NEAR,
+    ),
+    "linear_topk_kl_div": Entry(
+        r"\sum_{c \in K} q_c (\log\, q_c - \log\, p_c) + q_r (\log\, q_r - \log\, p_r)",
+        "For distillation if only the k largest probabilities of the teacher were saved; r"
+        " stands for the rest.",
+        tuple(Curve(f"remainder {r}", (), {"remainder": r, **TOP_1}) for r in ("bucket", "ignore")),
+        axis=NEAR,
+    ),
+}
+GALLERY["Binary and multi-label classification"] = {
+    "binary_cross_entropy_with_logits": Entry(
+        r"-p \, t \log\, \sigma(x) - (1 - t) \log (1 - \sigma(x))",
+        "For independent yes-or-no outputs; use pos_weight p if positives are rare.",
+        (
+            Curve("target 0", (0.0,)),
+            Curve("target 1", (1.0,)),
+            Curve("target 1, pos_weight 3", (1.0,), {"pos_weight": torch.tensor(3.0)}),
         ),
-        "l1_loss": Entry(
-            r"|x - t|", "For regression with outliers: the model predicts the median.", TARGETS
+        axis=("logit", -5.0, 5.0),
+    ),
+    "binary_cross_entropy": Entry(
+        r"-t \log\, x - (1 - t) \log (1 - x)",
+        "For models that output probabilities, if the logits are not available.",
+        tuple(Curve(f"target {t:g}", (t,)) for t in (0.0, 0.3, 1.0)),
+        axis=("probability", 0.02, 0.98),
+    ),
+    "sigmoid_focal_loss": Entry(
+        r"-\alpha \, (1 - p)^\gamma \log\, p",
+        "For heavily imbalanced labels, as in dense detection: elements that are already"
+        " right, with p near 1 for the target, contribute little.",
+        tuple(
+            Curve(f"gamma {gamma:g}", (1.0,), {"alpha": -1.0, "gamma": gamma})
+            for gamma in (0.0, 1.0, 2.0, 5.0)
         ),
-        "smooth_l1_loss": Entry(
-            r"\begin{cases} \dfrac{(x - t)^2}{2 \beta} & |x - t| < \beta \\"
-            r" |x - t| - \dfrac{\beta}{2} & \text{else} \end{cases}",
-            "Like l1_loss, with a gradient that shrinks near the target; common for bounding"
-            " boxes.",
-            tuple(Curve(f"beta {beta:g}", (0.0,), {"beta": beta}) for beta in (0.5, 1.0, 2.0)),
+        axis=("logit, target 1", -5.0, 5.0),
+    ),
+    "soft_margin_loss": Entry(
+        r"\log \left(1 + e^{-t x}\right)",
+        "Like binary_cross_entropy_with_logits, for targets of -1 and 1.",
+        SIGNS,
+    ),
+    "hinge_loss": Entry(
+        r"\max(0,\; m - t \, x)",
+        "For classifiers that need no probabilities: elements beyond the margin m have no loss.",
+        (*SIGNS, Curve("target 1, squared", (1.0,), {"squared": True})),
+    ),
+}
+GALLERY["Similarity and ranking"] = {
+    "triplet_margin_loss": Entry(
+        r"\max(0,\; m + \lVert x - y \rVert_p - \lVert x - z \rVert_p)",
+        "For embeddings: x should be closer to a similar y than to a different z, by a margin m.",
+        (
+            Curve("p 2, margin 1", (0.0, 1.0), others=(0.0,)),
+            Curve("p 2, margin 2", (0.0, 1.0), {"margin": 2.0}, (0.0,)),
+            Curve("p 1, margin 1", (0.0, 1.0), {"p": 1}, (0.0,)),
         ),
-        "huber_loss": Entry(
-            r"\begin{cases} \dfrac{(x - t)^2}{2} & |x - t| < \delta \\"
-            r" \delta \left(|x - t| - \dfrac{\delta}{2}\right) & \text{else} \end{cases}",
-            "For regression with outliers, if the size of normal errors is known.",
-            tuple(Curve(f"delta {delta:g}", (0.0,), {"delta": delta}) for delta in (0.5, 1.0, 2.0)),
+        axis=("first of two features, y at 0, z at 1", -3.0, 3.0),
+    ),
+    "cosine_embedding_loss": Entry(
+        r"\begin{cases} 1 - \cos(x, y) & t = 1 \\ \max(0,\; \cos(x, y) - m) & t = -1 \end{cases}",
+        "For embeddings whose length has no meaning: only the angle of a pair counts.",
+        (
+            Curve("target 1", (1.0, 1), others=(1.0,)),
+            Curve("target -1", (1.0, -1), others=(1.0,)),
+            Curve("target -1, margin 0.5", (1.0, -1), {"margin": 0.5}, (1.0,)),
         ),
-        "log_cosh_loss": Entry(
-            r"\log\, \cosh (x - t)",
-            "Like huber_loss, but smooth everywhere and without a parameter.",
-            TARGETS,
+        axis=("first of two features, the second is 1", -3.0, 3.0),
+    ),
+    "hinge_embedding_loss": Entry(
+        r"\begin{cases} x & t = 1 \\ \max(0,\; m - x) & t = -1 \end{cases}",
+        "For distances x: similar pairs should be close, and others at least a margin m apart.",
+        SIGNS,
+        axis=("input, a distance", 0.0, 2.0),
+    ),
+    "margin_ranking_loss": Entry(
+        r"\max(0,\; m - t \, (x_1 - x_2))",
+        "For ranking: only the order of two scores matters, by a margin m.",
+        (
+            Curve("first higher", (0.0, 1.0)),
+            Curve("second higher", (0.0, -1.0)),
+            Curve("first higher, margin 1", (0.0, 1.0), {"margin": 1.0}),
         ),
-        "quantile_loss": Entry(
-            r"\max\left(q \, (t - x),\; (q - 1) (t - x)\right)",
-            "For predicting a quantile: errors in one direction cost more, as for stock levels, or"
-            " for prediction intervals between two quantiles.",
-            tuple(Curve(f"quantile {q:g}", (0.0,), {"quantile": q}) for q in (0.1, 0.5, 0.9)),
+        axis=("first score, the second is 0", -3.0, 3.0),
+    ),
+}
+GALLERY["Classification"] = {
+    "cross_entropy": Entry(
+        r"\log\, \sum_c e^{x_c} - x_t",
+        "For single-label classification: tokens, digits, pixels.",
+        (
+            *OF_LOGITS,
+            Curve("the target, smoothing 0.2", (0,), {"label_smoothing": 0.2}, (0.0, 0.0)),
+            Curve("the target, gamma 2", (0,), {"gamma": 2.0}, (0.0, 0.0)),
         ),
-    },
-    "Distributions": {
-        "gaussian_nll_loss": Entry(
-            r"\frac{1}{2} \left(\log\, v + \frac{(x - t)^2}{v}\right)",
-            "For models that also predict their uncertainty, as a variance v for each mean.",
-            tuple(Curve(f"variance {v:g}", (0.0, v)) for v in (0.25, 1.0, 4.0)),
+        axis=LOGIT,
+    ),
+    "linear_cross_entropy": Entry(
+        r"\log\, \sum_c e^{w_c \cdot x} - w_t \cdot x",
+        "For many classes, such as the tokens of a language model: takes blocks of logits, not"
+        " all of them.",
+        (*OF_HEAD, Curve("the target, z_loss 0.1", (), HEAD | OF_FIRST | {"z_loss": 0.1})),
+        axis=FEATURE,
+    ),
+    "log_probs": Entry(
+        r"x_t - \log\, \sum_c e^{x_c}",
+        "For reinforcement learning: the log-probability of each sampled token and,"
+        " optionally, entropy and log-sum-exp, all with gradients.",
+        (*OF_LOGITS, Curve("the target, temperature 2", (0,), {"temperature": 2.0}, (0.0, 0.0))),
+        axis=LOGIT,
+    ),
+    "linear_log_probs": Entry(
+        r"w_t \cdot x - \log\, \sum_c e^{w_c \cdot x}",
+        "For log-probabilities of a language model from the input of its last layer, without"
+        " holding all logits.",
+        OF_HEAD,
+        axis=FEATURE,
+    ),
+    "nll_loss": Entry(
+        r"-w_t \, x_t",
+        "For models that output log-probabilities.",
+        (
+            Curve("the target", (0,), others=(-1.0, -1.0)),
+            Curve("the target, weight 2", (0,), {"weight": WEIGHT}, (-1.0, -1.0)),
+            Curve("another class", (1,), others=(-1.0, -1.0)),
         ),
-        "poisson_nll_loss": Entry(
-            r"e^x - t \, x",
-            "For counts: the model predicts the logarithm of their rate.",
-            tuple(Curve(f"target {t:g}", (t,)) for t in (0.0, 1.0, 4.0)),
-        ),
-        "kl_div": Entry(
-            r"t \, (\log\, t - x)",
-            "For matching a target distribution, given log-probabilities x, as in distillation.",
-            tuple(Curve(f"target {t:g}", (t,)) for t in (0.1, 0.5, 0.9)),
-            axis=("input, a logarithm", -4.0, 0.0),
-        ),
-        "kl_div_with_logits": Entry(
-            r"\beta \, \mathrm{KL}(q \| m) + (1 - \beta) \, \mathrm{KL}(p \| m), \quad"
-            r" m = \beta q + (1 - \beta) p",
-            "For distillation from logits: the student's softmax p approaches the teacher's q."
-            " With beta 0 the loss is KL(q || p), and with beta 1 KL(p || q).",
-            tuple(Curve(f"beta {b:g}", (0.0,), {"beta": b}, (0.0, 0.0)) for b in (0.0, 0.5, 1.0)),
-            axis=(LOGIT, -5.0, 5.0),
-        ),
-        "linear_kl_div": Entry(
-            r"\mathrm{kl\_div\_with\_logits}(W x + b, \; V y + c)",
-            "For distillation of language models from the inputs of their last layers, without"
-            " holding all logits.",
-            tuple(Curve(f"beta {b:g}", (), {"beta": b, **TEACHER_HEAD}) for b in (0.0, 0.5, 1.0)),
-            axis=(LOGIT, -5.0, 5.0),
-        ),
-        "linear_topk_kl_div": Entry(
-            r"\sum_{c \in K} q_c (\log\, q_c - \log\, p_c) + q_r (\log\, q_r - \log\, p_r)",
-            "For distillation if only the k largest probabilities of the teacher were saved; r"
-            " stands for the rest.",
-            tuple(
-                Curve(f"remainder {r}", (), {"remainder": r, **TOP_1}) for r in ("bucket", "ignore")
-            ),
-            axis=(LOGIT, -5.0, 5.0),
-        ),
-    },
-    "Binary and multi-label classification": {
-        "binary_cross_entropy_with_logits": Entry(
-            r"-p \, t \log\, \sigma(x) - (1 - t) \log (1 - \sigma(x))",
-            "For independent yes-or-no outputs; use pos_weight p if positives are rare.",
-            (
-                Curve("target 0", (0.0,)),
-                Curve("target 1", (1.0,)),
-                Curve("target 1, pos_weight 3", (1.0,), {"pos_weight": torch.tensor(3.0)}),
-            ),
-            axis=("logit", -5.0, 5.0),
-        ),
-        "binary_cross_entropy": Entry(
-            r"-t \log\, x - (1 - t) \log (1 - x)",
-            "For models that output probabilities, if the logits are not available.",
-            tuple(Curve(f"target {t:g}", (t,)) for t in (0.0, 0.3, 1.0)),
-            axis=("probability", 0.02, 0.98),
-        ),
-        "sigmoid_focal_loss": Entry(
-            r"-\alpha \, (1 - p)^\gamma \log\, p",
-            "For heavily imbalanced labels, as in dense detection: elements that are already"
-            " right, with p near 1 for the target, contribute little.",
-            tuple(
-                Curve(f"gamma {gamma:g}", (1.0,), {"alpha": -1.0, "gamma": gamma})
-                for gamma in (0.0, 1.0, 2.0, 5.0)
-            ),
-            axis=("logit, target 1", -5.0, 5.0),
-        ),
-        "soft_margin_loss": Entry(
-            r"\log \left(1 + e^{-t x}\right)",
-            "Like binary_cross_entropy_with_logits, for targets of -1 and 1.",
-            SIGNS,
-        ),
-        "hinge_loss": Entry(
-            r"\max(0,\; m - t \, x)",
-            "For classifiers that need no probabilities: elements beyond the margin m have no"
-            " loss.",
-            (*SIGNS, Curve("target 1, squared", (1.0,), {"squared": True})),
-        ),
-    },
-    "Similarity and ranking": {
-        "triplet_margin_loss": Entry(
-            r"\max(0,\; m + \lVert x - y \rVert_p - \lVert x - z \rVert_p)",
-            "For embeddings: x should be closer to a similar y than to a different z, by a margin"
-            " m.",
-            (
-                Curve("p 2, margin 1", (0.0, 1.0), others=(0.0,)),
-                Curve("p 2, margin 2", (0.0, 1.0), {"margin": 2.0}, (0.0,)),
-                Curve("p 1, margin 1", (0.0, 1.0), {"p": 1}, (0.0,)),
-            ),
-            axis=("first of two features, y at 0, z at 1", -3.0, 3.0),
-        ),
-        "cosine_embedding_loss": Entry(
-            r"\begin{cases} 1 - \cos(x, y) & t = 1 \\"
-            r" \max(0,\; \cos(x, y) - m) & t = -1 \end{cases}",
-            "For embeddings whose length has no meaning: only the angle of a pair counts.",
-            (
-                Curve("target 1", (1.0, 1), others=(1.0,)),
-                Curve("target -1", (1.0, -1), others=(1.0,)),
-                Curve("target -1, margin 0.5", (1.0, -1), {"margin": 0.5}, (1.0,)),
-            ),
-            axis=("first of two features, the second is 1", -3.0, 3.0),
-        ),
-        "hinge_embedding_loss": Entry(
-            r"\begin{cases} x & t = 1 \\ \max(0,\; m - x) & t = -1 \end{cases}",
-            "For distances x: similar pairs should be close, and others at least a margin m apart.",
-            SIGNS,
-            axis=("input, a distance", 0.0, 2.0),
-        ),
-        "margin_ranking_loss": Entry(
-            r"\max(0,\; m - t \, (x_1 - x_2))",
-            "For ranking: only the order of two scores matters, by a margin m.",
-            (
-                Curve("first higher", (0.0, 1.0)),
-                Curve("second higher", (0.0, -1.0)),
-                Curve("first higher, margin 1", (0.0, 1.0), {"margin": 1.0}),
-            ),
-            axis=("first score, the second is 0", -3.0, 3.0),
-        ),
-    },
-    "Classification": {
-        "cross_entropy": Entry(
-            r"\log\, \sum_c e^{x_c} - x_t",
-            "For single-label classification: tokens, digits, pixels.",
-            (
-                Curve("the target", (0,), others=(0.0, 0.0)),
-                Curve("another class", (1,), others=(0.0, 0.0)),
-                Curve("the target, smoothing 0.2", (0,), {"label_smoothing": 0.2}, (0.0, 0.0)),
-                Curve("the target, gamma 2", (0,), {"gamma": 2.0}, (0.0, 0.0)),
-            ),
-            axis=(LOGIT, -6.0, 6.0),
-        ),
-        "linear_cross_entropy": Entry(
-            r"\log\, \sum_c e^{w_c \cdot x} - w_t \cdot x",
-            "For many classes, such as the tokens of a language model: takes blocks of logits, not"
-            " all of them.",
-            (*OF_HEAD, Curve("the target, z_loss 0.1", (), HEAD | OF_FIRST | {"z_loss": 0.1})),
-            axis=("feature that is the first class's logit", -6.0, 6.0),
-        ),
-        "log_probs": Entry(
-            r"x_t - \log\, \sum_c e^{x_c}",
-            "For reinforcement learning: the log-probability of each sampled token and,"
-            " optionally, entropy and log-sum-exp, all with gradients.",
-            (
-                Curve("the target", (0,), others=(0.0, 0.0)),
-                Curve("another class", (1,), others=(0.0, 0.0)),
-                Curve("the target, temperature 2", (0,), {"temperature": 2.0}, (0.0, 0.0)),
-            ),
-            axis=(LOGIT, -6.0, 6.0),
-        ),
-        "linear_log_probs": Entry(
-            r"w_t \cdot x - \log\, \sum_c e^{w_c \cdot x}",
-            "For log-probabilities of a language model from the input of its last layer, without"
-            " holding all logits.",
-            OF_HEAD,
-            axis=("feature that is the first class's logit", -6.0, 6.0),
-        ),
-        "nll_loss": Entry(
-            r"-w_t \, x_t",
-            "For models that output log-probabilities.",
-            (
-                Curve("the target", (0,), others=(-1.0, -1.0)),
-                Curve(
-                    "the target, weight 2",
-                    (0,),
-                    {"weight": torch.tensor([2.0, 1.0, 1.0])},
-                    (-1.0, -1.0),
-                ),
-                Curve("another class", (1,), others=(-1.0, -1.0)),
-            ),
-            axis=("log-probability of the first class", -4.0, 0.0),
-        ),
-        "softmax": Entry(
-            r"\frac{e^{x_c}}{\sum_k e^{x_k}}",
-            "For turning scores into probabilities, as in attention.",
-            tuple(
-                Curve(f"others {a:g}, {b:g}", options={"dim": 1}, others=(a, b))
-                for a, b in ((0.0, 0.0), (0.0, 3.0))
-            ),
-            axis=(LOGIT, -6.0, 6.0),
-        ),
-        "log_softmax": Entry(
-            r"x_c - \log\, \sum_k e^{x_k}",
-            "For log-probabilities that do not underflow, as input of nll_loss, kl_div and"
-            " sampling.",
-            tuple(
-                Curve(f"others {a:g}, {b:g}", options={"dim": 1}, others=(a, b))
-                for a, b in ((0.0, 0.0), (0.0, 3.0))
-            ),
-            axis=(LOGIT, -6.0, 6.0),
-        ),
-    },
-    "Activations": {
-        "relu": Entry(r"\max(0,\; x)", "The default choice, and the cheapest."),
-        "leaky_relu": Entry(
-            r"\begin{cases} x & x > 0 \\ s \, x & \text{else} \end{cases}",
-            "Like relu, but the slope s keeps the gradient of negative values from being zero.",
-            tuple(Curve(f"slope {s:g}", options={"negative_slope": s}) for s in (0.01, 0.2)),
-        ),
-        "gelu": Entry(
-            r"x \, \Phi(x)",
-            "For transformers. Φ is the normal distribution, which tanh approximates.",
-            (Curve("exact"), Curve("tanh", options={"approximate": "tanh"})),
-            axis=("input", -4.0, 3.0),
-        ),
-        "silu": Entry(
-            r"x \, \sigma(x)",
-            "For convolutional networks, and gated layers of language models.",
-            axis=("input", -6.0, 3.0),
-        ),
-        "tanh": Entry(
-            r"\tanh\, x", "For outputs between -1 and 1: recurrent networks, bounded actions."
-        ),
-        "elu": Entry(
-            r"\begin{cases} x & x > 0 \\"
-            r" \alpha (e^x - 1) & \text{else} \end{cases}",
-            "Like relu, with an exponential below 0 that brings the mean of outputs closer to 0.",
-            (Curve(""), Curve("alpha 0.5", options={"alpha": 0.5})),
-        ),
-        "selu": Entry(
-            r"\lambda \begin{cases} x & x > 0 \\"
-            r" \alpha (e^x - 1) & \text{else} \end{cases}",
-            "For deep networks without normalization layers.",
-        ),
-        "celu": Entry(
-            r"\begin{cases} x & x > 0 \\"
-            r" \alpha (e^{x / \alpha} - 1) & \text{else} \end{cases}",
-            "Like elu, with a continuous slope for every alpha.",
-            (Curve(""), Curve("alpha 0.5", options={"alpha": 0.5})),
-        ),
-        "mish": Entry(
-            r"x \, \tanh(\log(1 + e^x))",
-            "For detectors of the YOLO family.",
-            axis=("input", -6.0, 3.0),
-        ),
-        "softplus": Entry(
-            r"\frac{1}{\beta} \log(1 + e^{\beta x})",
-            "For outputs that must be positive: variances, rates.",
-            (Curve(""), Curve("beta 3", options={"beta": 3.0})),
-        ),
-        "logsigmoid": Entry(
-            r"-\log(1 + e^{-x})", "For log-probabilities of labels, and for preference losses."
-        ),
-        "softsign": Entry(
-            r"\frac{x}{1 + |x|}", "Like tanh, but it saturates slowly.", axis=("input", -6.0, 6.0)
-        ),
-        "tanhshrink": Entry(r"x - \tanh\, x", "For damping values near 0."),
-        "swiglu": Entry(
-            r"u \, x \, \sigma(x)",
-            "For the gated layers of Llama, Qwen and Mistral; u is the other half of the layer.",
-            UP,
-            axis=("gate", -3.0, 3.0),
-        ),
-        "geglu": Entry(
-            r"u \, x \, \Phi(x)",
-            "For the gated layers of Gemma and T5.",
-            UP,
-            axis=("gate", -3.0, 3.0),
-        ),
-        "reglu": Entry(
-            r"u \, \max(x, 0)",
-            "For gated layers without an exponential.",
-            UP,
-            axis=("gate", -3.0, 3.0),
-        ),
-        "softcap": Entry(
-            r"c \, \tanh\, \frac{x}{c}",
-            "For logits of language models that should stay bounded.",
-            tuple(Curve(f"cap {c:g}", options={"cap": c}) for c in (1.0, 3.0)),
-            axis=("input", -6.0, 6.0),
-        ),
-        "sigmoid": Entry(
-            r"\sigma(x) = \frac{1}{1 + e^{-x}}",
-            "For gates, and for probabilities; for training, a loss of logits is more accurate.",
-            axis=("input", -6.0, 6.0),
-        ),
-    },
+        axis=("log-probability of the first class", -4.0, 0.0),
+    ),
+    "softmax": Entry(
+        r"\frac{e^{x_c}}{\sum_k e^{x_k}}",
+        "For turning scores into probabilities, as in attention.",
+        OF_OTHERS,
+        axis=LOGIT,
+    ),
+    "log_softmax": Entry(
+        r"x_c - \log\, \sum_k e^{x_k}",
+        "For log-probabilities that do not underflow, as input of nll_loss, kl_div and sampling.",
+        OF_OTHERS,
+        axis=LOGIT,
+    ),
+}
+GALLERY["Activations"] = {
+    "relu": Entry(r"\max(0,\; x)", "The default choice, and the cheapest."),
+    "leaky_relu": Entry(
+        r"\begin{cases} x & x > 0 \\ s \, x & \text{else} \end{cases}",
+        "Like relu, but the slope s keeps the gradient of negative values from being zero.",
+        tuple(Curve(f"slope {s:g}", options={"negative_slope": s}) for s in (0.01, 0.2)),
+    ),
+    "gelu": Entry(
+        r"x \, \Phi(x)",
+        "For transformers. Φ is the normal distribution, which tanh approximates.",
+        (Curve("exact"), Curve("tanh", options={"approximate": "tanh"})),
+        axis=("input", -4.0, 3.0),
+    ),
+    "silu": Entry(
+        r"x \, \sigma(x)",
+        "For convolutional networks, and gated layers of language models.",
+        axis=("input", -6.0, 3.0),
+    ),
+    "tanh": Entry(
+        r"\tanh\, x", "For outputs between -1 and 1: recurrent networks, bounded actions."
+    ),
+    "elu": Entry(
+        r"\begin{cases} x & x > 0 \\ \alpha (e^x - 1) & \text{else} \end{cases}",
+        "Like relu, with an exponential below 0 that brings the mean of outputs closer to 0.",
+        ALPHA,
+    ),
+    "selu": Entry(
+        r"\lambda \begin{cases} x & x > 0 \\ \alpha (e^x - 1) & \text{else} \end{cases}",
+        "For deep networks without normalization layers.",
+    ),
+    "celu": Entry(
+        r"\begin{cases} x & x > 0 \\ \alpha (e^{x / \alpha} - 1) & \text{else} \end{cases}",
+        "Like elu, with a continuous slope for every alpha.",
+        ALPHA,
+    ),
+    "mish": Entry(
+        r"x \, \tanh(\log(1 + e^x))", "For detectors of the YOLO family.", axis=("input", -6.0, 3.0)
+    ),
+    "softplus": Entry(
+        r"\frac{1}{\beta} \log(1 + e^{\beta x})",
+        "For outputs that must be positive: variances, rates.",
+        (Curve(""), Curve("beta 3", options={"beta": 3.0})),
+    ),
+    "logsigmoid": Entry(
+        r"-\log(1 + e^{-x})", "For log-probabilities of labels, and for preference losses."
+    ),
+    "softsign": Entry(r"\frac{x}{1 + |x|}", "Like tanh, but it saturates slowly.", axis=WIDE),
+    "tanhshrink": Entry(r"x - \tanh\, x", "For damping values near 0."),
+    "swiglu": Entry(
+        r"u \, x \, \sigma(x)",
+        "For the gated layers of Llama, Qwen and Mistral; u is the other half of the layer.",
+        UP,
+        axis=GATE,
+    ),
+    "geglu": Entry(r"u \, x \, \Phi(x)", "For the gated layers of Gemma and T5.", UP, axis=GATE),
+    "reglu": Entry(r"u \, \max(x, 0)", "For gated layers without an exponential.", UP, axis=GATE),
+    "softcap": Entry(
+        r"c \, \tanh\, \frac{x}{c}",
+        "For logits of language models that should stay bounded.",
+        tuple(Curve(f"cap {c:g}", options={"cap": c}) for c in (1.0, 3.0)),
+        axis=WIDE,
+    ),
+    "sigmoid": Entry(
+        r"\sigma(x) = \frac{1}{1 + e^{-x}}",
+        "For gates, and for probabilities; for training, a loss of logits is more accurate.",
+        axis=WIDE,
+    ),
 }
 
 # The code after the imports of torch, and of pyfused.functional as F; the backward pass follows.
