@@ -178,7 +178,6 @@ CASES = (
     *(Case(op, (32 * M,), headline=True) for op in ACTIVATIONS),
     *(Case(op, (32 * M,), BF16) for op in ACTIVATIONS),
 )
-HEADLINES = tuple(case for case in CASES if case.headline)
 OPS = tuple(dict.fromkeys(case.op for case in CASES))
 
 

@@ -47,7 +47,6 @@ class Row:
     mode: str
     headline: bool
     elements: int
-    classes: int
     peers: dict[str, Peer]
     peak_gradients: float | None = None  # peak memory, in multiples of the input's gradient
     bytes: int = 0  # the minimum number of bytes read and written
@@ -58,9 +57,8 @@ def peer(theirs: Sequence[float], ours: Sequence[float]) -> Peer:
 
 
 def row(case: Case, mode: str, peers: dict[str, Peer], peak: float | None = None) -> Row:
-    classes = case.shape[1] if case.op == "cross_entropy" else 1
     moved = case.traffic(mode) * case.bytes
-    return Row(case.name, case.op, mode, case.headline, case.elements, classes, peers, peak, moved)
+    return Row(case.name, case.op, mode, case.headline, case.elements, peers, peak, moved)
 
 
 # ---- the machine ---------------------------------------------------------------------------------
@@ -94,8 +92,8 @@ def machine(found: Found) -> str:
     words |= {"python": "Python {}"}
     info = found["machine_info"].items()
     described = [words.get(k, "{}").format(v) for k, v in info]
-    described = ["1 thread" if each == "1 threads" else each for each in described]
-    return ", ".join([*described, found["datetime"][:10]])
+    joined = ", ".join([*described, found["datetime"][:10]])
+    return joined.replace(" 1 threads,", " 1 thread,")
 
 
 def slug(found: Found) -> str:
@@ -159,7 +157,6 @@ def row_of(found: dict[str, str]) -> Row:
         found["mode"],
         found["headline"] == "1",
         int(found["elements"]),
-        int(found["classes"]),
         peers,
         float(peak) if peak else None,
         int(found["bytes"]),

@@ -220,6 +220,7 @@ GAINS = (
     ("ResNet", *KEPT),
     ("U-Net", *KEPT),
 )
+ON_GPU = "convert", "linear_cross_entropy, torch.compile"
 LINE_ON_GPU = f"{CONVERTED[-1]}; compiled: `linear_cross_entropy`"
 HEAD_ON_GPU = "(8192, 1024, 151936)"
 
@@ -244,60 +245,61 @@ def gain(ways: dict[str, Cells], eager: str, compiled: str, line: str, on: str =
     times = row["torch, ms"], by_compiler["ms"], row["ms"], ways[compiled]["ms"]
     peaks = row["torch, peak"], by_compiler["peak"], row["peak"]
     sizes = "{dtype}, {batch}".format_map(row)
-    gib = [int(peak) / 2**30 for peak in peaks]
-    return Gain(row["model"] + on, sizes, line, [*map(float, times)], gib)
+    return Gain(row["model"] + on, sizes, line, *numbers(times, [int(x) / 2**30 for x in peaks]))
+
+
+def numbers(*columns: Sequence[Any]) -> list[list[float]]:
+    return [[*map(float, column)] for column in columns]
 
 
 def training_gains() -> list[Gain]:
     """Returns the training steps of README.md, and a head alone on an H100."""
     found = newest_steps()
+    models = [
+        (found[name], *ways) for start, *ways in GAINS for name in found if name.startswith(start)
+    ]
     on_gpu = {row["way"]: row for row in read_csv(H100 / "steps.csv")}
     heads = h100_heads()[HEAD_ON_GPU]
     ms, gib, _ = zip(*(heads[way] for way in ("torch", "torch.compile", "pyfused")), strict=True)
     tokens, features, classes = map(int, re.findall(r"\d+", HEAD_ON_GPU))
     head = f"a head alone, {classes:,} classes, H100", f"bfloat16, {tokens} x {features}"
-    times = [*map(float, ms), math.nan]
     return [
-        *(gain(found[name], *ways) for start, *ways in GAINS for name in starting(start)),
-        gain(on_gpu, "convert", "linear_cross_entropy, torch.compile", LINE_ON_GPU, ", H100"),
-        Gain(*head, "`linear_cross_entropy`", times, [*map(float, gib)]),
+        *(gain(*model) for model in models),
+        gain(on_gpu, *ON_GPU, LINE_ON_GPU, ", H100"),
+        Gain(*head, "`linear_cross_entropy`", *numbers([*ms, math.nan], gib)),
     ]
 
 
-def starting(name: str) -> list[str]:
-    return [model for model in newest_steps() if model.startswith(name)]
-
-
-def step_machines(names: Sequence[str]) -> str:
+def step_machines(found: dict[str, dict[str, Cells]]) -> str:
     """Returns the machines of training steps, each once, with its models from the second on."""
     by_machine: dict[str, list[str]] = {}
-    for name in names:
-        machine = newest_steps()[name][KEPT[0]]["machine"]
-        by_machine.setdefault(short(machine), []).append(name.partition(",")[0])
+    for name, ways in found.items():
+        by_machine.setdefault(short(ways[KEPT[0]]["machine"]), []).append(name.partition(",")[0])
     first, *others = by_machine
     return " ".join([first, *(f"{', '.join(by_machine[each])}: {each}" for each in others)])
 
 
 def gains() -> str:
     """Returns the table of README.md: times and peaks of training steps."""
-    rows = training_gains()
     lines = [
         [
             *(f"{row.model}, {row.sizes}", row.line),
             *(milliseconds(row.ms[way]) for way in (0, 2, 1, 3)),
             *(f"{row.gib[way]:.2f}" for way in (0, 2)),
         ]
-        for row in rows
+        for row in training_gains()
     ]
     pairs = ("eager step, ms", "compiled step, ms", "eager peak, GiB")
     columns = [cell for pair in pairs for cell in (f"{pair}: torch", "with pyfused")]
     table = tabulated(["model, dtype, batch", "line", *columns], lines, names=2)
-    names = [name for start, *_ in GAINS for name in starting(start)]
     *_, on_gpu, _ = short(read_csv(H100 / "steps.csv")[0]["machine"]).split(", ")
     batch = "Batch: samples, sequences x tokens, images x width, or tokens x features."
-    head = f"For the head alone: without operands; compiled torch {rows[-1].gib[1]:.2f} GiB."
+    _, compiled, _ = training_gains()[-1].gib
+    head = f"For the head alone: without operands; compiled torch {compiled:.2f} GiB."
     note = f"Medians; peaks without libraries. {head} {batch}"
-    return f"{table}\n\n*{note} {step_machines(names)} H100: {on_gpu}.*"
+    starts = tuple(start for start, *_ in GAINS)
+    shown = {name: ways for name, ways in newest_steps().items() if name.startswith(starts)}
+    return f"{table}\n\n*{note} {step_machines(shown)} H100: {on_gpu}.*"
 
 
 def steps() -> str:
@@ -313,7 +315,7 @@ def steps() -> str:
         lines.append([name, f"{float(kept['torch, ms']):,.0f}", *speeds, *gib])
     columns = ["model, dtype, batch", "eager torch, ms", *WAYS.values()]
     columns += [f"peak, GiB: {way}" for way in ("eager torch", "`keep`", "`convert`")]
-    note = f"Speed-up over eager torch, medians of ratios. {NOISE} {step_machines([*found])}"
+    note = f"Speed-up over eager torch, medians of ratios. {NOISE} {step_machines(found)}"
     return f"{tabulated(columns, lines, names=1)}\n\n*{note}*"
 
 
