@@ -42,9 +42,6 @@ SHARED = (
 )
 
 
-METHOD = "The [README of the benchmarks](../../benchmarks/README.md) describes the method."
-
-
 def example(name: str) -> str:
     """Returns a program that calls the operator and prints its loss, if it has one."""
     code = EXAMPLES[name].strip()
@@ -72,27 +69,25 @@ def in_torch(name: str) -> str:
 
 def measured(name: str) -> str:
     """Returns the measurements of an operator on each machine."""
-    tables = []
+    parts = []
     for path in sorted(report.RESULTS.glob("*/results.csv")):
         found = report.read_csv(path)
         rows = [report.row_of(cells) for cells in found if cells["op"] == name]
         if rows:
-            tables.append(f"{found[0]['machine']}:\n\n{report.markdown(rows)}")
-    if not tables:
+            parts.append(f"{found[0]['machine']}:\n\n{report.markdown(rows)}")
+    if not parts:
         if name.startswith("linear_") or name in ("log_probs", "kl_div_with_logits"):
             return (
                 "[Language models](../language-models.md) compares time and peak memory of heads"
                 " with torch's and with bare matrix products."
             )
-        return (
-            "This operator is newer than the latest report."
-            f" `python benchmarks/run.py report -k {name}` measures it on your machine. {METHOD}"
-        )
+        return "This operator was not measured."
     method = (
         "Times are medians; brackets contain the quartiles of the ratio. A ratio above 1 means that"
-        f" pyfused is faster. {METHOD}"
+        " pyfused is faster. The [README of the benchmarks](../../benchmarks/README.md) describes the"
+        " method."
     )
-    return f"{method}\n\n{folded('Times on each machine', *tables)}"
+    return f"{method}\n\n{folded('Times on each machine', *parts)}"
 
 
 def folded(title: str, *parts: str) -> str:

@@ -6,6 +6,7 @@ import json
 import random
 import sys
 from argparse import Namespace
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -50,6 +51,14 @@ def test_a_sweep_times_torch_and_the_kernels(kernel_calls: KernelCalls) -> None:
     assert not kernel_calls
     ours(1)
     assert kernel_calls["elu"]
+
+
+@pytest.mark.thresholds
+def test_a_sweep_adds_the_smallest_calls_that_run_kernels() -> None:
+    for case in sweep.edges("mse_loss", cases.F32):
+        half = replace(case, shape=(case.shape[0] // 2,))
+        backends = [sweep.backend_of(each, draw(each)) for each in (half, case)]
+        assert backends == ["torch", "a kernel"]
 
 
 def test_a_sweep_draws_long_dimensions() -> None:
