@@ -9,7 +9,6 @@ pyfused's is the fraction of the copy's bandwidth that pyfused reaches.
 from __future__ import annotations
 
 import contextlib
-import json
 import platform
 import re
 import subprocess
@@ -17,7 +16,7 @@ import sys
 import time
 from argparse import Namespace
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import lru_cache, partial
 from importlib import metadata
 from itertools import product
@@ -30,7 +29,7 @@ from unittest import mock
 import cases
 import torch
 from cases import BF16, EMBEDDINGS, F32, MODES, POINTWISE, TRAINING, Case, M, step
-from report import Row, machine, measured, peer, row, spread, tabulated
+from report import Row, machine, markdown, measured, peer, row, save, spread, tabulated
 from timing import Step, Timer, interleaved, ratios, repeat, timed
 from torch import Tensor
 from torch._inductor import config as inductor_config
@@ -272,24 +271,20 @@ CASES = (
 
 
 def report(options: Namespace) -> None:
-    """Writes gpu.json, which `run.py report --json` turns into results.csv."""
-    until, clock = time.perf_counter() + options.seconds, Clock()
-    found = {**measured(info()), "benchmarks": [], "memory": [], "left_out": []}
+    """Writes results.csv, which also has torch.compile, into a folder with the GPU's name."""
+    until, clock, rows = time.perf_counter() + options.seconds, Clock(), []
     for case in cases.chosen(TINY if options.trial else CASES, options.k):
+        torch.compiler.reset()
+        modes = MODES if case.headline else MODES[1:]
         try:
             if time.perf_counter() > until:
                 raise TimeoutError("out of time")
-            torch.compiler.reset()
             cases.assert_correct(case, cases.draw(case, DEVICE))
-            for mode in MODES if case.headline else MODES[1:]:
-                result = measure(case, mode, clock, peers_of(case), ROUNDS)
-                found["benchmarks"].append({"extra_info": asdict(result)})
-                ms = result.peers["torch"].pyfused_ms
-                print(f"{result.case}, {mode}: {ms:.4g} ms", flush=True)
+            rows += [measure(case, mode, clock, peers_of(case), ROUNDS) for mode in modes]
+            save(rows, measured(info()), options.file)
+            print(markdown(rows[-len(modes) :]), flush=True)
         except Exception as error:  # continue with the other cases
-            found["left_out"].append(f"{case.name}: {described(error)}")
-            print(found["left_out"][-1], flush=True)
-        options.file.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+            print(f"left out: {case.name}: {described(error)}", flush=True)
 
 
 KERNEL_CASES = (

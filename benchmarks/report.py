@@ -226,13 +226,21 @@ def spread(ratio: Sequence[float]) -> str:
 # ---- the report ----------------------------------------------------------------------------------
 
 
-def write(files: Sequence[Path], results: Path = RESULTS) -> None:
+def write(files: Sequence[Path], results: Path) -> None:
+    """Writes the results of pytest-benchmark, and prints them as a table."""
     found = load(files)
     rows = rows_of(found)
     if not rows:
-        sys.exit(f"no benchmark has succeeded: {found.get('left_out')}")
-    folder, where = results / slug(found), {"machine": machine(found)}
-    write_csv(folder / "results.csv", [cells(row) | where for row in rows])
+        sys.exit("no benchmark has succeeded")
+    folder = save(rows, found, results)
     if found["memory"]:
+        where = {"machine": machine(found)}
         write_csv(folder / "memory.csv", [each | where for each in found["memory"]])
     print(markdown(rows), f"written to {folder}", sep="\n\n")
+
+
+def save(rows: Sequence[Row], found: Found, results: Path) -> Path:
+    """Writes the results of a machine into its folder, which is returned."""
+    folder, where = results / slug(found), {"machine": machine(found)}
+    write_csv(folder / "results.csv", [cells(row) | where for row in rows])
+    return folder

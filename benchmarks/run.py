@@ -32,9 +32,6 @@ Command = Callable[[argparse.Namespace], None] | str
 def report(options: argparse.Namespace) -> None:
     """Times the cases with torch's default, with huge pages, and with `memory.keep`."""
     write = importlib.import_module("report").write
-    if options.json:
-        write(options.json, options.results)
-        return
     chosen = ["-k", options.k] if options.k else ["-m", "quick"] if options.quick else []
     OUTPUT.mkdir(exist_ok=True)
     default = {k: v for k, v in os.environ.items() if k != "THP_MEM_ALLOC_ENABLE"}
@@ -113,7 +110,6 @@ def steps(out: Path, built: bool = False) -> list[Step]:
         command = *run, "gpu", measurement, out / file, "--seconds", str(seconds)
         return Step(name, command, seconds + 30)
 
-    written = (*run, "report", "--json", out / "gpu.json", "--results", out / "results")
     build = Step("build", (*pip, "--upgrade", "--target", out / "site", ROOT), 150, needed=True)
     training = "--only", "GPT-2 small bfloat16"
     chosen = [
@@ -126,8 +122,7 @@ def steps(out: Path, built: bool = False) -> list[Step]:
         measured("sizes", "sizes", "sizes.md", 45),
         measured("host time", "host", "host.md", 20),
         Step("shared tests", (*parallel, *shared), 240, False, TEST_PACKAGES),
-        measured("benchmarks", "report", "gpu.json", 180),
-        Step("report", written, 30),
+        measured("benchmarks", "report", "results", 180),
         measured("launch choices", "launch", "launch.md", 100),
     ]
     if sanitizer := shutil.which("compute-sanitizer"):
@@ -207,7 +202,6 @@ def parser() -> argparse.ArgumentParser:
     add("--quick", action="store_true", help="only the headline cases; writes .benchmarks/")
     add("-k", metavar="EXPRESSION", help="select cases, as in pytest; writes .benchmarks/")
     add("--threads", type=int, nargs="+", help="the numbers of threads, each with its report")
-    add("--json", type=Path, nargs="+", help="report these results instead of measuring")
     add("--results", type=Path, default=HERE / "results", help="the output folder")
 
     words = "time training steps of several models: torch, compiled, and with pyfused"
@@ -242,7 +236,7 @@ def parser() -> argparse.ArgumentParser:
     add = command("gpu", "gpu.gpu", "measure the kernels on a GPU")
     names = "smoke", "kernels", "heads", "sizes", "host", "report", "launch"
     add("name", choices=names, help="what is measured")
-    add("file", type=Path, help="the output file")
+    add("file", type=Path, help="the output file; for report, the output folder")
     add("-k", nargs="+", default=[""], help="select cases by parts of names")
     add("--seconds", type=float, default=240, help="start no new case after this time")
     add("--trial", action="store_true", help="run tiny cases, to test the command")

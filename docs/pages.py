@@ -84,8 +84,8 @@ def measured(name: str) -> str:
         return "This operator was not measured."
     method = (
         "Times are medians; brackets contain the quartiles of the ratio. A ratio above 1 means that"
-        " pyfused is faster. The [README of the benchmarks](../../benchmarks/README.md) describes the"
-        " method."
+        " pyfused is faster. The [README of the benchmarks](../../benchmarks/README.md) describes"
+        " the method."
     )
     return f"{method}\n\n{folded('Times on each machine', *parts)}"
 
