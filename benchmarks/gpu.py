@@ -463,11 +463,13 @@ def head(tokens: int, features: int, classes: int, dtype: torch.dtype = BF16) ->
     def loss(x: Tensor, weight: Tensor, target: Tensor) -> Tensor:
         return F.cross_entropy(F.linear(x, weight), target)
 
-    def of(function: Callable[..., Tensor], target: Tensor = target, **options: Any) -> Any:
+    def gradients_of(
+        function: Callable[..., Tensor], target: Tensor = target, **options: Any
+    ) -> Any:
         return lambda: gradients(function(x, weight, target, **options))
 
     def compiled(**options: Any) -> Any:
-        return of(torch.compile(loss, options=options, dynamic=False))
+        return gradients_of(torch.compile(loss, options=options, dynamic=False))
 
     def torch_log_probs() -> Gradients:
         logits, indices = F.linear(x, weight), target[:, None]
@@ -485,36 +487,40 @@ def head(tokens: int, features: int, classes: int, dtype: torch.dtype = BF16) ->
         return gradients(F.kl_div(log_p, log_q, reduction="batchmean", log_target=True))
 
     linear = fused.linear_cross_entropy
-    budgets = {"a quarter": all_logits // 4, "a 16th": all_logits // 16}
+    parts = {"a quarter": 4, "a 16th": 16, "a 64th": 64}
+    budgets = {name: all_logits // part for name, part in parts.items()}
     budgets |= {"6,144 classes": 6144 * column, "6,103 classes": 6103 * column}  # a multiple of 64
     cross_entropy = {
         "three products": products,
-        "torch": of(loss),
+        "torch": gradients_of(loss),
         "torch.compile": compiled(),
-        "pyfused, cross_entropy of logits": of(
+        "pyfused, cross_entropy of logits": gradients_of(
             lambda x, weight, target: fused.cross_entropy(F.linear(x, weight), target)
         ),
-        "pyfused": of(linear),
+        "pyfused": gradients_of(linear),
         **{
-            f"pyfused, memory_budget of {n}": of(linear, memory_budget=b)
+            f"pyfused, memory_budget of {n}": gradients_of(linear, memory_budget=b)
             for n, b in budgets.items()
         },
-        "pyfused, half ignored": of(linear, half_ignored),
+        "pyfused, half ignored": gradients_of(linear, half_ignored),
     }
+    if hasattr(torch.nn, "LinearCrossEntropyOptions"):
+        chunks = torch.nn.LinearCrossEntropyOptions()
+        cross_entropy["torch, in chunks"] = gradients_of(F.linear_cross_entropy, options=chunks)
     if hasattr(inductor_config, "auto_chunker"):
         cross_entropy["torch.compile, auto_chunker"] = compiled(**{"auto_chunker.enable": True})
     with contextlib.suppress(ImportError):
         from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
 
-        cross_entropy["Liger"] = of(liger_fused_linear_cross_entropy)
+        cross_entropy["Liger"] = gradients_of(liger_fused_linear_cross_entropy)
     with contextlib.suppress(ImportError):
         from cut_cross_entropy import linear_cross_entropy as cut_cross_entropy
 
-        cross_entropy["cut-cross-entropy"] = of(cut_cross_entropy)
+        cross_entropy["cut-cross-entropy"] = gradients_of(cut_cross_entropy)
     with contextlib.suppress(ImportError):
         from quack.linear_cross_entropy import chunked_linear_cross_entropy
 
-        cross_entropy["quack"] = of(chunked_linear_cross_entropy)
+        cross_entropy["quack"] = gradients_of(chunked_linear_cross_entropy)
     return {
         "cross-entropy": cross_entropy,
         "log-probabilities": {

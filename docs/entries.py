@@ -66,17 +66,17 @@ TOP_1 = {
     "teacher_indices": torch.zeros(401, 1, dtype=torch.int64),
     "teacher_log_probs": torch.full((401, 1), 0.6).log(),
 }
-OF_FIRST = {"target": torch.zeros(401, dtype=torch.int64)}
-OF_HEAD = (
-    Curve("the target", (), HEAD | OF_FIRST),
+FIRST_CLASS = {"target": torch.zeros(401, dtype=torch.int64)}
+HEAD_CURVES = (
+    Curve("the target", (), HEAD | FIRST_CLASS),
     Curve("another class", (), HEAD | {"target": torch.ones(401, dtype=torch.int64)}),
-    Curve("the target, softcap 2", (), HEAD | OF_FIRST | {"softcap": 2.0}),
+    Curve("the target, softcap 2", (), HEAD | FIRST_CLASS | {"softcap": 2.0}),
 )
-OF_LOGITS = (
+LOGIT_CURVES = (
     Curve("the target", (0,), others=(0.0, 0.0)),
     Curve("another class", (1,), others=(0.0, 0.0)),
 )
-OF_OTHERS = tuple(
+SOFTMAX_CURVES = tuple(
     Curve(f"others 0, {logit:g}", options={"dim": 1}, others=(0.0, logit)) for logit in (0.0, 3.0)
 )
 ALPHA = Curve(""), Curve("alpha 0.5", options={"alpha": 0.5})
@@ -240,7 +240,7 @@ GALLERY["Classification"] = {
         r"\log\, \sum_c e^{x_c} - x_t",
         "For single-label classification: tokens, digits, pixels.",
         (
-            *OF_LOGITS,
+            *LOGIT_CURVES,
             Curve("the target, smoothing 0.2", (0,), {"label_smoothing": 0.2}, (0.0, 0.0)),
             Curve("the target, gamma 2", (0,), {"gamma": 2.0}, (0.0, 0.0)),
         ),
@@ -250,21 +250,21 @@ GALLERY["Classification"] = {
         r"\log\, \sum_c e^{w_c \cdot x} - w_t \cdot x",
         "For many classes, such as the tokens of a language model: takes blocks of logits, not"
         " all of them.",
-        (*OF_HEAD, Curve("the target, z_loss 0.1", (), HEAD | OF_FIRST | {"z_loss": 0.1})),
+        (*HEAD_CURVES, Curve("the target, z_loss 0.1", (), HEAD | FIRST_CLASS | {"z_loss": 0.1})),
         axis=FEATURE,
     ),
     "log_probs": Entry(
         r"x_t - \log\, \sum_c e^{x_c}",
         "For reinforcement learning: the log-probability of each sampled token and,"
         " optionally, entropy and log-sum-exp, all with gradients.",
-        (*OF_LOGITS, Curve("the target, temperature 2", (0,), {"temperature": 2.0}, (0.0, 0.0))),
+        (*LOGIT_CURVES, Curve("the target, temperature 2", (0,), {"temperature": 2.0}, (0.0, 0.0))),
         axis=LOGIT,
     ),
     "linear_log_probs": Entry(
         r"w_t \cdot x - \log\, \sum_c e^{w_c \cdot x}",
         "For log-probabilities of a language model from the input of its last layer, without"
         " holding all logits.",
-        OF_HEAD,
+        HEAD_CURVES,
         axis=FEATURE,
     ),
     "nll_loss": Entry(
@@ -280,13 +280,13 @@ GALLERY["Classification"] = {
     "softmax": Entry(
         r"\frac{e^{x_c}}{\sum_k e^{x_k}}",
         "For turning scores into probabilities, as in attention.",
-        OF_OTHERS,
+        SOFTMAX_CURVES,
         axis=LOGIT,
     ),
     "log_softmax": Entry(
         r"x_c - \log\, \sum_k e^{x_k}",
         "For log-probabilities that do not underflow, as input of nll_loss, kl_div and sampling.",
-        OF_OTHERS,
+        SOFTMAX_CURVES,
         axis=LOGIT,
     ),
 }

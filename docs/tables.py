@@ -28,7 +28,7 @@ H100 = RESULTS / "nvidia-h100-80gb-hbm3"
 # ---- results -------------------------------------------------------------------------------------
 
 
-def of_cpus(name: str) -> list[list[Cells]]:
+def cpu_tables(name: str) -> list[list[Cells]]:
     """Returns the tables of CPUs in files of this name, the newest last."""
     files = [file for file in RESULTS.glob(f"*/{name}.csv") if file.parent != H100]
     tables = map(read_csv, sorted(files))
@@ -53,7 +53,7 @@ def largest_cases() -> dict[str, tuple[Row, str]]:
     Cases are forward and backward.
     """
     found: dict[str, tuple[Row, str]] = {}
-    for table in of_cpus("results"):
+    for table in cpu_tables("results"):
         newer: dict[str, Row] = {}
         for row in map(row_of, table):
             if row.op in OPERATORS and row.mode == "forward+backward" and "torch" in row.peers:
@@ -77,7 +77,7 @@ def compared(row: Row) -> list[str]:
 def newest_steps() -> dict[str, dict[str, Cells]]:
     """Returns the newest training steps of each model on a CPU, by way."""
     found: dict[str, dict[str, Cells]] = {}
-    for table in of_cpus("steps"):
+    for table in cpu_tables("steps"):
         newer: dict[str, dict[str, Cells]] = {}
         for row in table:
             newer.setdefault("{model}, {dtype}, {batch}".format_map(row), {})[row["way"]] = row
@@ -180,7 +180,7 @@ PEERS = {
 
 def headline() -> str:
     """Returns the speed-up of large losses over each way to run torch, on each processor."""
-    newest = {table[0]["machine"].partition(",")[0]: table for table in of_cpus("results")}
+    newest = {table[0]["machine"].partition(",")[0]: table for table in cpu_tables("results")}
     columns, captions = {}, []
     for processor, table in reversed(newest.items()):
         rows = [row for row in map(row_of, table) if row.op in OPERATORS and row.headline]

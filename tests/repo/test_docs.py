@@ -65,7 +65,7 @@ def test_a_ratio_within_the_noise_is_no_speed_up(
 
 
 def test_the_table_of_losses_has_a_column_for_each_processor() -> None:
-    names = {table[0]["machine"].partition(",")[0] for table in tables.of_cpus("results")}
+    names = {table[0]["machine"].partition(",")[0] for table in tables.cpu_tables("results")}
     head, *_ = tables.headline().splitlines()
     assert len(names) > 1
     assert names == set(head.strip("| ").split(" | ")[1:])
