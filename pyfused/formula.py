@@ -37,6 +37,7 @@ from pyfused.layout import broadcast_with
 from pyfused.ops.pointwise_loss import (
     Divisor,
     PointwiseLoss,
+    in_tensors,
     parameters_of,
     reduced,
     trace_loss,
@@ -479,19 +480,8 @@ class Formula:
 
     def with_tensors(self, operands: Sequence[Any], parameters: dict[str, Any]) -> dict[str, Any]:
         """Returns the parameters with tensors instead of numbers."""
-        tensors = [x for x in operands if isinstance(x, Tensor)]
-        if not tensors:
-            return parameters
-        is_double = any(x.dtype is torch.float64 for x in tensors)
-        dtype = torch.float64 if is_double else torch.float32
-        number = partial(torch.full, (), dtype=dtype, device=tensors[0].device)
-
-        def as_tensor(value: Any) -> Any:
-            if isinstance(value, Tensor):
-                return value.to(dtype)
-            return number(value) if isinstance(value, float) else value
-
-        return {name: as_tensor(value) for name, value in parameters.items()}
+        values = in_tensors([*parameters.values()], operands)
+        return dict(zip(parameters, values, strict=True))
 
     def _bind(
         self, operands: tuple[Any, ...], named: dict[str, Any]

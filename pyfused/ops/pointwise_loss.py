@@ -75,6 +75,26 @@ def weight_or_elements(operands: Sequence[Tensor], weight: Tensor | None, *_: An
     return operands[0].numel() if weight is None else weight.sum(dtype=torch.float64)
 
 
+def in_tensors(numbers: Sequence[Any], operands: Sequence[Any]) -> Sequence[Any]:
+    """Returns numbers as formulas take them: floats as 0-d tensors, others as they are.
+
+    They are float64 if an operand is, else float32, and on the operands' device.
+    """
+    tensors = [x for x in operands if isinstance(x, Tensor)]
+    if not tensors:
+        return numbers
+    is_double = any(x.dtype is torch.float64 for x in tensors)
+    dtype = torch.float64 if is_double else torch.float32
+    number = partial(torch.full, (), dtype=dtype, device=tensors[0].device)
+
+    def converted(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return value.to(dtype)
+        return number(value) if isinstance(value, float) else value
+
+    return [converted(value) for value in numbers]
+
+
 # ---- kernels -------------------------------------------------------------------------------------
 
 
@@ -452,8 +472,10 @@ class PointwiseLoss(Operator):
     def _by_formula(self, *arguments: Any) -> Tensor:
         """Returns the result, for an operator that torch lacks."""
         *tensors, options = arguments
-        operands = [tensors[i] for i in self._indices]
-        result = self.formula(*operands, *options[: len(self.parameters)])
+        operands, count = [tensors[i] for i in self._indices], len(self.numbers)
+        numbers = [float(x) if isinstance(x, int) else x for x in options[:count]]
+        choices = options[count : len(self.parameters)]
+        result = self.formula(*operands, *in_tensors(numbers, operands), *choices)
         if not self.reduces:
             return result
         weight = None if self._weight is None else tensors[self._weight]

@@ -28,9 +28,10 @@ from pyfused.formula_compiler import trace
 from pyfused.formula_compiler.program import Program
 from pyfused.functional import gaussian_nll_loss
 from pyfused.ops import definitions
+from pyfused.ops.elementwise import INPUT, TARGET
 from pyfused.ops.operators import OPERATORS
 from pyfused.ops.pointwise_loss import PointwiseLoss
-from pyfused.types import Outputs
+from pyfused.types import Outputs, Scalar
 
 INF, NAN = float("inf"), float("nan")
 REDUCTIONS = ["none", "mean", "sum"]
@@ -308,3 +309,24 @@ def test_losses_made_of_another_loss(
 def test_losses_made_of_another_loss_do_not_overflow(dtype: torch.dtype) -> None:
     x, zero = torch.full((2, 60_000), 300.0).to(dtype), torch.zeros(2, 60_000).to(dtype)
     assert fused.rmse_loss(x, zero) == 300
+
+
+# ---- operators that torch lacks ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("epsilon", [0.5, 1, torch.tensor(0.5)])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_definitions_take_numbers_as_tensors(dtype: torch.dtype, epsilon: Any) -> None:
+    """Some functions of torch, such as hypot, take no numbers."""
+    loss = PointwiseLoss(
+        name="",
+        module="",
+        choices=("reduction",),
+        operands=(INPUT, TARGET),
+        numbers=(Scalar("epsilon"),),
+        formula=lambda input, target, epsilon: torch.hypot(input - target, epsilon),
+    )
+    x, y = torch.randn(2, 5, dtype=torch.float64).to(dtype)
+    number = torch.tensor(float(epsilon), dtype=dtype)
+    result = loss.by_torch((x, y), loss.options(epsilon=epsilon, reduction="none"))
+    torch.testing.assert_close(result, torch.hypot(x - y, number))
