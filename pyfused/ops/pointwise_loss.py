@@ -28,6 +28,7 @@ from pyfused.dispatch.operator import (
 from pyfused.formula_compiler import trace
 from pyfused.formula_compiler.kernel import Kernel, Method, variant_name, variants
 from pyfused.formula_compiler.program import Program
+from pyfused.layout import common_dtype
 from pyfused.torch_internals import any_autocast
 from pyfused.types import NUMBER, Gradients, Outputs, Scalar, outputs_of
 
@@ -476,6 +477,8 @@ class PointwiseLoss(Operator):
         numbers = [float(x) if isinstance(x, int) else x for x in options[:count]]
         choices = options[count : len(self.parameters)]
         result = self.formula(*operands, *in_tensors(numbers, operands), *choices)
+        if not result.dim():  # float32 numbers promote operands of half precision
+            result = result.to(common_dtype(*operands))
         if not self.reduces:
             return result
         weight = None if self._weight is None else tensors[self._weight]

@@ -326,7 +326,8 @@ def test_definitions_take_numbers_as_tensors(dtype: torch.dtype, epsilon: Any) -
         numbers=(Scalar("epsilon"),),
         formula=lambda input, target, epsilon: torch.hypot(input - target, epsilon),
     )
-    x, y = torch.randn(2, 5, dtype=torch.float64).to(dtype)
     number = torch.tensor(float(epsilon), dtype=dtype)
-    result = loss.by_torch((x, y), loss.options(epsilon=epsilon, reduction="none"))
-    torch.testing.assert_close(result, torch.hypot(x - y, number))
+    for shape in ((5,), ()):
+        x, y = torch.randn(2, *shape, dtype=torch.float64).to(dtype)
+        result = loss.by_torch((x, y), loss.options(epsilon=epsilon, reduction="none"))
+        torch.testing.assert_close(result, torch.hypot(x - y, number))
