@@ -163,8 +163,8 @@ def report_fallback(op: Operator, tensors: Tensors, options: Options, reason: st
     if not op.is_linear:
         return
     input, weight = tensors[:2]
-    if any(type(x) not in PLAIN or x.is_nested for x in (input, weight)):
-        return  # they may have no shape
+    if any(type(x) not in PLAIN or x.is_nested or x.is_meta for x in (input, weight)):
+        return  # they may have no shape, or no memory
     elements = head_elements(input, weight)
     if type(elements) is not int:  # comparing a symbolic size would restrict a traced program
         return

@@ -26,7 +26,7 @@ from torch.compiler import is_dynamo_compiling
 from torch.overrides import has_torch_function_unary
 
 from pyfused import backends
-from pyfused.backends import cpu, without_triton
+from pyfused.backends import cpu, unsupported_device, without_triton
 from pyfused.dispatch.operator import Operator, Tensors
 from pyfused.dispatch.reasons import SMALL as SMALL_REASON
 from pyfused.dispatch.report import add_traced
@@ -236,8 +236,13 @@ def limits_of(op: Operator, dtype: torch.dtype, device: torch.device, threads: i
 
 
 def why_small(op: Operator, tensors: Tensors, dim: Any) -> str:
-    """Returns why torch computes a small call, with the numbers that decide it on GPUs."""
+    """Returns why torch computes a small call, with the numbers that decide it on GPUs.
+
+    No kernel computes calls on devices that are neither CPUs nor GPUs, of any size.
+    """
     input = tensors[0]
+    if reason := unsupported_device(op.names[0], input, input):
+        return reason
     if input.is_cpu or not input.numel():
         return SMALL_REASON
     limits = limits_of(op, input.dtype, input.device, torch.get_num_threads())

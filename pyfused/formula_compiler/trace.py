@@ -40,7 +40,9 @@ _SHAPE = (
     ", whose result may differ between calls; use torch's functions, such as torch.zeros_like and "
     "Tensor.type_as, instead of shapes and dtypes"
 )
+_OF_CLASSES = "; for a function of log-probabilities, call log_probs or linear_log_probs"
 _HINTS = {
+    **dict.fromkeys(("gather", "log_softmax", "logsumexp", "softmax"), _OF_CLASSES),
     **dict.fromkeys(("sum", "mean"), _REDUCED),
     **dict.fromkeys(("any", "all"), _CONDITION),
     **dict.fromkeys(("device", "dim", "dtype", "len", "ndim", "numel", "shape", "size"), _SHAPE),

@@ -166,8 +166,10 @@ def test_explain_names_the_numbers_that_decide(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.undo()
     monkeypatch.setattr(sizes, "HOST_US", 20.0)
     monkeypatch.setattr(sizes, "gb_per_s", lambda _: 100.0)
-    limits_of.cache_clear()
     x = torch.empty(100, 65, device="meta")  # neither CPU nor GPU, but dispatched like a GPU's
+    assert pyfused.explain("relu", x).reason == "input is on meta"
+    monkeypatch.setattr(sizes, "unsupported_device", lambda *_: None)
+    limits_of.cache_clear()
     target = torch.empty(100, dtype=torch.int64, device="meta")
     by_numbers = "(20 us for a call on the host, 100 GB/s on the GPU)"
     for logits, limit in ((x, 131_072), (x[:, :64], 16_384)):
