@@ -30,6 +30,104 @@
 #include "softmax.h"
 #include "target_statistics.h"
 
+namespace pyfused {
+
+// ---- structs that tuples of Python are read into ------------------------------------------------
+
+// `fields` lists the fields in the order of the tuple, which cpu.py makes with the same names.
+// Tensors are addresses, 0 if there is none.
+
+struct ViewTuple {
+  int64_t address, outer, inner, classes;  // the last three are strides
+};
+inline auto fields(ViewTuple& v) { return std::tie(v.address, v.outer, v.inner, v.classes); }
+
+struct StridedTuple {
+  int64_t address, stride;
+};
+inline auto fields(StridedTuple& s) { return std::tie(s.address, s.stride); }
+
+struct CrossEntropyInputs {
+  ViewTuple logits;
+  int64_t target;
+  ViewTuple probabilities;
+  int64_t weight, token_weight, grad_output;
+};
+inline auto fields(CrossEntropyInputs& i) {
+  return std::tie(i.logits, i.target, i.probabilities, i.weight, i.token_weight, i.grad_output);
+}
+
+inline auto fields(CrossEntropyOptions& o) {
+  return std::tie(o.ignore_index, o.reduction, o.label_smoothing, o.gamma, o.z_loss, o.scale,
+                  o.normalized, o.denominator);
+}
+
+struct CrossEntropyOutputs {
+  int64_t loss;
+  ViewTuple grad_logits, grad_probabilities;
+  int64_t prediction, results;
+};
+inline auto fields(CrossEntropyOutputs& o) {
+  return std::tie(o.loss, o.grad_logits, o.grad_probabilities, o.prediction, o.results);
+}
+
+struct KlDivInputs {
+  StridedTuple student, teacher;
+  int64_t token_weight, grad_output;
+};
+inline auto fields(KlDivInputs& i) {
+  return std::tie(i.student, i.teacher, i.token_weight, i.grad_output);
+}
+
+struct KlDivOptions {
+  double beta, scale;
+  Reduction reduction;
+  std::optional<double> denominator;
+};
+inline auto fields(KlDivOptions& o) {
+  return std::tie(o.beta, o.scale, o.reduction, o.denominator);
+}
+
+struct KlDivOutputs {
+  int64_t loss;
+  StridedTuple grad;
+};
+inline auto fields(KlDivOutputs& o) { return std::tie(o.loss, o.grad); }
+
+struct PointwiseOutputs {
+  int64_t unreduced, reduced;
+  std::array<int64_t, kOperands> gradients;
+};
+inline auto fields(PointwiseOutputs& o) { return std::tie(o.unreduced, o.reduced, o.gradients); }
+
+}  // namespace pyfused
+
+// pybind11 reads std::tuple from any sequence, which takes 1.5 times as long.
+template <class Struct>
+struct pybind11::detail::type_caster<Struct,
+                                     std::void_t<decltype(fields(std::declval<Struct&>()))>> {
+  PYBIND11_TYPE_CASTER(Struct, const_name("tuple"));
+
+  bool load(handle source, bool convert) {
+    if (!PyTuple_Check(source.ptr())) return false;
+    const auto read_all = [&](auto&... field) {
+      Py_ssize_t i = 0;
+      return PyTuple_GET_SIZE(source.ptr()) == sizeof...(field) &&
+             (read(PyTuple_GET_ITEM(source.ptr(), i++), convert, field) && ...);
+    };
+    return std::apply(read_all, fields(value));
+  }
+
+ private:
+  template <class Field> static bool read(handle source, bool convert, Field& field) {
+    using Read = std::conditional_t<std::is_enum_v<Field>, int, Field>;
+    make_caster<Read> caster;
+    if (!caster.load(source, convert)) return false;
+    field = Field(cast_op<Read>(std::move(caster)));
+    return true;
+  }
+};
+
 namespace {
 
 using namespace pyfused;
@@ -37,7 +135,6 @@ using namespace pyfused;
 template <class T> T* pointer(int64_t address) { return reinterpret_cast<T*>(address); }
 
 // Tuples of Python. Structured bindings name their elements, in the order of these comments.
-using StridedTuple = std::array<int64_t, 2>;  // address, stride
 using RowSizes = std::array<int64_t, 2>;      // rows, classes or features
 using ClassSizes = std::array<int64_t, 3>;    // outer, inner, classes
 
@@ -63,47 +160,38 @@ template <class Body> auto with_dtype(int dtype, const Body& body) {
 
 // ---- losses over classes ------------------------------------------------------------------------
 
-using ViewTuple = std::array<int64_t, 4>;           // address; strides of outer, inner, class
-using CrossEntropyNumbers = std::array<double, 4>;  // label_smoothing, gamma, z_loss, scale
-
 template <class T> View<T> view(const ViewTuple& v) {
-  const auto& [address, outer, inner, classes] = v;
-  return {pointer<T>(address), outer, inner, classes};
+  return {pointer<T>(v.address), v.outer, v.inner, v.classes};
 }
 
-int64_t run_cross_entropy(int dtype, const ClassSizes& sizes, const ViewTuple& logits,
-                          int64_t target, const ViewTuple& probabilities, int64_t weight,
-                          int64_t ignore_index, int reduction, const CrossEntropyNumbers& numbers,
-                          bool normalized, int64_t token_weight, std::optional<double> denominator,
-                          int64_t grad_output, int64_t loss, const ViewTuple& grad_logits,
-                          const ViewTuple& grad_probabilities, int64_t prediction, int64_t results,
+int64_t run_cross_entropy(int dtype, const ClassSizes& sizes, const CrossEntropyInputs& inputs,
+                          const CrossEntropyOptions& options, const CrossEntropyOutputs& outputs,
                           int threads) {
-  const auto& [label_smoothing, gamma, z_loss, scale] = numbers;
-  const CrossEntropyOptions options{
-      ignore_index, Reduction(reduction), label_smoothing, gamma,      z_loss, scale,
-      normalized,   token_weight,         denominator,     prediction, results};
   return with_dtype(dtype, [&](auto element) {
     using T = decltype(element);
     using A = Accumulate<T>;
     const auto& [outer, inner, classes] = sizes;
-    const auto logits_gradient = view<T>(grad_logits);
-    const auto probabilities_gradient = view<T>(grad_probabilities);
+    const auto grad_logits = view<T>(outputs.grad_logits);
+    const auto grad_probabilities = view<T>(outputs.grad_probabilities);
     const int64_t positions = outer * inner, elements = positions * classes;
     const size_t bytes = size_t(elements) * sizeof(T);
-    prefer_huge_pages(logits_gradient.data, bytes);
-    prefer_huge_pages(probabilities_gradient.data, bytes);
-    const bool reads_few = options.normalized && !logits_gradient.data;
+    prefer_huge_pages(grad_logits.data, bytes);
+    prefer_huge_pages(grad_probabilities.data, bytes);
+    const bool reads_few = options.normalized && !grad_logits.data;
     const CrossEntropy<T> ce{{outer, inner, classes},
                              options,
-                             view<const T>(logits),
-                             pointer<const int64_t>(target),
-                             view<const T>(probabilities),
-                             pointer<const A>(weight),
-                             pointer<const A>(grad_output),
-                             pointer<A>(loss),
-                             logits_gradient,
-                             probabilities_gradient,
-                             threads_for(reads_few ? positions : elements, threads)};
+                             view<const T>(inputs.logits),
+                             pointer<const int64_t>(inputs.target),
+                             view<const T>(inputs.probabilities),
+                             pointer<const A>(inputs.weight),
+                             pointer<const A>(inputs.grad_output),
+                             pointer<A>(outputs.loss),
+                             grad_logits,
+                             grad_probabilities,
+                             threads_for(reads_few ? positions : elements, threads),
+                             pointer<const A>(inputs.token_weight),
+                             pointer<double>(outputs.prediction),
+                             pointer<double>(outputs.results)};
     return options.normalized ? nll_loss(ce) : cross_entropy(ce);
   });
 }
@@ -172,25 +260,21 @@ void run_row_gradients(int dtype, const BlockSizes& sizes, int64_t logits, int64
 
 // ---- divergences --------------------------------------------------------------------------------
 
-void run_kl_div_with_logits(int dtype, const RowSizes& sizes, const StridedTuple& student,
-                            const StridedTuple& teacher, double beta, double scale,
-                            int64_t token_weight, int reduction, std::optional<double> denominator,
-                            int64_t grad_output, int64_t loss, const StridedTuple& grad,
-                            int threads) {
+void run_kl_div_with_logits(int dtype, const RowSizes& sizes, const KlDivInputs& inputs,
+                            const KlDivOptions& options, const KlDivOutputs& outputs, int threads) {
   with_dtype(dtype, [&](auto element) {
     using T = decltype(element);
     using A = Accumulate<T>;
     const auto& [rows, classes] = sizes;
-    const auto& [student_address, student_stride] = student;
-    const auto& [teacher_address, teacher_stride] = teacher;
-    const auto& [grad_address, grad_stride] = grad;
+    const auto& [student, teacher, token_weight, grad_output] = inputs;
+    const StridedTuple& grad = outputs.grad;
     const size_t bytes = size_t(rows * classes) * sizeof(T);
-    if (grad_address != student_address) prefer_huge_pages(pointer<void>(grad_address), bytes);
-    kl_div_with_logits(KlDiv<T>{rows, classes, pointer<const T>(student_address), student_stride,
-                                pointer<const T>(teacher_address), teacher_stride, beta, scale,
-                                pointer<const A>(token_weight), Reduction(reduction), denominator,
-                                pointer<const A>(grad_output), pointer<A>(loss),
-                                pointer<T>(grad_address), grad_stride,
+    if (grad.address != student.address) prefer_huge_pages(pointer<void>(grad.address), bytes);
+    kl_div_with_logits(KlDiv<T>{rows, classes, pointer<const T>(student.address), student.stride,
+                                pointer<const T>(teacher.address), teacher.stride, options.beta,
+                                options.scale, pointer<const A>(token_weight), options.reduction,
+                                options.denominator, pointer<const A>(grad_output),
+                                pointer<A>(outputs.loss), pointer<T>(grad.address), grad.stride,
                                 threads_for(rows * classes, threads)});
   });
 }
@@ -283,11 +367,12 @@ template <class Formula>
 void run_pointwise_loss(const Formula& formula, int dtype, int64_t n,
                         const std::array<StridedTuple, kOperands>& operands,
                         const Parameters& parameters, const StridedTuple& weight,
-                        double denominator, const StridedTuple& grad_output, int64_t each,
-                        int64_t reduced, const std::array<int64_t, kOperands>& gradients,
-                        int threads, const StridesOfCall& strides) {
+                        double denominator, const StridedTuple& grad_output,
+                        const PointwiseOutputs& outputs, int threads,
+                        const StridesOfCall& strides) {
   with_dtype(dtype, [&](auto element) {
     using T = decltype(element);
+    const auto& [unreduced, reduced, gradients] = outputs;
     Operands<T> read(strides);
     PointwiseLoss<T> p;
     p.n = n;
@@ -296,11 +381,11 @@ void run_pointwise_loss(const Formula& formula, int dtype, int64_t n,
     p.weight = read.next(weight);
     p.denominator = denominator;
     p.grad_output = read.next(grad_output);
-    p.each = pointer<T>(each);
+    p.unreduced = pointer<T>(unreduced);
     p.reduced = pointer<Accumulate<T>>(reduced);
     p.threads = threads_for(n, threads);
     p.order = read.order;
-    prefer_huge_pages(p.each, size_t(n) * sizeof(T));
+    prefer_huge_pages(p.unreduced, size_t(n) * sizeof(T));
     for (int k = 0; k < kOperands; ++k) {
       p.gradients[k] = pointer<T>(gradients[k]);
       prefer_huge_pages(p.gradients[k], size_t(n) * sizeof(T));
@@ -376,12 +461,11 @@ void check_gradients(const Program& program, const std::array<int64_t, kOperands
 void run_program(const Program& program, int dtype, int64_t n,
                  const std::array<StridedTuple, kOperands>& operands,
                  const std::vector<double>& parameters, const StridedTuple& weight,
-                 double denominator, const StridedTuple& grad_output, int64_t each, int64_t reduced,
-                 const std::array<int64_t, kOperands>& gradients, int threads,
-                 const StridesOfCall& strides) {
-  if (n > 0) check_gradients(program, gradients);  // empty tensors have no address
+                 double denominator, const StridedTuple& grad_output,
+                 const PointwiseOutputs& outputs, int threads, const StridesOfCall& strides) {
+  if (n > 0) check_gradients(program, outputs.gradients);  // empty tensors have no address
   run_pointwise_loss(ProgramFormula(program, parameters, denominator), dtype, n, operands, {},
-                     weight, denominator, grad_output, each, reduced, gradients, threads, strides);
+                     weight, denominator, grad_output, outputs, threads, strides);
 }
 
 void run_activation(const ActivationFormula& formula, int dtype, int64_t n, int64_t input,

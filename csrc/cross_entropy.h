@@ -31,18 +31,7 @@ struct CrossEntropyOptions {
   double z_loss = 0;
   double scale = 1;
   bool normalized = false;  // the logits are log-probabilities: nll_loss
-  int64_t token_weight = 0;  // address of one A for each position; 0 for ones
   std::optional<double> denominator;  // by default, the summed weight of valid targets
-  // Address of two doubles for each position, 0 if they are not computed: first the largest logit
-  // of each, before the scale, then its first class, where NaN is the largest. Only for rows of
-  // row_classes() contiguous classes. The class is -1 where the position is ignored, and, with
-  // results, where no logit is above -inf, or one is NaN or inf.
-  int64_t prediction = 0;
-  // Address of three doubles for each position, 0 if they are not computed: the log-probability,
-  // the entropy and the log-sum-exp of all positions, as in row_terms.h, for class indices and a
-  // scale of 1. Needs a prediction, which then has any layout. Where the class is -1, these three
-  // are not computed.
-  int64_t results = 0;
 };
 
 template <class T> struct CrossEntropy : Positions, CrossEntropyOptions {
@@ -56,15 +45,22 @@ template <class T> struct CrossEntropy : Positions, CrossEntropyOptions {
   View<T> grad_logits;  // data is null if not computed
   View<T> grad_probabilities;  // data is null if not computed
   int threads;
+  const A* token_weight = nullptr;  // one factor of the loss for each position; null for ones
+  // Two numbers for each position, null if not computed: first the largest logit of each, before
+  // the scale, then its first class, where NaN is the largest. Only for rows of row_classes()
+  // contiguous classes. The class is -1 where the position is ignored, and, with results, where no
+  // logit is above -inf, or one is NaN or inf.
+  double* prediction = nullptr;
+  // Three numbers for each position, null if not computed: the log-probability, the entropy and the
+  // log-sum-exp of all positions, as in row_terms.h, for class indices and a scale of 1. Needs a
+  // prediction, which then has any layout. Where the class is -1, these three are not computed.
+  double* results = nullptr;
 
-  double* predictions = reinterpret_cast<double*>(prediction);
-  double* row_results = reinterpret_cast<double*>(results);
-  const A* token_weights = reinterpret_cast<const A*>(token_weight);  // factors of the losses
   bool dense() const { return target == nullptr || label_smoothing > 0; }
   // Whether the loss and the gradients of a position are 0, whatever its logits are.
   bool ignored(int64_t position) const {
     return (target && target[position] == ignore_index) ||
-           (token_weights && token_weights[position] == 0);
+           (token_weight && token_weight[position] == 0);
   }
 };
 

@@ -35,7 +35,7 @@ class CrossEntropyColumns : Columns<T, kColumns, kTileClasses> {
     rows.find_log_sums(sum, kColumns);
     find_target_logits();
     if (ce.dense()) find_distance();
-    if (ce.row_results) find_results();
+    if (ce.results) find_results();
     rows.find_terms(ce, positions, max, sum);
     repeat(rows.a);
     repeat(rows.s);
@@ -161,8 +161,8 @@ class CrossEntropyColumns : Columns<T, kColumns, kTileClasses> {
           !ce.ignored(first + b) && std::isfinite(double(max[b])) && std::isfinite(double(sum[b]));
       ce.write_results(first + b,
                        {double(max[b]), double(sum[b]), weighted[b], double(rows.target_logit[b])});
-      ce.predictions[first + b] = double(max[b]);
-      ce.predictions[ce.positions() + first + b] = valid ? index[b] : -1;
+      ce.prediction[first + b] = double(max[b]);
+      ce.prediction[ce.positions() + first + b] = valid ? index[b] : -1;
     }
   }
 

@@ -57,7 +57,7 @@ constexpr int64_t kFewGrouped = 48;
 // Fewer classes would leave lanes idle; more classes use the row layout.
 template <class T> bool takes_groups(const CrossEntropy<T>& ce) {
   return ce.target && !ce.dense() && ce.scale == 1 && ce.outer == 1 && ce.logits.classes == 1 &&
-         !ce.row_results && (!ce.grad_logits.data || ce.grad_logits.classes == 1) &&
+         !ce.results && (!ce.grad_logits.data || ce.grad_logits.classes == 1) &&
          ce.classes > kFewGrouped && ce.classes < kRowClasses<T> && ce.classes <= kGroupClasses;
 }
 #endif

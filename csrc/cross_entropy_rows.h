@@ -20,7 +20,7 @@ template <class T, bool kInPlace> class RowBlock {
  public:
   RowBlock(const CrossEntropyBatch<T>& ce, int64_t first)
       : ce(ce), first(first), n(std::min(rows_of_block(ce.classes), ce.positions() - first)),
-        keeps(ce.grad_logits.data && ce.classes <= kKept<T> && !ce.row_results) {}
+        keeps(ce.grad_logits.data && ce.classes <= kKept<T> && !ce.results) {}
 
   // Writes the gradients and, with Reduction::none, the losses; returns the sum of the losses.
   double run() {
@@ -33,7 +33,7 @@ template <class T, bool kInPlace> class RowBlock {
       const T* const logits = ce.at(ce.logits, position);
       OneRow& row = Workspace<OneRow>{row_memory}.make(logits, ce.classes, ce.scale, 0.0);
       const A row_max = next_max;
-      if (ce.predictions) ce.predictions[ce.positions() + position] = -1;
+      if (ce.prediction) ce.prediction[ce.positions() + position] = -1;
       if (ce.ignored(position)) {
         if (i + 1 < n) next_max = first_max(i + 1);
         clear(position, grad);
@@ -45,11 +45,11 @@ template <class T, bool kInPlace> class RowBlock {
       maximum = kLowest;
       chunk_of_maximum = -1;
       // Results are those of a scale of 1.
-      if (kInPlace && ce.row_results) read<false, kInPlace>(row, i, grad, row_max);
+      if (kInPlace && ce.results) read<false, kInPlace>(row, i, grad, row_max);
       else if (keeps) read<true, false>(row, i, grad, row_max);
       else read<false, false>(row, i, grad, row_max);
       const bool finite = std::isnormal(row.state.sum);  // 0 if all logits are -inf
-      if (ce.predictions && (finite || !ce.row_results)) predict(logits, position, finite);
+      if (ce.prediction && (finite || !ce.results)) predict(logits, position, finite);
       if (i + 1 < n) next_max = first_max(i + 1);
       finish(row, i, grad);
     }
@@ -91,8 +91,8 @@ template <class T, bool kInPlace> class RowBlock {
       const T* highest = std::find_if(logits, end, [](T x) { return std::isnan(widen(x)); });
       const auto less = [](T x, T y) { return widen(x) < widen(y); };
       if (highest == end) highest = std::max_element(logits, end, less);
-      ce.predictions[position] = double(widen(*highest));
-      ce.predictions[ce.positions() + position] = double(highest - logits);
+      ce.prediction[position] = double(widen(*highest));
+      ce.prediction[ce.positions() + position] = double(highest - logits);
       return;
     }
     if (ce.scale != 1) {  // it may have rounded several logits to the largest x
@@ -107,8 +107,8 @@ template <class T, bool kInPlace> class RowBlock {
     int64_t i = 0;
     while (i + kStep < n && largest(x + i, kStep, kLowest) < maximum) i += kStep;
     while (widen(x[i]) != maximum) ++i;
-    ce.predictions[position] = double(maximum);
-    ce.predictions[ce.positions() + position] = double(chunk_of_maximum + i);
+    ce.prediction[position] = double(maximum);
+    ce.prediction[ce.positions() + position] = double(chunk_of_maximum + i);
   }
 
   void clear(int64_t position, T* grad) const {
@@ -152,7 +152,7 @@ template <class T, bool kInPlace> class RowBlock {
     Sum distance, weight_sum;
     A previous = 0;
     const auto add_chunk = [&](const auto* x, int64_t at, int64_t n) {
-      if (ce.predictions) raise_maximum(at ? largest(x, n, maximum) : row_max, at);
+      if (ce.prediction) raise_maximum(at ? largest(x, n, maximum) : row_max, at);
       const A high = row.state.pivot;
       if (!ce.dense()) return;
       if (at > 0 && high != previous) {
@@ -178,7 +178,7 @@ template <class T, bool kInPlace> class RowBlock {
       rows.log_sum[i] = std::log(sum[i]);
       lse = double(high) + rows.log_sum[i];
     }
-    if (ce.row_results) write_results(row.state, i);
+    if (ce.results) write_results(row.state, i);
     if (ce.dense()) rows.distance[i] += rows.weight_sum[i] * rows.log_sum[i];
     if (ce.dense() && std::isnan(rows.distance[i])) {
       // An infinite weight times a pivot - x of 0 is NaN, but times lse - x it is not.

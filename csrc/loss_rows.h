@@ -38,28 +38,28 @@ template <class T> struct CrossEntropyBatch : CrossEntropy<T> {
   }
 
   bool has_position_scale() const {
-    return this->token_weights || (this->grad_output && this->reduction == Reduction::none);
+    return this->token_weight || (this->grad_output && this->reduction == Reduction::none);
   }
   double row_scale(int64_t position) const {
     const bool each = this->grad_output && this->reduction == Reduction::none;
     const double scale = each ? double(this->grad_output[position]) / denominator : common_scale;
-    return this->token_weights ? scale * double(this->token_weights[position]) : scale;
+    return this->token_weight ? scale * double(this->token_weight[position]) : scale;
   }
 
   void write_results(int64_t position, const RowResults& row) const {
     const int64_t n = this->positions();
-    this->row_results[position] = row.log_p;
-    this->row_results[n + position] = row.entropy;
-    this->row_results[2 * n + position] = row.lse;
+    this->results[position] = row.log_p;
+    this->results[n + position] = row.entropy;
+    this->results[2 * n + position] = row.lse;
   }
 
   // Multiplies n losses by the token weights, and writes them with Reduction::none. Returns their
   // sum. Losses of ignored positions are 0.
   PYFUSED_NOINLINE double finish(int64_t first, int64_t n, double* loss) const {
-    for (int64_t i = 0; this->token_weights && i < n; ++i) {
-      loss[i] *= double(this->token_weights[first + i]);
+    for (int64_t i = 0; this->token_weight && i < n; ++i) {
+      loss[i] *= double(this->token_weight[first + i]);
     }
-    for (int64_t i = 0; (this->target || this->token_weights) && i < n; ++i)
+    for (int64_t i = 0; (this->target || this->token_weight) && i < n; ++i)
       loss[i] = this->ignored(first + i) ? 0 : loss[i];
     for (int64_t i = 0; this->loss && this->reduction == Reduction::none && i < n; ++i) {
       this->loss[first + i] = A(loss[i]);

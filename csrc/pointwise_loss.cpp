@@ -56,9 +56,9 @@ void pointwise_chunk(const Formula& formula, const PointwiseLoss<T>& p,
                      int64_t n, bool streams) {
   using A = Accumulate<T>;
   auto& [read, written, buffer, weight, grad_output, registers] = buffers;
-  A* const value = p.each && !streams ? staged(p.each + first, buffer) : buffer;
+  A* const value = p.unreduced && !streams ? staged(p.unreduced + first, buffer) : buffer;
   // A loss that was reduced has one grad_output for all elements.
-  Sum* const summed = p.each || p.weight.data || p.grad_output.step ? nullptr : &sum;
+  Sum* const summed = p.unreduced || p.weight.data || p.grad_output.step ? nullptr : &sum;
   LossChunk<A> chunk{n, {}, A(1 / p.denominator), summed, value, {}};
   for (int k = 0; k < kOperands; ++k) {
     const Operand<T>& operand = p.operands[k];
@@ -76,9 +76,9 @@ void pointwise_chunk(const Formula& formula, const PointwiseLoss<T>& p,
   } else if (p.reduced && !(Formula::kSums && summed)) {
     add_terms<A>(sum, n, [=](int64_t i) { return value[i]; });
   }
-  if (p.each) {
+  if (p.unreduced) {
     multiply(value, by.value, n);
-    write(value, p.each + first, n, streams);
+    write(value, p.unreduced + first, n, streams);
   }
   for (int k = 0; k < kOperands; ++k) {
     if (!chunk.gradients[k]) continue;

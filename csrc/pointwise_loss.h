@@ -57,8 +57,8 @@ template <class T> struct PointwiseLoss {
   Operand<T> weight;
   double denominator;           // of a mean; 1 for other reductions
   Operand<T> grad_output;
-  T* each;                      // n losses, or null
-  A* reduced;                   // their sum / denominator, also beside `each`; or null
+  T* unreduced;                 // n losses, or null
+  A* reduced;                   // their sum / denominator, also beside `unreduced`; or null
   std::array<T*, kOperands> gradients;  // null if not computed
   int threads;
   Order order;

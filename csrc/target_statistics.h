@@ -37,7 +37,7 @@ struct TargetStatistics {
 // thread therefore checks fewer than that.
 template <class T> TargetStatistics target_statistics(const CrossEntropy<T>& ce) {
   constexpr int64_t kBlock = 8192;
-  const bool weighted = (ce.target && ce.weight) || ce.token_weights;
+  const bool weighted = (ce.target && ce.weight) || ce.token_weight;
   const int64_t work = weighted ? 8 * ce.positions() : ce.positions() / 2;
   std::vector<TargetStatistics> parts((ce.positions() + kBlock - 1) / kBlock, {0, -1});
   const auto run = [&](int64_t first, int64_t end, auto) {
@@ -53,7 +53,7 @@ template <class T> TargetStatistics target_statistics(const CrossEntropy<T>& ce)
     for (int64_t i = first; i < end; ++i) {
       if (ce.ignored(i)) continue;
       const double weight = ce.target && ce.weight ? double(ce.weight[ce.target[i]]) : 1;
-      weights.add(ce.token_weights ? weight * double(ce.token_weights[i]) : weight);
+      weights.add(ce.token_weight ? weight * double(ce.token_weight[i]) : weight);
     }
     part.denominator = weights.value();
   };

@@ -28,7 +28,7 @@ from torch.utils.dlpack import from_dlpack
 
 from pyfused import checks
 from pyfused.backends.protocol import LossResult, Options
-from pyfused.formula_compiler.program import Program
+from pyfused.formula_compiler.program import OPERANDS, Program
 from pyfused.layout import (
     accumulate_dtype,
     along,
@@ -122,7 +122,7 @@ _SCALARS = {dtype: torch.empty((), dtype=accumulate_dtype(dtype), device="cpu") 
 _NO_VIEW = (0, 0, 0, 0)
 _NO_OPERAND = (0, 0, 0)
 _NO_TENSOR = (0, 0)
-_NO_OPTIONS = (0.0, 0.0, 0.0, 1.0)  # the numbers of `CrossEntropyOptions` in csrc
+_NO_NUMBERS = (0.0, 0.0, 0.0, 1.0)  # label_smoothing, gamma, z_loss and scale of `nll_loss`
 
 
 def _address(tensor: Tensor | None) -> int:
@@ -165,14 +165,15 @@ def empty(
 def empty_like(like: Tensor, memory_format: torch.memory_format = torch.preserve_format) -> Tensor:
     """Allocates like ``torch.empty_like``, with recycled memory if it is large."""
     if like.nbytes < RECYCLED_BYTES:
+        if memory_format is torch.preserve_format:  # parsing it takes 0.2 microseconds
+            return torch.empty_like(like)
         return torch.empty_like(like, memory_format=memory_format)
     layout = torch.empty_like(like, device="meta", memory_format=memory_format)
     return empty(layout.shape, like.dtype, strides=layout.stride())
 
 
-def _new_loss(shape: Sequence[int] | None, dtype: torch.dtype) -> Tensor:
-    """Allocates the losses of a shape; None for their sum."""
-    if shape is None:
+def _new_loss(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    if not shape:
         return torch.empty_like(_SCALARS[dtype])
     return torch.empty(shape, dtype=dtype, device="cpu")
 
@@ -271,60 +272,54 @@ def cross_entropy(
     normalized: bool = False,
 ) -> LossResult:
     input, target, weight, token_weight, denominator = tensors
-    accumulate, indices = accumulate_dtype(input.dtype), target.dtype is torch.int64
+    accumulate, has_indices = accumulate_dtype(input.dtype), target.dtype is torch.int64
     grad_of_input, grad_of_target = outputs.gradients or (False, False)
     logits, sizes, strides, grad_format, grad_strides = _logits_layout(input)
-    numbers, loss, grad, grad_target = _NO_OPTIONS, None, None, None
-    target_view = grad_view = grad_target_view = _NO_VIEW
+    loss = grad = grad_target = None
+    probabilities: Sequence[int] = _NO_VIEW
+    grad_logits = grad_probabilities = probabilities
+    numbers = _NO_NUMBERS
     if not normalized:
         scale = options.scale / options.temperature
         numbers = max(0.0, options.label_smoothing), options.gamma, options.z_loss, scale
         denominator = options.denominator if denominator is None else denominator
-    if indices:
-        targets = target.contiguous()
+    if has_indices:
+        target = target.contiguous()
     else:
-        targets, target_strides, target_format, grad_target_strides = class_layout(target)
-        target_view = (targets.data_ptr(), *target_strides)
+        views = _probabilities(target, grad_of_target)
+        target, probabilities, grad_target, grad_probabilities = views
     if not weight is token_weight is None:
         weight, token_weight = contiguous_in(accumulate, weight, token_weight)
     if grad_output is not None:
         grad_output = grad_output.to(accumulate).contiguous()
     if outputs.loss:
-        shape = loss_shape(input, "none") if options.reduction == "none" else None
-        loss = _new_loss(shape, accumulate)
+        loss = _new_loss(loss_shape(input, options.reduction), accumulate)
     if grad_of_input:
-        if outputs.inplace:
-            grad, grad_strides = logits.detach(), strides
-        else:
-            like = torch.empty_like if logits.nbytes < RECYCLED_BYTES else empty_like
-            grad = like(logits, memory_format=grad_format)
-        grad_view = (grad.data_ptr(), *grad_strides)
-    if grad_of_target:
-        grad_target = empty_like(targets, memory_format=target_format)
-        grad_target_view = (grad_target.data_ptr(), *grad_target_strides)
-    out_of_range = native.cross_entropy(
+        grad = logits.detach() if outputs.inplace else empty_like(logits, grad_format)
+        grad_logits = (grad.data_ptr(), *(strides if outputs.inplace else grad_strides))
+    invalid = native.cross_entropy(
         DTYPES[input.dtype],
         sizes,
-        (logits.data_ptr(), *strides),
-        targets.data_ptr() if indices else 0,
-        target_view,
-        0 if weight is None else weight.data_ptr(),
-        options.ignore_index,
-        _REDUCTIONS[options.reduction],
-        numbers,
-        normalized,
-        0 if token_weight is None else token_weight.data_ptr(),
-        None if denominator is None else float(denominator),
-        0 if grad_output is None else grad_output.data_ptr(),
-        0 if loss is None else loss.data_ptr(),
-        grad_view,
-        grad_target_view,
-        0 if prediction is None else prediction.data_ptr(),
-        0 if results is None else results.data_ptr(),
+        (
+            (logits.data_ptr(), *strides),
+            target.data_ptr() if has_indices else 0,
+            probabilities,
+            0 if weight is None else weight.data_ptr(),
+            0 if token_weight is None else token_weight.data_ptr(),
+            0 if grad_output is None else grad_output.data_ptr(),
+        ),
+        (options.ignore_index, _REDUCTIONS[options.reduction], *numbers, normalized, denominator),
+        (
+            0 if loss is None else loss.data_ptr(),
+            grad_logits,
+            grad_probabilities,
+            0 if prediction is None else prediction.data_ptr(),
+            0 if results is None else results.data_ptr(),
+        ),
         torch.get_num_threads(),
     )
-    if out_of_range >= 0:
-        checks.raise_out_of_range(sizes[2], target, options.ignore_index, out_of_range)
+    if invalid >= 0:
+        checks.raise_out_of_range(sizes[2], target, options.ignore_index, invalid)
     return loss, (grad, grad_target)
 
 
@@ -344,6 +339,18 @@ def _logits_layout(input: Tensor) -> tuple[Any, ...]:
     return logits, sizes, *layout
 
 
+def _probabilities(
+    target: Tensor, needs_grad: bool
+) -> tuple[Tensor, tuple[int, ...], Tensor | None, tuple[int, ...]]:
+    """Returns class probabilities, or a copy, and their gradient, each with its view."""
+    target, strides, grad_format, grad_strides = class_layout(target)
+    view = (target.data_ptr(), *strides)
+    if not needs_grad:
+        return target, view, None, _NO_VIEW
+    grad = empty_like(target, grad_format)
+    return target, view, grad, (grad.data_ptr(), *grad_strides)
+
+
 def nll_loss(
     tensors: Sequence[Any], options: Options, outputs: Outputs, grad_output: Tensor | None = None
 ) -> LossResult:
@@ -357,28 +364,21 @@ def kl_div_with_logits(
     grad_output: Tensor | None = None,
 ) -> LossResult:
     input, teacher, token_weight, denominator, *_ = tensors
-    accumulate, dtype = accumulate_dtype(input.dtype), DTYPES[input.dtype]
+    accumulate = accumulate_dtype(input.dtype)
     input, teacher = feature_rows(input), feature_rows(teacher)
     denominator = options.denominator if denominator is None else denominator
     grad = loss = None
     if any(outputs.gradients):
         grad = input.detach() if outputs.inplace else empty_like(input, torch.contiguous_format)
-    weight, grad_output = contiguous_in(accumulate, token_weight, grad_output)
+    token_weight, grad_output = contiguous_in(accumulate, token_weight, grad_output)
     if outputs.loss:
-        loss = _new_loss(input.shape[:1] if options.reduction == "none" else None, accumulate)
+        loss = _new_loss(loss_shape(input, options.reduction), accumulate)
     native.kl_div_with_logits(
-        dtype,
+        DTYPES[input.dtype],
         input.shape,
-        _rows(input),
-        _rows(teacher),
-        options.beta,
-        1 / options.temperature,
-        _address(weight),
-        _REDUCTIONS[options.reduction],
-        None if denominator is None else float(denominator),
-        _address(grad_output),
-        _address(loss),
-        _rows(grad),
+        (_rows(input), _rows(teacher), _address(token_weight), _address(grad_output)),
+        (options.beta, 1 / options.temperature, _REDUCTIONS[options.reduction], denominator),
+        (_address(loss), _rows(grad)),
         torch.get_num_threads(),
     )
     return loss, (grad,)
@@ -394,18 +394,18 @@ def embedding_loss(
     divisor: int | None,
     grad_output: Tensor | None = None,
 ) -> LossResult:
-    first, each, loss = inputs[0], reduction == "none", None
+    first, unreduced, loss = inputs[0], reduction == "none", None
     accumulate = accumulate_dtype(first.dtype)
     views = [feature_rows(x) for x in inputs]
     (grad_output,) = contiguous_in(accumulate, grad_output)
     if outputs.loss:
-        loss = _new_loss(first.shape[:-1] if each else None, accumulate)
+        loss = _new_loss(first.shape[:-1] if unreduced else (), accumulate)
     gradients = tuple([
         empty_like(first, torch.contiguous_format) if needed else None
         for needed in outputs.gradients
     ])  # fmt: skip
     addresses = [*map(_address, gradients), 0, 0, 0][:3]
-    losses = (_address(loss), 0) if each else (0, _address(loss))
+    losses = (_address(loss), 0) if unreduced else (0, _address(loss))
     getattr(native, name)(
         DTYPES[first.dtype],
         views[0].shape,
@@ -457,8 +457,7 @@ def row_gradients(
     block: RowBlock, state: Tensor, grad_results: Tensor, out: Tensor | None = None
 ) -> Tensor:
     if out is None:
-        like = torch.empty_like if block.logits.nbytes < RECYCLED_BYTES else empty_like
-        out = like(block.logits, memory_format=torch.contiguous_format)
+        out = empty_like(block.logits, torch.contiguous_format)
     strides = (0, *grad_results.stride())[-2:]
     results = 1 if grad_results.dim() == 1 else grad_results.shape[0]
     native.row_gradients(
@@ -516,44 +515,28 @@ def pointwise_loss(
     on_nan: Callable[[], Any] | None = None,
     ordered_like: int = 0,
 ) -> LossResult:
-    like, count = operands[ordered_like], len(operands)
-    dtype, missing = like.dtype, (None,) * (4 - count)
+    like = operands[ordered_like]
+    dtype, missing = like.dtype, (None,) * (OPERANDS - len(operands))
     if isinstance(formula, Program):
         kernel, parameters = formula.kernel(native, _native_program), tuple(parameters)
     else:
         kernel, parameters = getattr(native, formula.name), (*parameters, 0.0, 0.0, 0.0)[:3]
     inputs: list[Any] = [*operands, *missing, weight, grad_output]
-    views: list[tuple[int, int]] = []
-    in_rows = False
-    for i, x in enumerate(inputs):
-        step = 1
-        if x is None:
-            views.append(_NO_TENSOR)
-            continue
-        if x.dtype is not dtype:
-            inputs[i] = x = x.to(dtype)
-        if not x.is_contiguous():
-            step = int(any(x.stride()))  # 0 for a scalar
-            in_rows = in_rows or step == 1
-        views.append((x.data_ptr(), step))
-    gradient_like = torch.empty_like if like.nbytes < RECYCLED_BYTES else empty_like
+    views, strided = _convert(inputs, dtype)
     if not views[ordered_like][1]:  # expanded: take the order of the first tensor that has one
         like = next((x for x, (_, step) in zip(inputs, views, strict=True) if step), like)
-    losses = total = output = None
+    unreduced = reduced = output = None
     if outputs.loss and reduction == "none":
-        losses = output = torch.empty_like(like)
-    if outputs.loss and (losses is None or on_nan is not None):
-        total = torch.empty_like(_SCALARS[dtype])  # is NaN if any loss is
+        unreduced = output = torch.empty_like(like)
+    if outputs.loss and (unreduced is None or on_nan is not None):
+        reduced = torch.empty_like(_SCALARS[dtype])  # is NaN if any loss is
     gradients: list[Any] = []
     addresses = [0, 0, 0, 0]
     for i, needed in enumerate(outputs.gradients):
         gradients.append(None)
         if needed:
-            gradients[i] = output = gradient_like(like)
+            gradients[i] = output = empty_like(like)
             addresses[i] = output.data_ptr()
-    strides: Sequence[Sequence[int]] = ()
-    if in_rows:
-        strides = _strides(like if output is None else output, inputs)
     kernel(
         DTYPES[dtype],
         like.numel(),
@@ -562,15 +545,40 @@ def pointwise_loss(
         views[4],
         1.0 if divisor is None else float(divisor),
         views[5],
-        0 if losses is None else losses.data_ptr(),
-        0 if total is None else total.data_ptr(),
-        addresses,
+        (
+            0 if unreduced is None else unreduced.data_ptr(),
+            0 if reduced is None else reduced.data_ptr(),
+            addresses,
+        ),
         torch.get_num_threads(),
-        strides,
+        _strides(like if output is None else output, inputs) if strided else (),
     )
-    if on_nan is not None and total is not None and total.isnan():
+    if on_nan is not None and reduced is not None and reduced.isnan():
         on_nan()
-    return total if losses is None else losses, tuple(gradients)
+    return reduced if unreduced is None else unreduced, tuple(gradients)
+
+
+def _convert(
+    tensors: list[Tensor | None], dtype: torch.dtype
+) -> tuple[list[tuple[int, int]], bool]:
+    """Converts tensors in a list to a dtype.
+
+    Returns:
+        The address of each and its step, 0 for a scalar; and whether one has other strides.
+    """
+    views, strided = [], False
+    for i, x in enumerate(tensors):
+        step = 1
+        if x is None:
+            views.append(_NO_TENSOR)
+            continue
+        if x.dtype is not dtype:
+            tensors[i] = x = x.to(dtype)
+        if not x.is_contiguous():
+            step = int(any(x.stride()))
+            strided = strided or step == 1
+        views.append((x.data_ptr(), step))
+    return views, strided
 
 
 def _strides(output: Tensor, tensors: Sequence[Tensor | None]) -> list[Sequence[int]]:
@@ -602,8 +610,7 @@ def activation_backward(
     formula: Kernel, grad_output: Tensor, saved: Tensor, options: Options, out: Tensor | None = None
 ) -> Tensor:
     strides: Sequence[Sequence[int]] = ()
-    like = torch.empty_like if saved.nbytes < RECYCLED_BYTES else empty_like
-    grad_input = like(saved) if out is None else out
+    grad_input = empty_like(saved) if out is None else out
     order, step = grad_input.stride(), 1 if any(grad_output.stride()) else 0
     if saved.stride() != order or (step and grad_output.stride() != order):
         strides = _strides(grad_input, [grad_output, saved])

@@ -199,7 +199,8 @@ def test_instructions_on_constants_read_one_element(
     program = cpu.native.Program([], [(name, 4, places)], [0.0, value], 0)
     none = (0, 0)
     operands = [(x.data_ptr(), 1), *[none] * 3]
-    program(0, n, operands, [], none, 1.0, none, out.data_ptr(), 0, (0, 0, 0, 0), 1, [])
+    outputs = out.data_ptr(), 0, (0, 0, 0, 0)
+    program(0, n, operands, [], none, 1.0, none, outputs, 1, [])
     constant = torch.tensor(value)
     expected = constant.pow(constant) if name == "pow_less" else getattr(torch, name)(constant)
     torch.testing.assert_close(out, expected.expand(n))
