@@ -161,6 +161,71 @@ def soft_targets(y_rows, weight, c, mask, classes, smoothing):
     return tl.where(mask, q * class_weight(weight, c, classes, 0), 0.0)
 
 
+@triton.jit
+def sum_of_soft_targets(
+    y_rows, weight, in_bounds, classes, smoothing, A: tl.constexpr, BLOCK: tl.constexpr
+):
+    """Returns the sum of the `soft_targets` of each row."""
+    sums = tl.zeros([in_bounds.shape[0], BLOCK], A)
+    for start in range(0, classes, BLOCK):
+        c, mask = class_block(start, classes, in_bounds, BLOCK)
+        sums += soft_targets(y_rows, weight, c, mask, classes, smoothing)
+    return tl.sum(sums, 1)
+
+
+@triton.jit
+def logit_gradient(y, c, s, terms, EXACT: tl.constexpr):
+    """Returns the gradient of the logits of classes c, 0 in rows that are not valid.
+
+    y, s: x_c - maximum, and the scaled `soft_targets`.
+    terms: the label of each row, whether it is valid, a, and t or None.
+    """
+    label, valid, a, t = terms
+    at_target = 0.0
+    if t is not None:
+        at_target = tl.where(c[None, :] == label[:, None], t[:, None], 0.0)
+    dx = gradient(exp_nonpositive(y, EXACT), a[:, None], s, at_target)
+    return tl.where(valid[:, None], dx, 0.0)
+
+
+@triton.jit
+def second_pass(rows, masks, state, scales, terms, weight, classes, numbers, BLOCK: tl.constexpr):
+    """Stores the gradients; returns sum_c q_c (lse - x_c) with `soft_targets` q_c.
+
+    rows: logits, probabilities, and their gradients; each but the first may be None.
+    masks: which rows are in bounds, and of which logits are loaded.
+    state: the maximum of each row, and the logarithm of its sum.
+    scales: the factors of the gradients of logits and of probabilities.
+    terms: see `logit_gradient`.
+    """
+    x_rows, y_rows, grad_rows, grad_y_rows = rows
+    in_bounds, loaded = masks
+    maximum, log_total = state
+    A: tl.constexpr = maximum.dtype
+    EXACT: tl.constexpr = x_rows[0].dtype.element_ty.primitive_bitwidth > 16
+    smoothing = None if numbers[0] is None else number(numbers[0], A)
+    scale = None if numbers[3] is None else number(numbers[3], A)
+    distance = tl.zeros([in_bounds.shape[0], BLOCK], A)
+    for start in range(0, classes, BLOCK):
+        c, mask = class_block(start, classes, in_bounds, BLOCK)
+        x = load_tile(x_rows, c, mask & loaded[:, None], 0.0, scale, DROP) - maximum[:, None]
+        s = 0.0
+        if y_rows is not None or smoothing is not None:
+            q = soft_targets(y_rows, weight, c, mask, classes, smoothing)
+            neg_log_p = log_total[:, None] - x
+            distance += tl.where(mask, q * neg_log_p, 0.0)
+            s = q * scales[0][:, None]
+        if grad_rows is not None:
+            store_tile(grad_rows, c, mask, logit_gradient(x, c, s, terms, EXACT), DROP)
+        if grad_y_rows is not None:
+            w = class_weight(weight, c, classes, 0)
+            if smoothing is not None:
+                w *= 1.0 - smoothing
+            dy = neg_log_p * w * scales[1][:, None]
+            store_tile(grad_y_rows, c, mask, tl.where(terms[1][:, None], dy, 0.0))
+    return tl.sum(distance, 1)
+
+
 @triton.jit(do_not_specialize=["denominator"])
 def two_pass_kernel(
     inputs,
@@ -189,24 +254,27 @@ def two_pass_kernel(
         Needs contiguous classes, one outer index, ROWS = 1, class indices, no smoothing, and the
         same row stride in logits and gradient.
     """
-    logits, probabilities = inputs
-    grad, grad_probabilities = gradients
+    logits, grad, weight = inputs[0], gradients[0], targets[1]
     A: tl.constexpr = tl.float64 if logits.dtype.element_ty == tl.float64 else tl.float32
     EXACT: tl.constexpr = logits.dtype.element_ty.primitive_bitwidth > 16
-    INDICES: tl.constexpr = probabilities is None
+    INDICES: tl.constexpr = inputs[1] is None
     DENSE: tl.constexpr = not INDICES or numbers[0] is not None
     smoothing = None if numbers[0] is None else number(numbers[0], A)
     scale = None if numbers[3] is None else number(numbers[3], A)
     outer, lanes, in_bounds, inner, classes = row_block(inner, classes, ROWS, UNITS)
     rows = outer * inner + lanes
-    y_rows = None if INDICES else strided_rows(probabilities, outer, lanes, strides, 6, UNITS)
-    n = tl.num_programs(0) // tl.cdiv(inner, ROWS) * inner
+    y_rows, grad_rows, grad_y_rows, edges, t = None, None, None, None, None
+    if not INDICES:
+        y_rows = strided_rows(inputs[1], outer, lanes, strides, 6, UNITS)
+    if gradients[1] is not None:
+        grad_y_rows = strided_rows(gradients[1], outer, lanes, strides, 9, UNITS)
     if denominator is not None:
+        n = tl.num_programs(0) // tl.cdiv(inner, ROWS) * inner
         denominator = mean_divisor(denominator, targets, n, classes)
     label, valid, invalid, target_weight, loss_scale = read_rows(
         targets, denominator, rows, in_bounds, classes, A
     )
-    label, edges = label.to(tl.int32), None
+    label = label.to(tl.int32)
     if VECTOR:  # pointers and class indices are relative to the row's first aligned vector
         start = tl.program_id(0).to(tl.int64) * strides[1]
         first, before, classes, edge, at_edge = aligned_part(start, classes, VECTOR)
@@ -214,62 +282,36 @@ def two_pass_kernel(
         if grad is not None:
             grad += first
     x_rows = strided_rows(logits, outer, lanes, strides, 0, UNITS)
+    if grad is not None:
+        grad_rows = strided_rows(grad, outer, lanes, strides, 3, UNITS)
     if INDICES:
         at_target = x_rows[0] + label.to(tl.int64) * x_rows[1]
         target_logit = load_scaled(at_target, valid, 0.0, scale)
-    read = valid if ROWS == 1 else in_bounds  # a mask per row would prevent vectorised loads
+    loaded = valid if ROWS == 1 else in_bounds  # a mask per row would prevent vectorised loads
     if VECTOR:
-        edges = load_tile(x_rows, edge, at_edge & read[:, None], -float("inf"), scale)
-    maximum, total = first_pass(x_rows, classes, read, BLOCK, scale, edges)
+        edges = load_tile(x_rows, edge, at_edge & loaded[:, None], -float("inf"), scale)
+    maximum, total = first_pass(x_rows, classes, loaded, BLOCK, scale, edges)
     log_total = tl.log(total)
     if INDICES:
         value, slope, t = target_terms(
-            maximum, log_total, target_logit, target_weight, targets[1], numbers
+            maximum, log_total, target_logit, target_weight, weight, numbers
         )
     else:
         value, slope = lse_terms(maximum + log_total, numbers)
-    if DENSE and grad is not None and not (INDICES and targets[1] is None):
-        sums = tl.zeros([ROWS, BLOCK], A)
-        for start in range(0, classes, BLOCK):
-            c, mask = class_block(start, classes, in_bounds, BLOCK)
-            sums += soft_targets(y_rows, targets[1], c, mask, classes, smoothing)
-        slope += tl.sum(sums, 1)
+    if DENSE and grad is not None and not (INDICES and weight is None):
+        slope += sum_of_soft_targets(y_rows, weight, in_bounds, classes, smoothing, A, BLOCK)
     if DENSE or grad is not None:
         target_scale = gradient_scale(loss_scale, grad_output, rows, in_bounds, EACH)
         grad_scale = target_scale if scale is None else target_scale * scale
-        a = (slope * grad_scale / total)[:, None]
-        s, t = grad_scale[:, None], (t * grad_scale)[:, None] if INDICES else 0.0
-        distance = tl.zeros([ROWS, BLOCK], A)
+        a, t = slope * grad_scale / total, t * grad_scale if INDICES else None
+        terms = label, valid, a, t
         tl.debug_barrier()  # inplace: wait for the loads before overwriting
         if VECTOR:
-            e = exp_nonpositive(edges - maximum[:, None], EXACT)
-            at_edge_target = edge[None, :] == label[:, None]
-            of_edges = gradient(e, a, 0.0, tl.where(at_edge_target, t, 0.0))
-            of_edges = tl.where(valid[:, None], of_edges, 0.0)
-            store_tile(strided_rows(grad, outer, lanes, strides, 3, UNITS), edge, at_edge, of_edges)
-        for start in range(0, classes, BLOCK):
-            c, mask = class_block(start, classes, in_bounds, BLOCK)
-            x = load_tile(x_rows, c, mask & read[:, None], 0.0, scale, DROP) - maximum[:, None]
-            of_soft = 0.0
-            if DENSE:
-                q = soft_targets(y_rows, targets[1], c, mask, classes, smoothing)
-                neg_log_p = log_total[:, None] - x
-                distance += tl.where(mask, q * neg_log_p, 0.0)
-                of_soft = q * s
-            of_label = tl.where(c[None, :] == label[:, None], t, 0.0) if INDICES else 0.0
-            of_logits = gradient(exp_nonpositive(x, EXACT), a, of_soft, of_label)
-            if INDICES or targets[2] is not None:
-                of_logits = tl.where(valid[:, None], of_logits, 0.0)
-            if grad is not None:
-                to = strided_rows(grad, outer, lanes, strides, 3, UNITS)
-                store_tile(to, c, mask, of_logits, DROP)
-            if grad_probabilities is not None:
-                weight = class_weight(targets[1], c, classes, 0)
-                if smoothing is not None:
-                    weight *= 1.0 - smoothing
-                to = strided_rows(grad_probabilities, outer, lanes, strides, 9, UNITS)
-                of_targets = neg_log_p * weight * target_scale[:, None]
-                store_tile(to, c, mask, tl.where(valid[:, None], of_targets, 0.0))
+            of_edges = logit_gradient(edges - maximum[:, None], edge, 0.0, terms, EXACT)
+            store_tile(grad_rows, edge, at_edge, of_edges)
+        x, scales = (x_rows, y_rows, grad_rows, grad_y_rows), (grad_scale, target_scale)
+        masks, state = (in_bounds, loaded), (maximum, log_total)
+        distance = second_pass(x, masks, state, scales, terms, weight, classes, numbers, BLOCK)
         if DENSE:
-            value += tl.sum(distance, 1)
+            value += distance
     store_loss(loss, value, loss_scale, rows, in_bounds, valid, invalid, EACH)
