@@ -16,7 +16,7 @@ twice and probabilities three times, mostly from cache after the first time; it 
 in aligned vectors, which took 0.84 times the time in a trial with 50,257 bfloat16 classes.
 
 Arguments: `targets` are class indices, weight, token_weight and ignore_index; the first three may
-be None. `numbers` are the options that `row_terms.py` describes. EACH: whether there is no
+be None. `numbers` are the options that `row_terms.py` describes. UNREDUCED: whether there is no
 reduction. An argument that is None is not compiled.
 
 torch: F.cross_entropy(x, t, w, ignore_index=..., label_smoothing=..., reduction=...)
@@ -69,7 +69,7 @@ def row_kernel(
     classes,
     strides,
     numbers,
-    EACH: tl.constexpr,
+    UNREDUCED: tl.constexpr,
     STAGES: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -124,7 +124,7 @@ def row_kernel(
         if grad is not None:
             if STAGES > 1:  # after the barriers of the sums
                 tl.store(grad + at_target, of_target, mask=stored)
-            grad_scale = gradient_scale(loss_scale, grad_output, rows, valid, EACH)
+            grad_scale = gradient_scale(loss_scale, grad_output, rows, valid, UNREDUCED)
             grad_scale = tl.where(valid, grad_scale if scale is None else grad_scale * scale, 0.0)
             a = tl.where(valid, slope * grad_scale / total, 0.0)
             if smoothing is not None:
@@ -138,13 +138,13 @@ def row_kernel(
             store_tile(to, c, mask & in_bounds[:, None], of_others)
             at_target, stored = rows.to(tl.int64) * strides[4] + label, valid
         value = loss_of_rows(value, loss_scale, valid, invalid)
-        if EACH and loss is not None:
+        if UNREDUCED and loss is not None:
             tl.store(loss + rows, value, mask=in_bounds)
         losses += tl.where(in_bounds, value, 0.0)
     if grad is not None:
         tl.debug_barrier()
         tl.store(grad + at_target, of_target, mask=stored)
-    if loss is not None and not EACH:
+    if loss is not None and not UNREDUCED:
         add_up(tl.sum(losses), loss)
 
 
@@ -238,7 +238,7 @@ def two_pass_kernel(
     classes,
     strides,
     numbers,
-    EACH: tl.constexpr,
+    UNREDUCED: tl.constexpr,
     VECTOR: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -301,7 +301,7 @@ def two_pass_kernel(
     if DENSE and grad is not None and not (INDICES and weight is None):
         slope += sum_of_soft_targets(y_rows, weight, in_bounds, classes, smoothing, A, BLOCK)
     if DENSE or grad is not None:
-        target_scale = gradient_scale(loss_scale, grad_output, rows, in_bounds, EACH)
+        target_scale = gradient_scale(loss_scale, grad_output, rows, in_bounds, UNREDUCED)
         grad_scale = target_scale if scale is None else target_scale * scale
         a, t = slope * grad_scale / total, t * grad_scale if INDICES else None
         terms = label, valid, a, t
@@ -314,4 +314,4 @@ def two_pass_kernel(
         distance = second_pass(x, masks, state, scales, terms, weight, classes, numbers, BLOCK)
         if DENSE:
             value += distance
-    store_loss(loss, value, loss_scale, rows, in_bounds, valid, invalid, EACH)
+    store_loss(loss, value, loss_scale, rows, in_bounds, valid, invalid, UNREDUCED)

@@ -59,14 +59,15 @@ def elementwise_kernel(
     parts,
     denominator,
     FORMULA: tl.constexpr,
-    EACH: tl.constexpr,
+    UNREDUCED: tl.constexpr,
     EXACT: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """Computes the value and the gradients that are not None.
 
     operands, gradients: tuples of four, padded by None.
-    value: of each element if EACH, and may alias an operand; else the tensors that `add_up` takes.
+    value: UNREDUCED, the loss of each element, which may alias an operand; else the tensors that
+        `add_up` takes.
     parts: the parameters after p, q and r, encoded by `parts_of`.
     denominator: None for 1, an integer, or a pointer to a number on the GPU.
     """
@@ -79,7 +80,7 @@ def elementwise_kernel(
     total = tl.zeros([BLOCK], dtype)
     first = tl.program_id(0).to(tl.int64) * BLOCK
     stop, step = n, tl.num_programs(0).to(tl.int64) * BLOCK
-    if EACH:  # there are as many programs as blocks
+    if UNREDUCED:  # there are as many programs as blocks
         stop, step = first + 1, BLOCK
     for start in range(first, stop, step):
         i = start + tl.arange(0, BLOCK)
@@ -93,7 +94,7 @@ def elementwise_kernel(
         results = FORMULA(a, b, c, d, numbers, parts, scale, EXACT)
         if value is not None:
             weighted = results[0] if weight is None else results[0] * w
-            if EACH:
+            if UNREDUCED:
                 tl.store(value + i, weighted, mask=mask)
             else:
                 total += tl.where(mask, weighted, 0.0)
@@ -102,5 +103,5 @@ def elementwise_kernel(
                 gradient = results[k + 1] if weight is None else results[k + 1] * w
                 gradient = gradient if grad_output is None else gradient * g
                 tl.store(gradients[k] + i, gradient, mask=mask)
-    if value is not None and not EACH:
+    if value is not None and not UNREDUCED:
         add_up(tl.sum(total).to(tl.float64) * factor, value)

@@ -77,7 +77,7 @@ def triplet_margin_kernel(
     INCLUSIVE: tl.constexpr,
     EUCLIDEAN: tl.constexpr,
     SWAP: tl.constexpr,
-    EACH: tl.constexpr,
+    UNREDUCED: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
     UNITS: tl.constexpr,
@@ -123,7 +123,7 @@ def triplet_margin_kernel(
             store_rows(gradients[1], rows, features, c, mask, -of_u, UNITS)
             store_rows(gradients[2], rows, features, c, mask, of_v, UNITS)
     value = tl.where(excess < 0.0, 0.0, excess)
-    store_loss(loss, value, scale, rows, in_bounds, in_bounds, None, EACH)
+    store_loss(loss, value, scale, rows, in_bounds, in_bounds, None, UNREDUCED)
 
 
 @triton.jit(do_not_specialize=["denominator"])
@@ -138,7 +138,7 @@ def cosine_embedding_kernel(
     strides,
     numbers,
     INCLUSIVE: tl.constexpr,
-    EACH: tl.constexpr,
+    UNREDUCED: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
     UNITS: tl.constexpr,
@@ -179,4 +179,4 @@ def cosine_embedding_kernel(
             store_rows(gradients[1], rows, features, c, mask, across * x - by_y * y, UNITS)
     above = tl.where((label != -1.0) | (excess < 0.0), 0.0, excess)
     value = tl.where(label == 1.0, 1.0 - cosine, above)
-    store_loss(loss, value, scale, rows, in_bounds, in_bounds, None, EACH)
+    store_loss(loss, value, scale, rows, in_bounds, in_bounds, None, UNREDUCED)

@@ -73,7 +73,7 @@ def kl_div_kernel(
     strides,
     numbers,
     KIND: tl.constexpr,
-    EACH: tl.constexpr,
+    UNREDUCED: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
     UNITS: tl.constexpr,
@@ -96,7 +96,7 @@ def kl_div_kernel(
     of_x = x_rows, first_pass(x_rows, classes, read, BLOCK, scale)
     of_y = y_rows, first_pass(y_rows, classes, read, BLOCK, scale)
     grad_scale = loss_scale if scale is None else loss_scale * scale
-    grad_scale = gradient_scale(grad_scale, grad_output, rows, in_bounds, EACH)
+    grad_scale = gradient_scale(grad_scale, grad_output, rows, in_bounds, UNREDUCED)
     of_teacher, of_student = tl.zeros([ROWS, BLOCK], A), tl.zeros([ROWS, BLOCK], A)
     tl.debug_barrier()  # inplace: all threads have finished the first pass
     for start in range(0, classes, BLOCK):
@@ -119,4 +119,4 @@ def kl_div_kernel(
                 gradient = p * (r - mean[:, None]) * (share * grad_scale)[:, None]
                 gradient = tl.where(counted[:, None] & (p != 0.0), gradient, 0.0)
                 store_rows(grad, rows, strides[2], c, mask, gradient, UNITS)
-    store_loss(loss, value, loss_scale, rows, in_bounds, counted, None, EACH)
+    store_loss(loss, value, loss_scale, rows, in_bounds, counted, None, UNREDUCED)

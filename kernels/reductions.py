@@ -78,11 +78,11 @@ def loss_of_rows(value, scale, valid, invalid):
 
 
 @triton.jit
-def store_loss(loss, value, scale, rows, in_bounds, valid, invalid, EACH: tl.constexpr):
+def store_loss(loss, value, scale, rows, in_bounds, valid, invalid, UNREDUCED: tl.constexpr):
     """Stores the loss of each row, or this program's partial sum by `add_up`."""
     if loss is not None:
         value = loss_of_rows(value, scale, valid, invalid)
-        if EACH:
+        if UNREDUCED:
             tl.store(loss + rows, value, mask=in_bounds)
         else:
             add_up(tl.sum(tl.where(in_bounds, value, 0.0)), loss)
@@ -127,10 +127,13 @@ def weight_at(weight, i, mask, A: tl.constexpr):
 
 
 @triton.jit
-def gradient_scale(scale, grad_output, rows, mask, EACH: tl.constexpr):
-    """Returns scale * grad_output, which has an element for each row if EACH, else one."""
+def gradient_scale(scale, grad_output, rows, mask, UNREDUCED: tl.constexpr):
+    """Returns scale * grad_output, which has an element for each row if UNREDUCED, else one."""
     if grad_output is not None:
-        scale *= tl.load(grad_output + rows, mask=mask, other=0.0) if EACH else tl.load(grad_output)
+        if UNREDUCED:
+            scale *= tl.load(grad_output + rows, mask=mask, other=0.0)
+        else:
+            scale *= tl.load(grad_output)
     return scale
 
 

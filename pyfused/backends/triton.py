@@ -98,7 +98,7 @@ def _run(
     inputs: tuple[Any, ...],
     loss: Tensor | None,
     outputs: tuple[Any, ...],
-    each: bool = False,
+    unreduced: bool = False,
 ) -> None:
     """Launches a kernel that stores the loss of each row, or adds up the losses of elements.
 
@@ -107,7 +107,7 @@ def _run(
     Args:
         inputs, outputs: The kernel's arguments before and after the loss.
     """
-    if loss is None or each:
+    if loss is None or unreduced:
         kernel(programs, *inputs, loss, *outputs)
     elif programs == 1:
         kernel(programs, *inputs, (loss,), *outputs)
@@ -197,7 +197,7 @@ def cross_entropy(
     results: Tensor | None = None,  # noqa: ARG001
 ) -> LossResult:
     input, target, weight, token_weight, denominator = tensors
-    has_indices, each = target.dtype is torch.int64, options.reduction == "none"
+    has_indices, unreduced = target.dtype is torch.int64, options.reduction == "none"
     grad_of_input, grad_of_target = outputs.gradients or (False, False)
     accumulate, itemsize = accumulate_dtype(input.dtype), input.element_size()
     logits, strides, grad_format, grad_strides = class_layout(input)
@@ -223,7 +223,7 @@ def cross_entropy(
     outer, inner, classes = _with_one_outer(row_sizes(input), all_strides)
     smooth = options.label_smoothing != 0
     weighted = not has_indices or (smooth and weight is not None)  # q is dense
-    flags = outer == 1, has_indices, smooth, weighted, not grad_of_input, each
+    flags = outer == 1, has_indices, smooth, weighted, not grad_of_input, unreduced
     inner_of_tile = _inner_of_tile(inner, strides)
     gpu = resources(logits.get_device())
     kernel, most = _class_kernel(gpu, inner_of_tile, classes, itemsize, all_strides, *flags)
@@ -246,7 +246,7 @@ def cross_entropy(
     loss = _new_loss(input, options.reduction, outputs)
     inputs = (logits, probabilities), targets, by, grad_output
     fixed = inner, classes, sum(all_strides[: 2 if has_indices else 4], ())
-    _run(kernel, programs, inputs, loss, (gradients, *fixed, floats), each)
+    _run(kernel, programs, inputs, loss, (gradients, *fixed, floats), unreduced)
     return loss, gradients
 
 
@@ -262,7 +262,7 @@ def _class_kernel(
     smooth: bool,
     weighted: bool,
     without_gradient: bool,
-    each: bool,
+    unreduced: bool,
 ) -> tuple[Launch, int]:
     """Returns the kernel of cross-entropy, and the largest number of its programs.
 
@@ -283,7 +283,7 @@ def _class_kernel(
             most = multiprocessors
     elif has_indices and contiguous and not smooth and unaligned and shared_stride:
         choice = choice._replace(vector=16 // itemsize)
-    return Launch(function, choice, EACH=each), most
+    return Launch(function, choice, UNREDUCED=unreduced), most
 
 
 def _with_one_outer(sizes: Sizes, strides: tuple[Strides, ...]) -> Sizes:
@@ -318,22 +318,22 @@ def embedding_loss(
     divisor: int | None,
     grad_output: Tensor | None = None,
 ) -> LossResult:
-    first, shape, each = inputs[0], inputs[0].shape, reduction == "none"
+    first, shape, unreduced = inputs[0], inputs[0].shape, reduction == "none"
     accumulate, loss = accumulate_dtype(first.dtype), None
     views = tuple([feature_rows(x) for x in inputs])
     features, strides = views[0].shape[1], tuple([view.stride(0) for view in views])
-    kernel = _embedding_kernel(name, first.element_size(), features, strides, options, each)
+    kernel = _embedding_kernel(name, first.element_size(), features, strides, options, unreduced)
     if grad_output is not None:
         grad_output = grad_output.to(accumulate).contiguous()
     needs = outputs.gradients or (False,) * len(inputs)
     gradients = tuple([first.new_empty(shape) if needed else None for needed in needs])
     floats: Any = encoded(numbers) if accumulate is torch.float64 else numbers
     if outputs.loss:
-        loss = first.new_empty(shape[:-1] if each else (), dtype=accumulate)
+        loss = first.new_empty(shape[:-1] if unreduced else (), dtype=accumulate)
     n = math.prod(shape[:-1])
     outs = gradients, n, features, strides, floats
     programs = -(-n // kernel.choice.rows)
-    _run(kernel, programs, (views, grad_output, divisor), loss, outs, each)
+    _run(kernel, programs, (views, grad_output, divisor), loss, outs, unreduced)
     return loss, gradients
 
 
@@ -344,7 +344,7 @@ def _embedding_kernel(
     features: int,
     strides: tuple[int, ...],
     options: EmbeddingOptions,
-    each: bool,
+    unreduced: bool,
 ) -> Launch:
     meta: dict[str, Any] = {"INCLUSIVE": options.inclusive}
     function, count = cosine_embedding_kernel, 2
@@ -352,7 +352,8 @@ def _embedding_kernel(
         function, count = triplet_margin_kernel, 3
         meta |= {"EUCLIDEAN": options.euclidean, "SWAP": options.swap}
     rows: list[Strides] = [(0, stride, 1) for stride in (*strides[:count], features)]
-    return Launch(function, _tile(1, features, itemsize, *rows, tensors=2), EACH=each, **meta)
+    meta["UNREDUCED"] = unreduced
+    return Launch(function, _tile(1, features, itemsize, *rows, tensors=2), **meta)
 
 
 def row_state(
@@ -414,7 +415,7 @@ def kl_div_with_logits(
 ) -> LossResult:
     input, teacher, token_weight, denominator, *_ = tensors
     input, teacher = feature_rows(input), feature_rows(teacher)
-    (n, classes), each, grad = input.shape, options.reduction == "none", None
+    (n, classes), unreduced, grad = input.shape, options.reduction == "none", None
     token_weight, grad_output = contiguous_in(
         accumulate_dtype(input.dtype), token_weight, grad_output
     )
@@ -422,24 +423,24 @@ def kl_div_with_logits(
         grad = input.detach() if outputs.inplace else input.new_empty((n, classes))
     strides = input.stride(0), teacher.stride(0), 0 if grad is None else grad.stride(0)
     kind = {0.0: FORWARD, 1.0: REVERSE}.get(options.beta, MIXTURE)
-    kernel = _divergence_kernel(input.element_size(), classes, strides, kind, each)
+    kernel = _divergence_kernel(input.element_size(), classes, strides, kind, unreduced)
     by = _divisor(options, input, n, (None, None, token_weight), denominator)
     floats: Any = options.beta, None if options.temperature == 1 else 1 / options.temperature
     if input.dtype is torch.float64:
         floats = encoded(floats)
     loss = _new_loss(input, options.reduction, outputs)
     inputs, outs = (input, teacher, token_weight, by, grad_output), (grad, n, classes)
-    _run(kernel, -(-n // kernel.choice.rows), inputs, loss, (*outs, strides, floats), each)
+    _run(kernel, -(-n // kernel.choice.rows), inputs, loss, (*outs, strides, floats), unreduced)
     return loss, (grad,)
 
 
 @lru_cache(maxsize=4096)
 def _divergence_kernel(
-    itemsize: int, classes: int, strides: tuple[int, ...], kind: Any, each: bool
+    itemsize: int, classes: int, strides: tuple[int, ...], kind: Any, unreduced: bool
 ) -> Launch:
     rows = [(0, stride, 1) for stride in strides]
     return Launch(
-        kl_div_kernel, _tile(1, classes, itemsize, *rows, tensors=2), KIND=kind, EACH=each
+        kl_div_kernel, _tile(1, classes, itemsize, *rows, tensors=2), KIND=kind, UNREDUCED=unreduced
     )
 
 
@@ -490,15 +491,15 @@ def pointwise_loss(
     ordered_like: int = 0,
 ) -> LossResult:
     like = dense_operand([operands[ordered_like], *operands])
-    padding, each = (None,) * (OPERANDS - len(operands)), reduction == "none"
+    padding, unreduced = (None,) * (OPERANDS - len(operands)), reduction == "none"
     views, columns, strides = in_rows(like, [*operands, *padding, weight, grad_output])
     program = formula if isinstance(formula, Program) else formula.programs[0]
-    kernel = _elementwise_kernel(program, like.element_size(), each)
+    kernel = _elementwise_kernel(program, like.element_size(), unreduced)
     needs = outputs.gradients or (False,) * len(operands)
     gradients = tuple([torch.empty_like(like) if needed else None for needed in needs])
     n, loss = like.numel(), None
     programs = -(-n // kernel.choice.block)
-    if outputs.loss and each:
+    if outputs.loss and unreduced:
         loss = torch.empty_like(like)
     elif outputs.loss:
         dtype = outputs.loss_dtype or accumulate_dtype(like.dtype)
@@ -506,21 +507,21 @@ def pointwise_loss(
         programs = min(max(programs, 1), MOST_PROGRAMS)  # an empty sum needs one program
     floats = *(*parameters, 0.0, 0.0, 0.0)[:NUMBERS], parts_of(parameters[NUMBERS:])
     inputs, outs = (tuple(views[:OPERANDS]), *views[OPERANDS:]), (*gradients, *padding)
-    _run(kernel, programs, inputs, loss, (outs, n, columns, strides, *floats, divisor), each)
+    _run(kernel, programs, inputs, loss, (outs, n, columns, strides, *floats, divisor), unreduced)
     return loss, gradients
 
 
-def _elementwise_kernel(program: Program, itemsize: int, each: bool) -> Launch:
+def _elementwise_kernel(program: Program, itemsize: int, unreduced: bool) -> Launch:
     """Returns the kernel of a program, which keeps it."""
     kernel: Launch = program.kernel(
-        (itemsize, each), lambda _: _new_elementwise_kernel(program, itemsize, each)
+        (itemsize, unreduced), lambda _: _new_elementwise_kernel(program, itemsize, unreduced)
     )
     return kernel
 
 
-def _new_elementwise_kernel(program: Program, itemsize: int, each: bool) -> Launch:
+def _new_elementwise_kernel(program: Program, itemsize: int, unreduced: bool) -> Launch:
     function = program.kernel("triton", formula_of)
-    constants = {"FORMULA": function, "EACH": each, "EXACT": itemsize > 2}
+    constants = {"FORMULA": function, "UNREDUCED": unreduced, "EXACT": itemsize > 2}
     return Launch(elementwise_kernel, choose(itemsize), **constants)
 
 
