@@ -186,6 +186,11 @@ PYFUSED_INLINE __m256 within(RowMask mask, __m256 x, float fill = 0) {
 }
 PYFUSED_INLINE __m256 within(EveryLane, __m256 x, float = 0) { return x; }
 
+// `then` in the lanes where x is y, and `otherwise` in the others.
+PYFUSED_INLINE __m256 where_equal(__m256 x, float y, __m256 then, __m256 otherwise) {
+  return _mm256_blendv_ps(otherwise, then, _mm256_cmp_ps(x, _mm256_set1_ps(y), _CMP_EQ_OQ));
+}
+
 // Loads the lanes in the mask, and 0 in the others.
 PYFUSED_INLINE __m256 load_row(const float* x, RowMask mask) {
   return _mm256_maskload_ps(x, mask.lanes);

@@ -191,7 +191,7 @@ int64_t run_cross_entropy(int dtype, const ClassSizes& sizes, const CrossEntropy
                              threads_for(reads_few ? positions : elements, threads),
                              pointer<const A>(inputs.token_weight),
                              pointer<double>(outputs.prediction),
-                             pointer<double>(outputs.results)};
+                             pointer<A>(outputs.results)};
     return options.normalized ? nll_loss(ce) : cross_entropy(ce);
   });
 }

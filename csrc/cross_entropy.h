@@ -47,14 +47,14 @@ template <class T> struct CrossEntropy : Positions, CrossEntropyOptions {
   int threads;
   const A* token_weight = nullptr;  // one factor of the loss for each position; null for ones
   // Two numbers for each position, null if not computed: first the largest logit of each, before
-  // the scale, then its first class, where NaN is the largest. Only for rows of row_classes()
-  // contiguous classes. The class is -1 where the position is ignored, and, with results, where no
-  // logit is above -inf, or one is NaN or inf.
+  // the scale, then its first class, where NaN is the largest; the class is -1 where the position
+  // is ignored. Only for rows of row_classes() contiguous classes.
   double* prediction = nullptr;
-  // Three numbers for each position, null if not computed: the log-probability, the entropy and the
-  // log-sum-exp of all positions, as in row_terms.h, for class indices and a scale of 1. Needs a
-  // prediction, which then has any layout. Where the class is -1, these three are not computed.
-  double* results = nullptr;
+  // Four numbers for each position, null if not computed: the log-probability, the entropy and the
+  // log-sum-exp of all positions, as in row_terms.h, and the first class with the largest logit,
+  // for class indices and a scale of 1. They are 0 where the position is ignored. The class is -1
+  // and the others are undefined where no logit is above -inf, or one is NaN or inf.
+  A* results = nullptr;
 
   bool dense() const { return target == nullptr || label_smoothing > 0; }
   // Whether the loss and the gradients of a position are 0, whatever its logits are.

@@ -30,8 +30,8 @@ class CrossEntropyColumns : Columns<T, kColumns, kTileClasses> {
 
   double run() {
     rows.find_targets(ce, first, positions);
-    ce.grad_logits.data ? Base::template find_normalizer<true>(ce.logits)
-                        : Base::template find_normalizer<false>(ce.logits);
+    ce.grad_logits.data || ce.results ? Base::template find_normalizer<true>(ce.logits)
+                                      : Base::template find_normalizer<false>(ce.logits);
     rows.find_log_sums(sum, kColumns);
     find_target_logits();
     if (ce.dense()) find_distance();
@@ -137,12 +137,12 @@ class CrossEntropyColumns : Columns<T, kColumns, kTileClasses> {
     std::fill_n(index, kColumns, double(ce.classes));
     Base::reload_with(-std::numeric_limits<A>::infinity());
     for_tiles([&](int64_t c, int64_t k) {
-      alignas(kVectorBytes) A part[kColumns] = {}, line[kColumns], power[kColumns];
+      alignas(kVectorBytes) A part[kColumns] = {}, line[kColumns];
       std::fill_n(line, kColumns, A(k));
       for (int64_t i = k; i-- > 0;) {  // backwards, so that the first class remains
-        exponentials(x[i], max, power, kColumns);
+        if (length > kTileClasses) exponentials(x[i], max, e[i], kColumns);
         for (int64_t b = 0; b < kColumns; ++b) {
-          part[b] += power[b] == 0 ? A(0) : power[b] * (x[i][b] - max[b]);  // 0 * inf is NaN
+          part[b] += e[i][b] == 0 ? A(0) : e[i][b] * (x[i][b] - max[b]);  // 0 * inf is NaN
           line[b] = x[i][b] == max[b] ? A(i) : line[b];
         }
       }
@@ -156,14 +156,7 @@ class CrossEntropyColumns : Columns<T, kColumns, kTileClasses> {
     Base::reload_with(0);
     add_lanes(weighted);
     Base::combine(index, [](double x, double y) { return std::min(x, y); });
-    for (int64_t b = 0; b < positions; ++b) {
-      const bool valid =
-          !ce.ignored(first + b) && std::isfinite(double(max[b])) && std::isfinite(double(sum[b]));
-      ce.write_results(first + b,
-                       {double(max[b]), double(sum[b]), weighted[b], double(rows.target_logit[b])});
-      ce.prediction[first + b] = double(max[b]);
-      ce.prediction[ce.positions() + first + b] = valid ? index[b] : -1;
-    }
+    rows.write_results(ce, first, positions, max, sum, weighted, index);
   }
 
   void clear_ignored(Tile& tile, int64_t k) const {

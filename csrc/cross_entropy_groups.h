@@ -22,13 +22,14 @@ template <class T> class CrossEntropyGroup : RowGroup<T> {
 
   double run() {
     const auto logits = Base::rows_of(ce.logits);
-    ce.grad_logits.data ? Base::template find_normalizer<true>(logits)
-                        : Base::template find_normalizer<false>(logits);
+    ce.grad_logits.data || ce.results ? Base::template find_normalizer<true>(logits)
+                                      : Base::template find_normalizer<false>(logits);
     of.find_targets(ce, first, n);
     for (int64_t r = 0; r < n; ++r) {
       if (of.label[r] >= 0) of.target_logit[r] = widen(logits.row[r * logits.stride + of.label[r]]);
     }
     of.find_log_sums(sum, kSquare);
+    if (ce.results) write_results(logits);
     of.find_terms(ce, n, max, sum);
     of.find_losses(ce, kSquare, max);
     T* grad = ce.grad_logits.data ? ce.at(ce.grad_logits, first) : nullptr;
@@ -39,6 +40,13 @@ template <class T> class CrossEntropyGroup : RowGroup<T> {
  private:
   const CrossEntropyBatch<T>& ce;
   LossRows<T, kSquare> of;
+
+  PYFUSED_NOINLINE void write_results(typename Base::template Rows<const T> logits) {
+    alignas(kVectorBytes) float weighted[kSquare], index[kSquare];
+    Base::find_weighted(logits, weighted, index);
+    for (float& c : index) c = -c;
+    of.write_results(ce, first, n, max, sum, weighted, index);
+  }
 
   void write_gradient(int64_t r, T* grad) {
     if (of.label[r] < 0) return void(std::fill_n(grad, classes, T{}));
@@ -57,8 +65,8 @@ constexpr int64_t kFewGrouped = 48;
 // Fewer classes would leave lanes idle; more classes use the row layout.
 template <class T> bool takes_groups(const CrossEntropy<T>& ce) {
   return ce.target && !ce.dense() && ce.scale == 1 && ce.outer == 1 && ce.logits.classes == 1 &&
-         !ce.results && (!ce.grad_logits.data || ce.grad_logits.classes == 1) &&
-         ce.classes > kFewGrouped && ce.classes < kRowClasses<T> && ce.classes <= kGroupClasses;
+         (!ce.grad_logits.data || ce.grad_logits.classes == 1) && ce.classes > kFewGrouped &&
+         ce.classes < kRowClasses<T> && ce.classes <= kGroupClasses;
 }
 #endif
 

@@ -33,12 +33,14 @@ template <class T, bool kInPlace> class RowBlock {
       const T* const logits = ce.at(ce.logits, position);
       OneRow& row = Workspace<OneRow>{row_memory}.make(logits, ce.classes, ce.scale, 0.0);
       const A row_max = next_max;
+      index[i] = -1;
       if (ce.prediction) ce.prediction[ce.positions() + position] = -1;
       if (ce.ignored(position)) {
         if (i + 1 < n) next_max = first_max(i + 1);
         clear(position, grad);
         pivot[i] = 0;
         sum[i] = 1;
+        weighted[i] = 0;
         continue;
       }
       if (rows.label[i] >= 0) rows.target_logit[i] = widen(*row.chunk(rows.label[i], 1));
@@ -49,11 +51,12 @@ template <class T, bool kInPlace> class RowBlock {
       else if (keeps) read<true, false>(row, i, grad, row_max);
       else read<false, false>(row, i, grad, row_max);
       const bool finite = std::isnormal(row.state.sum);  // 0 if all logits are -inf
-      if (ce.prediction && (finite || !ce.results)) predict(logits, position, finite);
+      if (ce.results ? finite : bool(ce.prediction)) predict(logits, i, finite);
       if (i + 1 < n) next_max = first_max(i + 1);
       finish(row, i, grad);
     }
     rows.find_log_sums(sum, n);
+    if (ce.results) rows.write_results(ce, first, n, pivot, sum, weighted, index);
     rows.find_losses(ce, n, pivot);
     return ce.finish(first, n, rows.loss);
   }
@@ -66,6 +69,8 @@ template <class T, bool kInPlace> class RowBlock {
   const bool keeps;
   LossRows<T, kMostRows> rows;
   alignas(kVectorBytes) double sum[kMostRows];
+  alignas(kVectorBytes) double weighted[kMostRows];
+  alignas(kVectorBytes) double index[kMostRows];  // the first class with the largest logit
   alignas(kVectorBytes) A pivot[kMostRows];
   alignas(kVectorBytes) A w[kChunk];
   alignas(OneRow) unsigned char row_memory[sizeof(OneRow)];
@@ -83,18 +88,24 @@ template <class T, bool kInPlace> class RowBlock {
     chunk_of_maximum = at;
   }
 
-  // Writes the largest logit, which NaN is in a row that is not finite, and its first class. The
+  // Finds the largest logit, which NaN is in a row that is not finite, and its first class. The
   // gradient may overwrite the logits afterwards.
-  PYFUSED_NOINLINE void predict(const T* logits, int64_t position, bool finite) {
-    if (!finite) {
-      const T* const end = logits + ce.classes;
-      const T* highest = std::find_if(logits, end, [](T x) { return std::isnan(widen(x)); });
-      const auto less = [](T x, T y) { return widen(x) < widen(y); };
-      if (highest == end) highest = std::max_element(logits, end, less);
-      ce.prediction[position] = double(widen(*highest));
-      ce.prediction[ce.positions() + position] = double(highest - logits);
-      return;
-    }
+  PYFUSED_NOINLINE void predict(const T* logits, int64_t i, bool finite) {
+    const T* const highest = finite ? largest_logit(logits) : largest_or_nan(logits);
+    index[i] = double(highest - logits);
+    if (!ce.prediction) return;
+    ce.prediction[first + i] = double(widen(*highest));
+    ce.prediction[ce.positions() + first + i] = index[i];
+  }
+
+  const T* largest_or_nan(const T* logits) const {
+    const T* const end = logits + ce.classes;
+    const T* const nan = std::find_if(logits, end, [](T x) { return std::isnan(widen(x)); });
+    const auto less = [](T x, T y) { return widen(x) < widen(y); };
+    return nan == end ? std::max_element(logits, end, less) : nan;
+  }
+
+  const T* largest_logit(const T* logits) {
     if (ce.scale != 1) {  // it may have rounded several logits to the largest x
       maximum = kLowest;
       for_chunks(ce.classes, [&](int64_t, int64_t at, int64_t n) {
@@ -107,8 +118,7 @@ template <class T, bool kInPlace> class RowBlock {
     int64_t i = 0;
     while (i + kStep < n && largest(x + i, kStep, kLowest) < maximum) i += kStep;
     while (widen(x[i]) != maximum) ++i;
-    ce.prediction[position] = double(maximum);
-    ce.prediction[ce.positions() + position] = double(chunk_of_maximum + i);
+    return x + i;
   }
 
   void clear(int64_t position, T* grad) const {
@@ -152,7 +162,7 @@ template <class T, bool kInPlace> class RowBlock {
     Sum distance, weight_sum;
     A previous = 0;
     const auto add_chunk = [&](const auto* x, int64_t at, int64_t n) {
-      if (ce.prediction) raise_maximum(at ? largest(x, n, maximum) : row_max, at);
+      if (ce.prediction || ce.results) raise_maximum(at ? largest(x, n, maximum) : row_max, at);
       const A high = row.state.pivot;
       if (!ce.dense()) return;
       if (at > 0 && high != previous) {
@@ -178,7 +188,7 @@ template <class T, bool kInPlace> class RowBlock {
       rows.log_sum[i] = std::log(sum[i]);
       lse = double(high) + rows.log_sum[i];
     }
-    if (ce.results) write_results(row.state, i);
+    weighted[i] = row.state.weighted;
     if (ce.dense()) rows.distance[i] += rows.weight_sum[i] * rows.log_sum[i];
     if (ce.dense() && std::isnan(rows.distance[i])) {
       // An infinite weight times a pivot - x of 0 is NaN, but times lse - x it is not.
@@ -200,11 +210,6 @@ template <class T, bool kInPlace> class RowBlock {
     row.write_gradient(terms, keeps, grad, ce.streams,
                        [&](int64_t at, int64_t n) { return weights(i, at, n); });
     if (rows.label[i] >= 0) grad[rows.label[i]] = narrow<T>(rows.at_target[i]);
-  }
-
-  PYFUSED_NOINLINE void write_results(const Normalizer<T>& state, int64_t i) const {
-    ce.write_results(
-        first + i, {double(state.pivot), state.sum, state.weighted, double(rows.target_logit[i])});
   }
 
   // smooth_weight prob_weight weight_c (lse - x_c)

@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <limits>
 
 #include "cross_entropy.h"
 #include "parallel.h"
@@ -44,13 +45,6 @@ template <class T> struct CrossEntropyBatch : CrossEntropy<T> {
     const bool each = this->grad_output && this->reduction == Reduction::none;
     const double scale = each ? double(this->grad_output[position]) / denominator : common_scale;
     return this->token_weight ? scale * double(this->token_weight[position]) : scale;
-  }
-
-  void write_results(int64_t position, const RowResults& row) const {
-    const int64_t n = this->positions();
-    this->results[position] = row.log_p;
-    this->results[n + position] = row.entropy;
-    this->results[2 * n + position] = row.lse;
   }
 
   // Multiplies n losses by the token weights, and writes them with Reduction::none. Returns their
@@ -152,6 +146,28 @@ template <class T, int64_t kRows> struct LossRows {
           find_terms<kDense>(options, slopes, i, pivot[i], double(sum[i]), lse, scale);
       a[i] = A(terms.a);
       if (kDense) s[i] = A(terms.s);
+    }
+  }
+
+  // Writes the results of n positions, from their log_sum and the first class with the largest
+  // logit of each.
+  template <class S, class I>
+  PYFUSED_NOINLINE void write_results(const CrossEntropyBatch<T>& ce, int64_t first, int64_t n,
+                                      const A* pivot, const S* sum, const S* weighted,
+                                      const I* index) const {
+    constexpr double kInfinity = std::numeric_limits<double>::infinity();
+    const int64_t positions = ce.positions();
+    A* const results = ce.results + first;
+    PYFUSED_SIMD()
+    for (int64_t i = 0; i < n; ++i) {
+      const double high = double(pivot[i]), total = double(sum[i]);
+      const RowResults row(high, total, log_sum[i], double(weighted[i]), double(target_logit[i]));
+      const bool finite = std::abs(high) < kInfinity && total < kInfinity;
+      const bool ignored = label[i] < 0;
+      results[i] = ignored ? A(0) : A(row.log_p);
+      results[positions + i] = ignored ? A(0) : A(row.entropy);
+      results[2 * positions + i] = ignored ? A(0) : A(row.lse);
+      results[3 * positions + i] = ignored ? A(0) : finite ? A(index[i]) : A(-1);
     }
   }
 

@@ -111,6 +111,34 @@ template <class T> class RowGroup {
         rows);
   }
 
+  // Finds the sum of exp(x - max) (x - max) of each row, and its first class with x = max, negated.
+  // find_normalizer kept the exponentials.
+  PYFUSED_NOINLINE void find_weighted(Rows<const T> rows, float* weighted, float* minus_class) {
+    alignas(kVectorBytes) float lanes[kSquare];
+    for (int i = 0; i < kSquare; ++i) lanes[i] = float(-i);
+    const Register minus_lane = row_of_tile(lanes), none = Register{} - INFINITY;
+    Square sums = {}, classes_of_max = {};
+    for_rows(
+        [&](int64_t r, const T* x) {
+          const float* const kept = e + r * width;
+          const float high = max[r];
+          Register sum = {}, found = none;
+          for_registers([&](int64_t c, auto mask) {
+            const Register value = load_row(x + c, mask);
+            // exp(-104) is kept as 0, so an infinite x - max adds 0.
+            const Register term = row_of_tile(kept + c) * maximum(-104.0f, value - high);
+            sum = sum + within(mask, term);
+            found = maximum(where_equal(value, high, minus_lane - float(c), none), found);
+          });
+          sums[r] = sum;
+          classes_of_max[r] = found;
+        },
+        rows);
+    row_of_tile(weighted) = across(sums, [](Register x, Register y) { return x + y; });
+    row_of_tile(minus_class) =
+        across(classes_of_max, [](Register x, Register y) { return maximum(x, y); });
+  }
+
  private:
   static int64_t padded(int64_t classes) { return (classes + kSquare - 1) / kSquare * kSquare; }
 };

@@ -54,7 +54,7 @@ template <class T, bool kInPlace> class LogitRow {
       if (smooths) add_smooth(x, first, n, preceding);
     });
     const double pivot = double(state.pivot);
-    const RowResults results(pivot, state.sum, state.weighted, target_logit);
+    const RowResults results(pivot, state.sum, std::log(state.sum), state.weighted, target_logit);
     value(kLogP) = results.log_p;
     value(kEntropy) = results.entropy;
     value(kLse) = results.lse;

@@ -42,8 +42,8 @@ struct RowResults {
   double log_p, entropy, lse;
 
   // Rounding could make log_p positive or the entropy negative; NaN is kept.
-  RowResults(double pivot, double sum, double weighted, double target_logit) {
-    const double log_sum = std::log(sum);
+  PYFUSED_INLINE RowResults(double pivot, double sum, double log_sum, double weighted,
+                            double target_logit) {
     log_p = (target_logit - pivot) - log_sum;
     log_p = log_p > 0 ? 0 : log_p;
     entropy = log_sum - weighted / sum;

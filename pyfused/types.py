@@ -215,6 +215,7 @@ LOG_P, ENTROPY, LSE, PIVOT, SUM, WEIGHTED, TARGET_LOGIT, MAXIMUM, INDEX, SMOOTH 
 STATE_FIELDS, METRICS_FIELDS, SMOOTHING_FIELDS = MAXIMUM, SMOOTH, SMOOTH + 1
 # The differentiable fields, in addition to SMOOTH.
 RESULTS = (LOG_P, ENTROPY, LSE)
+METRICS = (*RESULTS, INDEX)  # the fields that metrics are computed from
 
 
 class ClassRange(NamedTuple):

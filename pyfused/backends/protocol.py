@@ -73,11 +73,12 @@ class Backend(Protocol):
             grad_output: The gradient of the loss, of the loss's shape; None means ones.
             prediction: A float64 tensor (2, N) for the largest logit of each row, before the
                 scale, and its class, if ``predicts`` is true for the logits. NaN is the largest.
-                The class is -1 for a row that is ignored, and with ``results`` if the log-sum-exp
-                is not finite.
-            results: A float64 tensor (3, N) for the log-probability, the entropy and the
-                log-sum-exp of each row whose class in ``prediction`` is not -1, for class indices
-                and a scale of 1. The logits have any layout then. Asynchronous backends take None.
+                The class is -1 for a row that is ignored.
+            results: A tensor (4, N) of the accumulation dtype for the log-probability, the entropy
+                and the log-sum-exp of each row, and the first class with the largest logit, for
+                class indices and a scale of 1. They are 0 for a row that is ignored. If the
+                log-sum-exp is not finite, the class is -1, and the others are undefined.
+                Asynchronous backends take None.
 
         Returns:
             The loss, in the accumulation dtype or ``outputs.loss_dtype``, and the gradients.

@@ -101,12 +101,15 @@ class Fused(torch.autograd.Function):
             ctx.formats = [*map(_format, saved)], [*map(_format, gradients)]
         if type(output) is tuple:
             ctx.mark_non_differentiable(*[x for x in output[1:] if x is not None])
+            ctx.set_materialize_grads(False)  # no zeros for the other outputs
         return output
 
     @staticmethod
     @never_traced  # torch's compiled autograd traces backward passes
-    def backward(ctx: Any, grad_output: Tensor, *_: Any) -> Any:
+    def backward(ctx: Any, grad_output: Tensor | None, *_: Any) -> Any:
         """Returns a gradient for each argument of `forward`."""
+        if grad_output is None:
+            return (None,) * len(ctx.needs_input_grad)
         start = report.clock() if report.active else None
         # Kernels support plain tensors only, and their gradients cannot be differentiated again.
         reason = (

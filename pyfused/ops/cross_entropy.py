@@ -22,12 +22,11 @@ from pyfused.ops.heads import BlockResult, HeadBlocks, HeadResult, cap_backward,
 from pyfused.ops.row_sources import LogitRows, class_range
 from pyfused.ops.rows import KernelPass, RowLoss, RowOperator, StatePass, kernel_forward
 from pyfused.types import (
-    INDEX,
     LOG_P,
     LSE,
     MAXIMUM,
+    METRICS,
     METRICS_FIELDS,
-    RESULTS,
     SMOOTH,
     SMOOTHING_FIELDS,
     STATE_FIELDS,
@@ -54,11 +53,13 @@ class CrossEntropyLoss(RowLoss):
     def finish(self, output: Any, tensors: Tensors, options: Options) -> Any:
         if not options.with_metrics:
             return output
-        (loss, state), input, target = output, *tensors[:2]
+        (loss, results), input, target = output, *tensors[:2]
+        if options.softcap is not None:  # the pass returns the state
+            results = results[[*METRICS]]
         if not target.is_floating_point():
             target = class_targets(input, target)
         dtype = accumulate_dtype(input.dtype)
-        return loss, metrics.from_state(state, target, options.ignore_index, dtype)
+        return loss, metrics.from_results(results, target, options.ignore_index, dtype)
 
     # ---- from states of rows: see `rows.StatePass` -----------------------------------------------
 
@@ -202,26 +203,25 @@ def split_factors(
     return (token_weight, denominator), options
 
 
-def empty_state(tensors: Tensors, options: CrossEntropyOptions) -> Tensor | None:
-    """Returns a tensor for the state of each row, whose metrics the loss's kernel writes.
+def empty_results(tensors: Tensors, options: CrossEntropyOptions) -> Tensor | None:
+    """Returns a tensor for the fields METRICS of each row, which the loss's kernel writes.
 
     Returns None if it cannot: it computes none of rows of weight 0, and none of scaled logits.
     """
     input, target, _, token_weight, _ = tensors
     is_scaled = options.scale / options.temperature != 1
     has_factors = token_weight is not None or target.is_floating_point()
-    if is_scaled or has_factors or backend_of(input).ASYNCHRONOUS:
+    inexact = checks.classes_of(input) > 1 << 24  # float32 cannot represent all classes
+    if is_scaled or has_factors or inexact or backend_of(input).ASYNCHRONOUS:
         return None
-    state: Tensor = input.new_empty((METRICS_FIELDS, target.numel()), dtype=torch.float64)
-    return state
+    dtype = accumulate_dtype(input.dtype)
+    results: Tensor = input.new_empty((len(METRICS), target.numel()), dtype=dtype)
+    return results
 
 
-def lacks_rows(state: Tensor, target: Tensor, options: CrossEntropyOptions) -> bool:
-    """Returns whether a row that is not ignored has no results, because a logit is not finite."""
-    lacking = state[INDEX] < 0
-    return bool(lacking.any()) and bool(
-        (lacking & (target.flatten() != options.ignore_index)).any()
-    )
+def lacks_rows(results: Tensor) -> bool:
+    """Returns whether a row has no results, because a logit is not finite."""
+    return results.numel() > 0 and bool(results[-1].amin() < 0)
 
 
 def metrics_state(
@@ -293,16 +293,15 @@ class LogitsPass:
 
     def forward(self, inputs: Tensors, options: Options, needs: Needs) -> Forward:
         dtype = definitions.dtype_of_loss(options, *inputs[:3])
-        kernel, state = backend_of(inputs[0]).cross_entropy, None
-        if options.with_metrics and (state := empty_state(inputs, options)) is not None:
-            results, prediction = state[: len(RESULTS)], state[MAXIMUM:SMOOTH]
-            kernel = partial(kernel, results=results, prediction=prediction)
+        kernel, results = backend_of(inputs[0]).cross_entropy, None
+        if options.with_metrics and (results := empty_results(inputs, options)) is not None:
+            kernel = partial(kernel, results=results)
         loss, saved, gradients = kernel_forward(kernel, inputs, options, needs, dtype)
         if not options.with_metrics:
             return loss, saved, gradients
-        if state is None or lacks_rows(state, inputs[1], options):
-            state = metrics_state(inputs[0], inputs[1], options, METRICS_FIELDS)
-        return (loss, state), saved, gradients
+        if results is None or lacks_rows(results):
+            results = metrics_state(inputs[0], inputs[1], options, METRICS_FIELDS)[[*METRICS]]
+        return (loss, results), saved, gradients
 
     def backward(
         self, saved: Tensors, options: Options, needs: Needs, grad_output: Tensor
@@ -356,7 +355,8 @@ class HeadCrossEntropyLoss(CrossEntropyLoss):
             else:
                 target = target.to(torch.int64).flatten()
             wide = accumulate_dtype(self.input_dtype((input, *tensors[1:])))
-            fields = metrics.from_state(state, target, options.ignore_index, wide)
+            fields = state[[*METRICS]]
+            fields = metrics.from_results(fields, target, options.ignore_index, wide)
             found = metrics.Metrics(*[with_leading_dims(x, leading) for x in fields])
         if options.with_prediction:
             if prediction is None:

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from pyfused.layout import accumulate_dtype, logit_at, loss_shape
-from pyfused.types import INDEX, RESULTS
 
 
 class Metrics(NamedTuple):
@@ -34,11 +33,15 @@ class Metrics(NamedTuple):
     entropy: Tensor
 
 
-def from_state(state: Tensor, target: Tensor, ignore_index: int, dtype: torch.dtype) -> Metrics:
-    """Returns the metrics, computed from the state of rows, for a target of any shape."""
-    state = state.detach().reshape(len(state), -1)
-    results, index = state[: len(RESULTS)].to(dtype), state[INDEX].long()
-    return _from_rows(results, index, target, ignore_index)
+def from_results(results: Tensor, target: Tensor, ignore_index: int, dtype: torch.dtype) -> Metrics:
+    """Returns the metrics for a target of any shape.
+
+    Args:
+        results: The fields METRICS of each row, which are 0 for rows that are ignored.
+    """
+    *fields, index = results.detach().reshape(len(results), -1)
+    fields = [x.to(dtype, copy=True) for x in fields]
+    return _from_rows(fields, index.long(), target, ignore_index)
 
 
 def log_sum_exp(input: Tensor, dim: int) -> Tensor:
@@ -57,12 +60,15 @@ def from_logits(input: Tensor, target: Tensor, ignore_index: int) -> Metrics:
         log_p = (target * log_p).sum(dim)
     else:
         target = target.long().reshape(lse.shape)
-        log_p = logit_at(input, target)[1] - lse
-    results = torch.stack([x.flatten() for x in (log_p, entropy, lse)])
+        log_p, valid = logit_at(input, target)[1] - lse, target != ignore_index
+        log_p, entropy, lse = (x.where(valid, 0) for x in (log_p, entropy, lse))
+    results = [x.flatten() for x in (log_p, entropy, lse)]
     return _from_rows(results, input.argmax(dim).flatten(), target, ignore_index)
 
 
-def _from_rows(results: Tensor, prediction: Tensor, target: Tensor, ignore_index: int) -> Metrics:
+def _from_rows(
+    results: list[Tensor], prediction: Tensor, target: Tensor, ignore_index: int
+) -> Metrics:
     """Returns the metrics, given the log-probability, entropy and log-sum-exp of each row."""
     if target.is_floating_point():
         label = target.argmax(min(target.dim() - 1, 1)).flatten()
@@ -71,8 +77,7 @@ def _from_rows(results: Tensor, prediction: Tensor, target: Tensor, ignore_index
     else:
         label, shape = target.flatten(), target.shape
         valid = label != ignore_index
-    # Unlike the items of unbind, they can be changed in place.
-    log_p, entropy, lse = (results[i].where(valid, 0) for i in range(len(RESULTS)))
+    log_p, entropy, lse = results
     correct = (prediction == label) & valid
     fields = log_p, lse, prediction.where(valid, ignore_index), correct, entropy
     return Metrics(*[x.reshape(shape) for x in fields])

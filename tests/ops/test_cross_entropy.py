@@ -340,8 +340,30 @@ def test_ignored_rows_and_scaled_logits(dtype: torch.dtype, small: bool) -> None
         close(x, y.to(x.dtype), rtol=3e-6, atol=3e-6)
 
 
+class Undefined(torch.autograd.Function):
+    """The identity, whose gradient is undefined."""
+
+    @staticmethod
+    def forward(_: Any, x: torch.Tensor) -> torch.Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(_: Any, _grad: torch.Tensor) -> None:
+        return None
+
+
+def test_undefined_gradient_of_a_loss_with_metrics() -> None:
+    input = torch.randn(6, 5, requires_grad=True)
+    loss, _ = fused.cross_entropy_with_metrics(input, torch.arange(6) % 5)
+    (Undefined.apply(loss) + input.sum()).backward()
+    assert input.grad is not None
+    assert input.grad.equal(torch.ones(6, 5))
+
+
 METRICS_LAYOUTS: dict[str, Callable[[], torch.Tensor]] = {
     "few classes": lambda: torch.randn(203, 10),
+    "short rows": lambda: torch.randn(203, 67),
+    "short sliced rows": lambda: torch.randn(203, 256)[:, 3:115],
     "columns": lambda: torch.randn(10, 203).t(),
     "images": lambda: torch.randn(3, 50, 7, 9),
     "few positions": lambda: torch.randn(1, 701, 2),
@@ -356,6 +378,9 @@ def test_metrics_of_layouts(name: str, dtype: torch.dtype, isa: str) -> None:
     """One kernel computes the loss and the metrics; of ties, the first class counts."""
     input = METRICS_LAYOUTS[name]().mul(4).round().div(4).to(dtype)  # with ties
     target = torch.randint(-1, input.shape[1], input.select(1, 0).shape)
+    if target.numel() > 1:  # NaN of a row that is ignored
+        target.view(-1)[0] = -1
+        input[(0, slice(None), *[0] * (input.dim() - 2))] = torch.nan
     loss, found = fused.cross_entropy_with_metrics(input, target, ignore_index=-1)
     close(loss, fused.cross_entropy(input, target, ignore_index=-1))
     expected = from_logits(input.double(), target, -1)
