@@ -186,9 +186,9 @@ PYFUSED_INLINE __m256 within(RowMask mask, __m256 x, float fill = 0) {
 }
 PYFUSED_INLINE __m256 within(EveryLane, __m256 x, float = 0) { return x; }
 
-// `then` in the lanes where x is y, and `otherwise` in the others.
-PYFUSED_INLINE __m256 where_equal(__m256 x, float y, __m256 then, __m256 otherwise) {
-  return _mm256_blendv_ps(otherwise, then, _mm256_cmp_ps(x, _mm256_set1_ps(y), _CMP_EQ_OQ));
+// The first lane where x is y, or a number that is too large.
+PYFUSED_INLINE int64_t first_equal(__m256 x, float y) {
+  return _tzcnt_u32(unsigned(_mm256_movemask_ps(_mm256_cmp_ps(x, _mm256_set1_ps(y), _CMP_EQ_OQ))));
 }
 
 // Loads the lanes in the mask, and 0 in the others.

@@ -144,10 +144,9 @@ PYFUSED_INLINE __m512 within(RowMask mask, __m512 x, float fill = 0) {
 }
 PYFUSED_INLINE __m512 within(EveryLane, __m512 x, float = 0) { return x; }
 
-// `then` in the lanes where x is y, and `otherwise` in the others.
-PYFUSED_INLINE __m512 where_equal(__m512 x, float y, __m512 then, __m512 otherwise) {
-  const __mmask16 equal = _mm512_cmp_ps_mask(x, _mm512_set1_ps(y), _CMP_EQ_OQ);
-  return _mm512_mask_mov_ps(otherwise, equal, then);
+// The first lane where x is y, or a number that is too large.
+PYFUSED_INLINE int64_t first_equal(__m512 x, float y) {
+  return _tzcnt_u32(_mm512_cmp_ps_mask(x, _mm512_set1_ps(y), _CMP_EQ_OQ));
 }
 
 // Loads the lanes in the mask, and 0 in the others.

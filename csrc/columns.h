@@ -296,7 +296,7 @@ template <class T, int64_t kColumns, int64_t kTileClasses> class Columns {
   }
 
   // With Keeps, e holds the exponentials of the last tile.
-  template <bool Keeps> void find_normalizer(const View<const T>& view) {
+  template <bool Keeps> PYFUSED_NOINLINE void find_normalizer(const View<const T>& view) {
     constexpr A lowest = -std::numeric_limits<A>::infinity();
     std::fill_n(max, kColumns, lowest);
     std::fill_n(sum, kColumns, 0.0);

@@ -44,7 +44,6 @@ template <class T> class CrossEntropyGroup : RowGroup<T> {
   PYFUSED_NOINLINE void write_results(typename Base::template Rows<const T> logits) {
     alignas(kVectorBytes) float weighted[kSquare], index[kSquare];
     Base::find_weighted(logits, weighted, index);
-    for (float& c : index) c = -c;
     of.write_results(ce, first, n, max, sum, weighted, index);
   }
 

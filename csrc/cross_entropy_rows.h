@@ -20,7 +20,8 @@ template <class T, bool kInPlace> class RowBlock {
  public:
   RowBlock(const CrossEntropyBatch<T>& ce, int64_t first)
       : ce(ce), first(first), n(std::min(rows_of_block(ce.classes), ce.positions() - first)),
-        keeps(ce.grad_logits.data && ce.classes <= kKept<T> && !ce.results) {}
+        keeps(ce.grad_logits.data && ce.classes <= kKept<T> && !ce.results),
+        predicts(ce.prediction || ce.results) {}
 
   // Writes the gradients and, with Reduction::none, the losses; returns the sum of the losses.
   double run() {
@@ -33,14 +34,13 @@ template <class T, bool kInPlace> class RowBlock {
       const T* const logits = ce.at(ce.logits, position);
       OneRow& row = Workspace<OneRow>{row_memory}.make(logits, ce.classes, ce.scale, 0.0);
       const A row_max = next_max;
-      index[i] = -1;
       if (ce.prediction) ce.prediction[ce.positions() + position] = -1;
       if (ce.ignored(position)) {
         if (i + 1 < n) next_max = first_max(i + 1);
         clear(position, grad);
         pivot[i] = 0;
         sum[i] = 1;
-        weighted[i] = 0;
+        weighted[i] = index[i] = 0;
         continue;
       }
       if (rows.label[i] >= 0) rows.target_logit[i] = widen(*row.chunk(rows.label[i], 1));
@@ -51,7 +51,7 @@ template <class T, bool kInPlace> class RowBlock {
       else if (keeps) read<true, false>(row, i, grad, row_max);
       else read<false, false>(row, i, grad, row_max);
       const bool finite = std::isnormal(row.state.sum);  // 0 if all logits are -inf
-      if (ce.results ? finite : bool(ce.prediction)) predict(logits, i, finite);
+      if (predicts) predict(logits, i, finite);
       if (i + 1 < n) next_max = first_max(i + 1);
       finish(row, i, grad);
     }
@@ -66,7 +66,7 @@ template <class T, bool kInPlace> class RowBlock {
   static constexpr int64_t kMostRows = kBlockElements / kRowClasses<T>;
   const CrossEntropyBatch<T>& ce;
   const int64_t first, n;
-  const bool keeps;
+  const bool keeps, predicts;
   LossRows<T, kMostRows> rows;
   alignas(kVectorBytes) double sum[kMostRows];
   alignas(kVectorBytes) double weighted[kMostRows];
@@ -162,7 +162,7 @@ template <class T, bool kInPlace> class RowBlock {
     Sum distance, weight_sum;
     A previous = 0;
     const auto add_chunk = [&](const auto* x, int64_t at, int64_t n) {
-      if (ce.prediction || ce.results) raise_maximum(at ? largest(x, n, maximum) : row_max, at);
+      if (predicts) raise_maximum(at ? largest(x, n, maximum) : row_max, at);
       const A high = row.state.pivot;
       if (!ce.dense()) return;
       if (at > 0 && high != previous) {

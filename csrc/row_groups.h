@@ -111,32 +111,27 @@ template <class T> class RowGroup {
         rows);
   }
 
-  // Finds the sum of exp(x - max) (x - max) of each row, and its first class with x = max, negated.
+  // Finds the sum of exp(x - max) (x - max) of each row, and its first class with x = max.
   // find_normalizer kept the exponentials.
-  PYFUSED_NOINLINE void find_weighted(Rows<const T> rows, float* weighted, float* minus_class) {
-    alignas(kVectorBytes) float lanes[kSquare];
-    for (int i = 0; i < kSquare; ++i) lanes[i] = float(-i);
-    const Register minus_lane = row_of_tile(lanes), none = Register{} - INFINITY;
-    Square sums = {}, classes_of_max = {};
-    for_rows(
+  PYFUSED_NOINLINE void find_weighted(Rows<const T> rows, float* weighted, float* index) {
+    row_of_tile(weighted) = sums(
         [&](int64_t r, const T* x) {
           const float* const kept = e + r * width;
           const float high = max[r];
-          Register sum = {}, found = none;
+          Register sum = {};
+          int64_t first_of_max = classes;
           for_registers([&](int64_t c, auto mask) {
             const Register value = load_row(x + c, mask);
             // exp(-104) is kept as 0, so an infinite x - max adds 0.
             const Register term = row_of_tile(kept + c) * maximum(-104.0f, value - high);
             sum = sum + within(mask, term);
-            found = maximum(where_equal(value, high, minus_lane - float(c), none), found);
+            const int64_t lane = first_equal(value, high);
+            first_of_max = std::min(first_of_max, lane < kSquare ? c + lane : classes);
           });
-          sums[r] = sum;
-          classes_of_max[r] = found;
+          index[r] = float(first_of_max);
+          return sum;
         },
         rows);
-    row_of_tile(weighted) = across(sums, [](Register x, Register y) { return x + y; });
-    row_of_tile(minus_class) =
-        across(classes_of_max, [](Register x, Register y) { return maximum(x, y); });
   }
 
  private:
