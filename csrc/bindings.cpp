@@ -102,7 +102,7 @@ inline auto fields(PointwiseOutputs& o) { return std::tie(o.unreduced, o.reduced
 
 }  // namespace pyfused
 
-// pybind11 reads std::tuple from any sequence, which takes 1.5 times as long.
+// With pybind11's std::tuple, which accepts any sequence, small calls take 1.05 times as long.
 template <class Struct>
 struct pybind11::detail::type_caster<Struct,
                                      std::void_t<decltype(fields(std::declval<Struct&>()))>> {
