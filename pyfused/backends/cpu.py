@@ -372,7 +372,7 @@ def kl_div_with_logits(
         grad = input.detach() if outputs.inplace else empty_like(input, torch.contiguous_format)
     token_weight, grad_output = contiguous_in(accumulate, token_weight, grad_output)
     if outputs.loss:
-        loss = _new_loss(loss_shape(input, options.reduction), accumulate)
+        loss = _new_loss(input.shape[:1] if options.reduction == "none" else (), accumulate)
     native.kl_div_with_logits(
         DTYPES[input.dtype],
         input.shape,
