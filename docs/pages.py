@@ -22,7 +22,7 @@ from entries import ENTRIES, EXAMPLES
 from report import Row
 
 import pyfused.functional
-from pyfused.dispatch.sizes import ALWAYS, limits
+from pyfused.dispatch.sizes import ALWAYS
 from pyfused.ops.operators import OPERATORS
 
 README = DOCS.parent / "README.md"
@@ -152,7 +152,7 @@ def speed_up(row: Row | None, _machine: str = "") -> str:
         if peer in tables.compared(row):
             text += f", {tables.certain(*row.peers[peer].ratio):.1f} times {name}"
     text += f", for {row.case.removeprefix(row.op).strip()}"
-    smallest = limits(OPERATORS[row.op], 2).from_elements
+    smallest = tables.limits_on_cpu(OPERATORS[row.op]).from_elements
     if smallest > ALWAYS:
         text += f". Kernels run from {tables.words(smallest)} elements on"
     return f"{text}."

@@ -11,9 +11,11 @@ from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
 
+import torch
 from entries import GALLERY
 
-from pyfused.dispatch.sizes import ALWAYS, LOGITS, NEVER, limits
+from pyfused.dispatch.operator import Operator
+from pyfused.dispatch.sizes import ALWAYS, LOGITS, NEVER, Limits, limits_of
 from pyfused.ops.operators import OPERATORS
 
 sys.path += [str(Path(__file__).parents[1] / folder) for folder in ("benchmarks", "examples")]
@@ -26,6 +28,11 @@ H100 = RESULTS / "nvidia-h100-80gb-hbm3"
 
 
 # ---- results -------------------------------------------------------------------------------------
+
+
+def limits_on_cpu(op: Operator) -> Limits:
+    """Returns the sizes from which an operator's kernels run, in float32 with two threads."""
+    return limits_of(op.name, op.family, torch.float32, torch.device("cpu"), 2)
 
 
 def cpu_tables(name: str) -> list[list[Cells]]:
@@ -70,7 +77,7 @@ def machines() -> str:
 
 def compared(row: Row) -> list[str]:
     """Returns the peers of a case, without those with `keep` if torch computed its calls then."""
-    by_torch = limits(OPERATORS[row.op], 2).from_elements == LOGITS
+    by_torch = limits_on_cpu(OPERATORS[row.op]).from_elements == LOGITS
     return [peer for peer in row.peers if not (by_torch and peer.endswith(KEEP))]
 
 
@@ -149,7 +156,7 @@ def smallest() -> str:
     """Returns the operators that have the same smallest input on CPUs, in the order of sizes."""
     by_size: dict[int, list[str]] = {}
     for name, op in OPERATORS.items():
-        by_size.setdefault(limits(op, 2).from_elements, []).append(f"`{name}`")
+        by_size.setdefault(limits_on_cpu(op).from_elements, []).append(f"`{name}`")
     rows = [[words(size), ", ".join(names)] for size, names in sorted(by_size.items())]
     return tabulated(["elements", "operators"], rows, names=2)
 
@@ -157,7 +164,7 @@ def smallest() -> str:
 def sizes(*operators: str) -> str:
     """Returns the smallest inputs that run a kernel on CPUs, in float32 and with two threads."""
     columns = ["elements", "few classes", "without gradient", "unreduced"]
-    found = {f"`{name}`": limits(OPERATORS[name], 2) for name in operators or OPERATORS}
+    found = {f"`{name}`": limits_on_cpu(OPERATORS[name]) for name in operators or OPERATORS}
     used = [i for i in range(4) if any(row[i] is not None for row in found.values())]
     rows = [[name, *[words(row[i]) for i in used]] for name, row in found.items()]
     return tabulated(["operator", *[columns[i] for i in used]], rows, names=1)

@@ -441,7 +441,8 @@ class Formula:
     def __call__(self, *operands: Tensor, **named: Any) -> Tensor:
         operands, parameters, reduction, weight = self._bind(operands, named)
         tensors = *operands, weight
-        if isinstance(operands[0], Tensor) and torch_computes(self.op, tensors):
+        is_tensor = is_dynamo_compiling() or isinstance(operands[0], Tensor)
+        if is_tensor and torch_computes(self.op, tensors):
             return reduced(self.by_torch(operands, parameters), reduction, weight)
         masks = tuple([getattr(x, "dtype", None) is torch.bool for x in operands])
         numbers, static = self._split(parameters)

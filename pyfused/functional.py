@@ -294,9 +294,9 @@ def linear_cross_entropy(
         cross_entropy(linear(input, linear_weight, linear_bias), target, ...)
 
     The logits of each block of rows are computed, reduced to losses and turned into gradients while
-    they are in cache. With a small ``memory_budget``, or if the CPU has no instructions for the
-    half-precision dtype, logits are computed for blocks of classes, and the backward pass
-    recomputes them. Weight gradients are accumulated in float32, even in half precision. On CPUs,
+    they are in cache. With a small ``memory_budget``, or if not all rows fit and the CPU has no
+    instructions for the half-precision dtype, logits are computed for blocks of classes, and the
+    backward pass recomputes them. Weight gradients are accumulated in float32, even in half precision. On CPUs,
     the products skip ignored rows.
 
     Args:

@@ -50,8 +50,9 @@ def explain(op: str | Callable[..., Any] | Module, *args: Any, **kwargs: Any) ->
     if calls:
         return explanation_of(*calls[-1])
     reason = SMALL  # the only reason of formulas
-    if name in OPERATORS:
-        reason = _reason(OPERATORS[name], _arguments(call, name, args, kwargs))
+    operator = OPERATORS.get("mse_loss" if name == "rmse_loss" else name)
+    if operator is not None:
+        reason = _reason(operator, _arguments(call, name, args, kwargs))
     elif not isinstance(call, (Formula, FormulaModule)):
         reason = "a composition of torch's operators"
     return Explanation(name, "torch", reason)

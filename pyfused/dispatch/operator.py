@@ -180,8 +180,6 @@ class Operator(ABC):
                 value = scalar.low if scalar.clamped and not value > scalar.low else value
                 is_valid = scalar.low <= value <= scalar.high
                 is_valid = is_valid and (value > 0 or not scalar.positive)
-                if isinstance(value, int) and not -(1 << 63) <= value < 1 << 63:
-                    return f"{scalar.name} is an int of more than 64 bits"
             if not is_valid:
                 return f"{scalar.name} is {value!r}"
         return checks.reason(self.check_choices, self.options(*options))

@@ -16,14 +16,14 @@ from torch import Tensor
 from torch.compiler import is_dynamo_compiling
 
 from pyfused import checks
-from pyfused.backends import takes_triton
+from pyfused.backends import DTYPES, takes_triton
 from pyfused.dispatch import reasons, report, sizes
 from pyfused.dispatch.autograd import compute
 from pyfused.dispatch.operator import Operator, Options, Tensors
 from pyfused.dispatch.reasons import FUSED, SMALL, unsupported
 from pyfused.torch_internals import PLAIN, active_mode, functorch_is_active, is_exporting
 
-_FLOATS, _NUMBERS = frozenset((float, NoneType)), frozenset((float, int, NoneType))
+_FLOATS = frozenset((float, NoneType))
 _PLAIN_OPTIONS = frozenset((str, bool, int, float, torch.dtype, NoneType))
 
 
@@ -36,22 +36,26 @@ def run(op: Any, tensors: Tensors, options: Options, any_size: bool = False) -> 
     """
     if is_dynamo_compiling():
         return _run_compiled(op, tensors, options)
-    reason = None
-    if op.asks_size and not any_size:
+    count = len(op.numbers)
+    is_plain = _FLOATS.issuperset(map(type, options[:count]))
+    is_plain = is_plain and _PLAIN_OPTIONS.issuperset(map(type, options[count:]))
+    kernel_options, reason = options, None
+    if op.asks_size and not any_size and isinstance(tensors[0], Tensor):
         reduction, dim = getattr(options, "reduction", None), getattr(options, "dim", 1)
         if sizes.torch_computes(op, tensors, None, None, reduction, dim):
             reason = SMALL
-    reason = reason or fallback_reason(op, tensors, options)
+    if op.compared or not is_plain:
+        kernel_options, reason_of_options = _converted(op, tensors, options)
+        reason = reason or reason_of_options
+    reason = reason or _reason(op, tensors, kernel_options)
     if report.active:
         report.count_call(op, tensors, options, reason)
-    if reason is not None:
-        if reason is not SMALL:
-            report_fallback(op, tensors, options, reason)
-        return op.by_torch(tensors, options)
-    if op.compared or not _FLOATS.issuperset(map(type, options[: len(op.numbers)])):
-        options = _converted(op, options, tensors)
-    call = op, tensors, options
-    return report.timed(compute, *call) if report.active else compute(*call)
+    if reason is None:
+        call = op, tensors, kernel_options
+        return report.timed(compute, *call) if report.active else compute(*call)
+    if reason is not SMALL:
+        report_fallback(op, tensors, options, reason)
+    return op.by_torch(tensors, options)
 
 
 def _run_compiled(op: Any, tensors: Tensors, options: Options) -> Any:
@@ -69,47 +73,47 @@ def fallback_reason(op: Operator, tensors: Tensors, options: Options) -> str | N
     """Returns why torch's operator computes a call of any size, None if a kernel does."""
     if is_dynamo_compiling():
         return _compiler_reason(op, tensors, options)
-    if reason := active_mode() or unsupported(op.all_operands, tensors, tensors[0]):
-        return reason
-    count = len(op.numbers)
-    are_numbers = _NUMBERS.issuperset(map(type, options[:count]))
-    if not (are_numbers and _PLAIN_OPTIONS.issuperset(map(type, options[count:]))):
-        if reason := _reason_of_options(op, options):
-            return reason
-        options = _converted(op, options, tensors)
-    return op.invalid_options(*options) or op.unsupported(tensors, options)
+    options, reason = _converted(op, tensors, options)
+    return reason or _reason(op, tensors, options)
+
+
+def _reason(op: Operator, tensors: Tensors, options: Options) -> str | None:
+    """Returns why torch's operator computes a call, None if a kernel takes these options."""
+    return (
+        active_mode()
+        or unsupported(op.all_operands, tensors, tensors[0])
+        or op.invalid_options(*options)
+        or op.unsupported(tensors, options)
+    )
 
 
 # ---- options -------------------------------------------------------------------------------------
 
 
-def _reason_of_options(op: Operator, options: Options) -> str | None:
-    """Returns why kernels do not take an option's type, None if they take all."""
-    count = len(op.numbers)
+def _converted(op: Operator, tensors: Tensors, options: Options) -> tuple[Options, str | None]:
+    """Returns the options that kernels take, and why they do not take one, None if they do.
+
+    Numbers become floats, and other integers ints. A number that is compared with an operand is
+    rounded to its dtype.
+    """
+    count, converted = len(op.numbers), list[Any]()
     for scalar, value in zip(op.numbers, options[:count], strict=True):
         if value is not None and not checks.is_number(value):
             kind = "tensor" if isinstance(value, Tensor) else type(value).__name__
-            return f"{scalar.name} is a {kind}"
-    for choice, value in zip(op.choices, options[count:], strict=True):
-        if not (choice.of_torch or type(value) in _PLAIN_OPTIONS or isinstance(value, Integral)):
-            return f"{choice.name} is a {type(value).__name__}"
-    return None
-
-
-def _converted(op: Operator, options: Options, tensors: Tensors) -> Options:
-    """Returns the options of a kernel: numbers are floats, and other integers are ints.
-
-    A number that is compared with an operand is rounded to its dtype.
-    """
-    count = len(op.numbers)
-    converted = [None if value is None else float(value) for value in options[:count]]
-    for i, operand in op.compared:
-        if (number := converted[i]) is not None:
-            converted[i] = _rounded(number, tensors[operand].dtype)
+            return options, f"{scalar.name} is a {kind}"
+        if isinstance(value, Integral) and not -(1 << 63) <= int(value) < 1 << 63:
+            return options, f"{scalar.name} is an int of more than 64 bits"
+        converted.append(None if value is None else float(value))
     for choice, value in zip(op.choices, options[count:], strict=True):
         is_plain = type(value) in _PLAIN_OPTIONS
+        if not (choice.of_torch or is_plain or isinstance(value, Integral)):
+            return options, f"{choice.name} is a {type(value).__name__}"
         converted.append(None if choice.of_torch else value if is_plain else int(value))
-    return op.options(*converted)
+    for i, operand in op.compared:
+        dtype = getattr(tensors[operand], "dtype", None)
+        if converted[i] is not None and dtype in DTYPES:
+            converted[i] = _rounded(converted[i], dtype)
+    return op.options(*converted), None
 
 
 @lru_cache(maxsize=256)

@@ -77,14 +77,13 @@ class Limits(NamedTuple):
         def scale(limit: int) -> int:
             if limit <= SMALL or limit == NEVER:
                 return limit
-            return max(SMALL, 1 << round(math.log2(limit * factor)))
+            return max(SMALL, 1 << math.ceil(math.log2(limit * factor)))
 
         return Limits(*map(scale, self))
 
 
 # The row of a family applies to operators without their own row. VECTOR is in bytes.
 VECTOR = 64 if torch.backends.cpu.get_cpu_capability() == "AVX512" else 32
-FEW = VECTOR // 4 - 1  # classes in float32; twice as many in half precision
 ON_CPU: dict[str, Limits] = {
     "cosine_embedding_loss": Limits(ALWAYS, without_gradient=4 * SMALL, unreduced=4 * SMALL),
     "gaussian_nll_loss": Limits(ALWAYS, unreduced=SMALL),
@@ -167,10 +166,11 @@ def gb_per_s(device: torch.device) -> float:
 
 
 # A kernel is faster if torch's kernels take longer on the GPU than launching ours takes on the
-# host. Limits above SMALL are for float32, on an H100 with a host that takes REFERENCE_US for a
-# call. There, torch's kernels take as long as 5 to 22 passes over the elements, and 50 for
-# few classes, where nll_loss takes 1.6 us per thousand rows.
+# host. Limits above SMALL are for float32, and for a GPU and a host like an H100's: in the host's
+# time for a call, PASS elements are read or written. Each is divided by the number of passes in
+# whose time torch's kernels run; with few classes, its nll_loss takes 1.6 us per thousand rows.
 REFERENCE_US, REFERENCE_GB_PER_S, FEW_ON_GPU = 200, 3000, 64
+PASS = 1000 * REFERENCE_US * REFERENCE_GB_PER_S // 4
 ON_GPU: dict[str, Limits] = {
     # torch launches many kernels or synchronises, so its calls take longer on the host.
     "cosine_embedding_loss": Limits(ALWAYS),
@@ -190,14 +190,16 @@ ON_GPU: dict[str, Limits] = {
     "log_cosh_loss": Limits(SMALL),
     "margin_ranking_loss": Limits(SMALL),
     "quantile_loss": Limits(SMALL),
-    "binary_cross_entropy_with_logits": Limits(LOGITS // 2),
-    "cross_entropy": Limits(2 * LOGITS, few_classes=LOGITS // 4),
-    "kl_div": Limits(LOGITS),
-    "l1_loss": Limits(LOGITS),
+    "binary_cross_entropy_with_logits": Limits(PASS // 22),
+    "cross_entropy": Limits(PASS // 8, few_classes=PASS // 50),
+    "kl_div": Limits(PASS // 13),
+    "l1_loss": Limits(PASS // 13),
+    "log_softmax": Limits(PASS // 5),
+    "softmax": Limits(PASS // 5),
     # torch's kernels reach the memory bandwidth.
     "Activation": Limits(NEVER),
 }
-DEFAULT_ON_CPU, DEFAULT_ON_GPU = Limits(LOGITS), Limits(2 * LOGITS)
+DEFAULT_ON_CPU, DEFAULT_ON_GPU = Limits(LOGITS), Limits(PASS // 8)
 
 # The head of a converted model takes about 0.4 ms longer per step than a call by name, so it needs
 # so many times the logits. With 64, 256 and 768 features, a step took 1.04 to 1.44 times as long as
@@ -213,23 +215,26 @@ CONVERTED = 4
 COMPILED: dict[str, tuple[int, int]] = dict.fromkeys(LINEAR, (2 * LARGE, LOGITS))
 
 
-def _row(table: dict[str, Limits], op: Operator, default: Limits) -> Limits:
+def _row(table: dict[str, Limits], name: str, family: str, default: Limits) -> Limits:
     """Returns the limits of an operator or its family."""
-    return table.get(op.name) or table.get(op.family) or default
+    return table.get(name) or table.get(family) or default
 
 
 @lru_cache(maxsize=1024)
-def limits_of(op: Operator, dtype: torch.dtype, device: torch.device, threads: int) -> Limits:
+def limits_of(
+    name: str, family: str, dtype: torch.dtype, device: torch.device, threads: int
+) -> Limits:
     """Returns the limits of an operator on a device; on CPUs, with a number of threads."""
     if device.type != "cpu":
         factor = HOST_US * gb_per_s(device) / (REFERENCE_US * REFERENCE_GB_PER_S)
-        return _row(ON_GPU, op, DEFAULT_ON_GPU).scaled_on_gpu(factor * 4 / dtype.itemsize)
-    if dtype in HALVES and op.name in ON_CPU_OF_HALVES:
-        return ON_CPU_OF_HALVES[op.name].scaled(1, threads)
+        limits = _row(ON_GPU, name, family, DEFAULT_ON_GPU)
+        return limits.scaled_on_gpu(factor * 4 / dtype.itemsize)
+    if dtype in HALVES and name in ON_CPU_OF_HALVES:
+        return ON_CPU_OF_HALVES[name].scaled(1, threads)
     factor = HALVES.get(dtype, 1)
-    if op.is_linear and factor > 1 and cpu.product_dtype(dtype) is torch.float32:
+    if name in LINEAR and factor > 1 and cpu.product_dtype(dtype) is torch.float32:
         factor = 1  # products take most of the time, and torch's are slower
-    row = _row(ON_CPU, op, DEFAULT_ON_CPU)
+    row = _row(ON_CPU, name, family, DEFAULT_ON_CPU)
     if dtype is torch.float16:
         row = Limits(*[NEVER if limit == LOGITS else limit for limit in row])
     return row.scaled(factor, threads)
@@ -245,12 +250,12 @@ def why_small(op: Operator, tensors: Tensors, dim: Any) -> str:
         return reason
     if input.is_cpu or not input.numel():
         return SMALL_REASON
-    limits = limits_of(op, input.dtype, input.device, torch.get_num_threads())
+    limits = limits_of(op.name, op.family, input.dtype, input.device, torch.get_num_threads())
     limit = limits.few_classes if limits.few_classes and _are_few(input, dim) else limits[0]
     if limit == NEVER:
         return SMALL_REASON
     reason = f"{SMALL_REASON}: kernels run from {limit:,} elements"
-    if _row(ON_GPU, op, DEFAULT_ON_GPU).from_elements <= SMALL:
+    if _row(ON_GPU, op.name, op.family, DEFAULT_ON_GPU).from_elements <= SMALL:
         return reason
     bandwidth = f"{gb_per_s(input.device):g} GB/s on the GPU"
     return f"{reason} ({HOST_US:g} us for a call on the host, {bandwidth})"
@@ -261,9 +266,9 @@ def why_small(op: Operator, tensors: Tensors, dim: Any) -> str:
 
 def set_least(op: Operator) -> None:
     """Sets `least` to the smallest of an operator's limits, of all devices and dtypes."""
-    on_cpu = _row(ON_CPU, op, DEFAULT_ON_CPU)
+    on_cpu = _row(ON_CPU, op.name, op.family, DEFAULT_ON_CPU)
     least = min(filter(None, on_cpu + ON_CPU_OF_HALVES.get(op.name, on_cpu)))
-    on_gpu = _row(ON_GPU, op, DEFAULT_ON_GPU).from_elements
+    on_gpu = _row(ON_GPU, op.name, op.family, DEFAULT_ON_GPU).from_elements
     op.least = on_gpu if on_gpu == NEVER else min(SMALL, on_gpu), least
 
 
@@ -326,7 +331,7 @@ def torch_computes(
         return not elements
     if elements < op.least[input.is_cpu]:
         return True
-    limits = limits_of(op, input.dtype, input.device, torch.get_num_threads())
+    limits = limits_of(op.name, op.family, input.dtype, input.device, torch.get_num_threads())
     if elements >= max(limits):
         return False
     if limits.few_classes:
@@ -353,5 +358,5 @@ def converted_limit(op: Operator, input: Tensor) -> int:
     """Returns the number of logits from which the head of a converted model gains."""
     if FORCED is not None:
         return 0
-    limits = limits_of(op, input.dtype, input.device, torch.get_num_threads())
+    limits = limits_of(op.name, op.family, input.dtype, input.device, torch.get_num_threads())
     return max(limits.from_elements, min(LOGITS, CONVERTED * limits.from_elements))

@@ -136,7 +136,8 @@ class HeadSizes:
         is_half_on_gpu = self.backend.ASYNCHRONOUS and self.dtype.itemsize == 2
         min_rows = MIN_ROWS_GPU if is_half_on_gpu else MIN_ROWS
         rows = self.rows_in_budget(n)
-        return 0 if self.converts or rows < min(n, min_rows) else min(n, rows)
+        # Several blocks would need a float32 sum of the weight's gradient.
+        return 0 if rows < (n if self.converts else min(n, min_rows)) else min(n, rows)
 
     @functools.lru_cache(MOST_SIZES)  # noqa: B019
     def tile(self, n: int) -> BlockSize:

@@ -249,7 +249,7 @@ class PointwiseLoss(Operator):
         self.uniform = len(required) if in_order and not is_arranged else 0
         self.source = self.kernels_of(self)
         self._cached_dtypes = cache(self._inferred_dtypes)
-        self._keeps_dtype = cache(self._has_equal_dtype)
+        self._cached_keeps_dtype = cache(self._keeps_dtype)
 
     @property
     def kernels(self) -> dict[str, Kernel]:
@@ -369,12 +369,15 @@ class PointwiseLoss(Operator):
         dtype, shape, count = tensors[0].dtype, tensors[0].shape, self.uniform
         if not count or any_autocast():
             return False
-        for i, x in enumerate(tensors):
-            if x is not None and (i >= count or x.dtype is not dtype or x.shape != shape):
+        for x in tensors[1:count]:
+            if x.dtype is not dtype or x.shape != shape:
+                return False
+        for x in tensors[count:]:
+            if x is not None:
                 return False
         if not self.infers_dtype:
             return True
-        return bool(shape) and self._keeps_dtype(dtype, torch.get_default_dtype())
+        return bool(shape) and self._cached_keeps_dtype(dtype, torch.get_default_dtype())
 
     def _split(self, tensors: Sequence[Any]) -> tuple[Sequence[Any], Any]:
         """Returns the operands without a missing one, and the weight or None."""
@@ -452,7 +455,7 @@ class PointwiseLoss(Operator):
             result: torch.dtype = self.reference(*ones, options).dtype
         return reduce(torch.promote_types, dtypes, result), result
 
-    def _has_equal_dtype(self, dtype: torch.dtype, default: torch.dtype) -> bool:
+    def _keeps_dtype(self, dtype: torch.dtype, default: torch.dtype) -> bool:
         """Returns whether the result has the dtype of the operands, if all have this one."""
         kinds = [(dtype, True) if i < self.uniform else None for i in range(len(self.operands))]
         modes = None, default

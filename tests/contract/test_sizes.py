@@ -17,7 +17,6 @@ import pyfused
 from pyfused import functional as fused
 from pyfused.backends import DTYPES, cpu
 from pyfused.dispatch import sizes
-from pyfused.dispatch.operator import Operator
 from pyfused.dispatch.reasons import SMALL
 from pyfused.dispatch.sizes import limits_of
 from pyfused.ops.operators import OPERATORS
@@ -36,8 +35,8 @@ def runs_torch(op: str, *arguments: Any, **options: Any) -> bool:
 def limits(monkeypatch: pytest.MonkeyPatch) -> None:
     """The columns of a row that are set have another limit."""
 
-    def other(op: Operator, *_: Any) -> sizes.Limits:
-        row = sizes._row(sizes.ON_CPU, op, sizes.DEFAULT_ON_CPU)
+    def other(name: str, family: str, *_: Any) -> sizes.Limits:
+        row = sizes._row(sizes.ON_CPU, name, family, sizes.DEFAULT_ON_CPU)
         return sizes.Limits(FIRST, *[x and SECOND for x in row[1:]])
 
     monkeypatch.setattr(sizes, "limits_of", other)
@@ -52,7 +51,10 @@ def test_unreduced_losses(reduction: str, limit: int) -> None:
 
 @pytest.mark.parametrize("is_few", [True, False])
 def test_few_classes(is_few: bool) -> None:
-    for dtype, few in ((torch.float32, sizes.FEW), (torch.bfloat16, 2 * sizes.FEW + 1)):
+    for dtype, few in (
+        (torch.float32, sizes.VECTOR // 4 - 1),
+        (torch.bfloat16, sizes.VECTOR // 2 - 1),
+    ):
         classes = few + (not is_few)
         x = torch.zeros(-(-FIRST // classes), classes, dtype=dtype)
         columns, target = x.t().contiguous(), torch.zeros(len(x), dtype=torch.int64)
@@ -93,7 +95,7 @@ def test_calls_without_gradients(needs_grad: bool) -> None:
 def test_heads_gain_earlier_where_half_precision_is_slow(monkeypatch: pytest.MonkeyPatch) -> None:
     def limits(dtype: torch.dtype) -> sizes.Limits:
         head = OPERATORS["linear_cross_entropy"]
-        return limits_of.__wrapped__(head, dtype, torch.device("cpu"), 2)
+        return limits_of.__wrapped__(head.name, head.family, dtype, torch.device("cpu"), 2)
 
     in_float32 = limits(torch.float32)
     for dtype, factor in sizes.HALVES.items():
@@ -121,7 +123,7 @@ def test_calls_run_kernels_from_each_limit_on(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.undo()
     of_elements = [op for op in OPERATORS.values() if not op.is_linear]
     for op, dtype in itertools.product(of_elements, DTYPES):
-        found = limits_of(op, dtype, torch.device("cpu"), torch.get_num_threads())
+        found = limits_of(op.name, op.family, dtype, torch.device("cpu"), torch.get_num_threads())
         for limit in {*found} - {0, sizes.NEVER}:
             monkeypatch.setattr(sizes, "limits_of", lambda *_, limit=limit: sizes.Limits(limit))
             for elements in (0, limit - 1, limit):
@@ -172,7 +174,7 @@ def test_explain_names_the_numbers_that_decide(monkeypatch: pytest.MonkeyPatch) 
     limits_of.cache_clear()
     target = torch.empty(100, dtype=torch.int64, device="meta")
     by_numbers = "(20 us for a call on the host, 100 GB/s on the GPU)"
-    for logits, limit in ((x, 131_072), (x[:, :64], 16_384)):
+    for logits, limit in ((x, 65_536), (x[:, :64], 16_384)):
         reason = pyfused.explain("cross_entropy", logits, target).reason
         assert reason == f"{SMALL}: kernels run from {limit:,} elements {by_numbers}"
     reason = pyfused.explain("margin_ranking_loss", x, x, x).reason
