@@ -194,10 +194,10 @@ class Operator(ABC):
 
     def needs_gradient(self, tensors: Tensors) -> bool:
         """Returns whether a call needs the gradient of an operand."""
-        pairs = zip(self.operands, tensors, strict=False)
-        return grad_enabled() and any(
-            operand.differentiated and getattr(x, "requires_grad", False) for operand, x in pairs
-        )
+        for operand, x in zip(self.operands, tensors, strict=False):
+            if operand.differentiated and getattr(x, "requires_grad", False):
+                return grad_enabled()
+        return False
 
     def elements(self, tensors: Tensors) -> int:
         """Returns the number of elements of the logits, or of the broadcast operands."""

@@ -5,7 +5,8 @@ element: many if torch runs several operators, few if torch is limited by memory
 
 On CPUs, each operator has a size from which a kernel is faster with two threads on every processor
 that was measured: AMD EPYC, with AVX-512 and with AVX2, and Intel Xeon. With more threads, these
-sizes grow.
+sizes grow. They do not depend on strides: most kernels of strided operands gain from the same sizes
+on, and the others, such as silu's of expanded operands, do not gain at larger sizes either.
 On GPUs, the sizes follow from the bandwidth of the memory and the host's time for a call, which the
 environment variable ``PYFUSED_HOST_US`` sets in microseconds.
 """
@@ -86,7 +87,7 @@ class Limits(NamedTuple):
 VECTOR = 64 if torch.backends.cpu.get_cpu_capability() == "AVX512" else 32
 ON_CPU: dict[str, Limits] = {
     "cosine_embedding_loss": Limits(ALWAYS, without_gradient=4 * SMALL, unreduced=4 * SMALL),
-    "gaussian_nll_loss": Limits(ALWAYS, unreduced=SMALL),
+    "gaussian_nll_loss": Limits(2 * TINY, unreduced=SMALL),
     "hinge_embedding_loss": Limits(ALWAYS, without_gradient=2 * TINY, unreduced=2 * TINY),
     "hinge_loss": Limits(ALWAYS, unreduced=SMALL),
     "kl_div_with_logits": Limits(ALWAYS),
@@ -332,7 +333,7 @@ def torch_computes(
     if elements < op.least[input.is_cpu]:
         return True
     limits = limits_of(op.name, op.family, input.dtype, input.device, torch.get_num_threads())
-    if elements >= max(limits):
+    if elements >= limits.from_elements and elements >= max(limits):
         return False
     if limits.few_classes:
         if not _are_few(input, dim):
@@ -346,12 +347,13 @@ def torch_computes(
 
 def _are_few(input: Tensor, dim: Any) -> bool:
     """Returns whether a dimension has so few classes that torch does not vectorise them."""
-    if input.layout is not torch.strided or input.is_nested or type(dim) is not int:
+    if input.is_nested or type(dim) is not int:
         return False
-    if not -input.dim() <= dim < input.dim():
+    shape = input.shape
+    if not -len(shape) <= dim < len(shape) or shape[dim] > FEW_ON_GPU:  # larger than on CPUs
         return False
     few = VECTOR // min(input.element_size(), 4) - 1 if input.is_cpu else FEW_ON_GPU
-    return input.size(dim) <= few
+    return shape[dim] <= few and input.layout is torch.strided
 
 
 def converted_limit(op: Operator, input: Tensor) -> int:

@@ -65,6 +65,15 @@ def test_few_classes(is_few: bool) -> None:
         assert runs_torch("softmax", columns, -2) == slow
 
 
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
+def test_what_has_no_few_classes() -> None:
+    x = torch.zeros(6, 5)
+    nested = torch.nested.nested_tensor([x, x])
+    assert sizes._are_few(x, -1)
+    for input, dim in ((x, 2), (x, -3), (x, None), (x, True), (x.to_sparse(), 1), (nested, 1)):
+        assert not sizes._are_few(input, dim)
+
+
 @pytest.mark.parametrize(("reduction", "limit"), [("mean", FIRST), ("none", SECOND)])
 @pytest.mark.parametrize("order", [torch.contiguous_format, torch.channels_last])
 def test_few_classes_of_images(
