@@ -114,7 +114,7 @@ ON_CPU: dict[str, Limits] = {
     "log_softmax": Limits(LARGE, few_classes=SMALL),
     "logsigmoid": Limits(MEDIUM),
     "l1_loss": Limits(MEDIUM, unreduced=LOGITS),
-    "smooth_l1_loss": Limits(MEDIUM, without_gradient=4 * MEDIUM, unreduced=NEVER),
+    "smooth_l1_loss": Limits(2 * MEDIUM, without_gradient=4 * MEDIUM, unreduced=NEVER),
     "PointwiseLoss": Limits(MEDIUM, without_gradient=4 * MEDIUM, unreduced=LOGITS),
     "softmax": Limits(2 * LARGE, few_classes=SMALL),
     "Gated": Limits(LARGE),
