@@ -296,8 +296,8 @@ def linear_cross_entropy(
     The logits of each block of rows are computed, reduced to losses and turned into gradients while
     they are in cache. With a small ``memory_budget``, or if not all rows fit and the CPU has no
     instructions for the half-precision dtype, logits are computed for blocks of classes, and the
-    backward pass recomputes them. Weight gradients are accumulated in float32, even in half precision. On CPUs,
-    the products skip ignored rows.
+    backward pass recomputes them. Weight gradients are accumulated in float32, even in half
+    precision. On CPUs, the products skip ignored rows.
 
     Args:
         input: The layer's input, of shape (..., D): torch's (D) and (N, D), or a model's (B, T, D).

@@ -5,7 +5,9 @@ from __future__ import annotations
 import gc
 import tracemalloc
 from collections.abc import Callable
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from catalogue import Call, Example, every_family
@@ -16,6 +18,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
+import pyfused
 from pyfused import functional as fused
 from pyfused.torch_internals import _SavedTensor, save_apart
 
@@ -109,3 +112,27 @@ def test_recomputation_uses_the_same_path(kernel_calls: KernelCalls) -> None:
     torch.testing.assert_close(x.grad, expected)
     checkpoint(step, x, use_reentrant=False).backward()  # runs without the mode
     assert kernel_calls["cross_entropy"] == ran + 2
+
+
+# ---- options of other types ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", [np.int64, np.int16])
+def test_integers_of_numpy(kind: Any) -> None:
+    """Kernels get ints, and no overflow of NumPy's."""
+    x, weight = torch.randn(40, 8), torch.randn(30, 8)
+    target = torch.arange(40) % 30
+    calls: list[Callable[[Any], Tensor]] = [
+        lambda number: fused.cross_entropy(x @ weight.t(), target, ignore_index=number(3)),
+        lambda number: fused.log_probs(x @ weight.t(), target, ignore_index=number(3))[0],
+        lambda number: fused.linear_cross_entropy(x, weight, target, memory_budget=number(9000)),
+        lambda number: fused.softmax(x, dim=number(1)),
+    ]
+    for call in calls:
+        assert torch.equal(call(kind), call(int))
+
+
+def test_the_reason_of_a_first_argument_that_is_no_tensor() -> None:
+    with pyfused.report() as report, pytest.raises(TypeError, match="gate: expected a Tensor"):
+        fused.swiglu([1.0], torch.ones(1))  # type: ignore[arg-type]
+    assert report.to_dict()["left_to_torch"] == {"swiglu": {"gate is a list": 1}}

@@ -621,13 +621,14 @@ def test_invalid_arguments(n: int) -> None:
             call(input, target.to(kind))
 
 
+@pytest.mark.thresholds
 def test_formulas_are_freed() -> None:
     """With their functions, after calls of kernels and of torch's operators."""
     mine = pyfused.loss(lambda input, target, *, k=1.0: k * (2 * input - target) ** 2)
     mine.gradient(lambda input, target, *, k=1.0: (4 * k * (2 * input - target), None))
     references = [weakref.ref(x) for x in (mine, mine.written, mine.captured, mine.slopes)]
-    x = torch.rand(50, requires_grad=True)
-    for n in (50, 1):
+    x = torch.rand(1 << 15, requires_grad=True)
+    for n in (len(x), 1):
         mine(x[:n], torch.zeros(n), k=0.5).backward()
     del mine
     gc.collect()
