@@ -31,7 +31,7 @@ from triton.runtime.jit import JITFunction
 
 from pyfused import backends, functional
 from pyfused.backends import triton as backend
-from pyfused.dispatch import run as run_module
+from pyfused.dispatch import reasons
 from pyfused.kernels import launch
 from pyfused.ops.embedding import EmbeddingLoss
 from pyfused.ops.operators import CROSS_ENTROPY
@@ -170,7 +170,7 @@ def forget_gpu() -> None:
 def on_fake_gpu(fake: Any) -> Iterator[None]:
     """Runs kernels of all sizes for fake tensors, with a fake driver."""
     with ExitStack() as patches, fused_always():
-        for module in (backends, run_module):
+        for module in (backends, reasons):
             patches.enter_context(patch.object(module, "unsupported_device", lambda *_: None))
         patches.enter_context(patch.object(torch, "is_autocast_enabled", lambda _: False))
         driver.set_active(fake)
