@@ -165,15 +165,13 @@ def sizes(*operators: str) -> str:
     """Returns the smallest inputs that run a kernel on CPUs, in float32 and with two threads."""
     columns = ["elements", "few classes", "without gradient", "unreduced"]
     found = {f"`{name}`": limits_on_cpu(OPERATORS[name]) for name in operators or OPERATORS}
-    used = [i for i in range(4) if any(row[i] is not None for row in found.values())]
+    used = [i for i in range(4) if any(row[i] for row in found.values())]
     rows = [[name, *[words(row[i]) for i in used]] for name, row in found.items()]
     return tabulated(["operator", *[columns[i] for i in used]], rows, names=1)
 
 
-def words(limit: int | None) -> str:
-    if limit is None:
-        return ""
-    return {ALWAYS: "any", NEVER: "none"}.get(limit, f"{limit:,}")
+def words(limit: int) -> str:
+    return {0: "", ALWAYS: "any", NEVER: "none"}.get(limit, f"{limit:,}")
 
 
 PEERS = {
