@@ -26,7 +26,7 @@ demo: $(BUILD) ## train with torch's losses and with pyfused's, compare and plot
 	$(BIN)/python examples/losses.py $(QUICK:%=--quick)
 	$(BIN)/python examples/gradient_descent.py
 	$(BIN)/python examples/custom_loss.py
-	$(BIN)/python examples/heads.py $(QUICK:%=--quick)
+	$(BIN)/python examples/heads.py
 ifndef QUICK
 	$(BIN)/python examples/recommender.py
 	$(BIN)/python examples/grpo.py
