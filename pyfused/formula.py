@@ -16,11 +16,11 @@ import torch
 from torch import Tensor
 from torch.compiler import is_dynamo_compiling
 
-from pyfused import nn
+from pyfused import checks, nn
 from pyfused.backends.protocol import Parameters
 from pyfused.dispatch import run as dispatch
 from pyfused.dispatch.explanation import Explanation, explanation_of
-from pyfused.dispatch.operator import REDUCTIONS, Operand, Options, grad_enabled, requires_grad
+from pyfused.dispatch.operator import Operand, Options, grad_enabled, requires_grad
 from pyfused.dispatch.reasons import SMALL
 from pyfused.dispatch.report import recorded
 from pyfused.dispatch.sizes import torch_computes
@@ -114,7 +114,7 @@ class TracedKernels:
             return generic or problem
         if any(map(math.isnan, options[:-1])):
             return "a parameter is NaN"
-        return None if options[-1] in REDUCTIONS else f"reduction is {options[-1]!r}"
+        return None if options[-1] in checks.REDUCTIONS else f"reduction is {options[-1]!r}"
 
     def _trace(self, cases: tuple[Any, ...]) -> Trace:
         names = [scalar.name for scalar in self.op.numbers]

@@ -298,7 +298,7 @@ def forget_functions() -> None:
 def leave_traced_frame() -> None:
     """Makes Dynamo leave the traced frame to Python, unless its graph must not break.
 
-    Other frames, such as those of the functions that it calls, are compiled as before.
+    Dynamo still compiles other frames, including the functions that this frame calls.
     """
     tracer = _tracer()
     if tracer is not None and not _is_whole(tracer):

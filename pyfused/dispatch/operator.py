@@ -24,8 +24,6 @@ from pyfused.dispatch.originals import F
 from pyfused.layout import broadcast_numel
 from pyfused.types import OPTIONS, Choice, Gradients, Scalar
 
-REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}  # at::Reduction
-
 # Each is a Tensor or None; or a float, for an operand that may be a number.
 Tensors = Sequence[Any]
 Needs = Sequence[bool]

@@ -44,9 +44,8 @@ def run(op: Any, tensors: Tensors, options: Options, any_size: bool = False) -> 
         reduction, dim = getattr(options, "reduction", None), getattr(options, "dim", 1)
         if sizes.torch_computes(op, tensors, None, None, reduction, dim):
             reason = SMALL
-    if op.compared or not is_plain:
-        kernel_options, reason_of_options = _converted(op, tensors, options)
-        reason = reason or reason_of_options
+    if reason is None and (op.compared or not is_plain):
+        kernel_options, reason = _converted(op, tensors, options)
     reason = reason or _reason(op, tensors, kernel_options)
     if report.active:
         report.count_call(op, tensors, options, reason)

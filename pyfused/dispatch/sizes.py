@@ -6,7 +6,7 @@ element: many if torch runs several operators, few if torch is limited by memory
 On CPUs, each operator has a size from which a kernel is faster with two threads on every processor
 that was measured: AMD EPYC, with AVX-512 and with AVX2, and Intel Xeon. With more threads, these
 sizes grow. They do not depend on strides: most kernels of strided operands gain from the same sizes
-on, and the others, such as silu's of expanded operands, do not gain at larger sizes either.
+on, and the largest losses, such as silu's of expanded operands, remain at larger sizes.
 On GPUs, the sizes follow from the bandwidth of the memory and the host's time for a call, which the
 environment variable ``PYFUSED_HOST_US`` sets in microseconds.
 """
@@ -252,7 +252,9 @@ def why_small(op: Operator, tensors: Tensors, dim: Any) -> str:
     if input.is_cpu or not input.numel():
         return SMALL_REASON
     limits = limits_of(op.name, op.family, input.dtype, input.device, torch.get_num_threads())
-    limit = limits.few_classes if limits.few_classes and _are_few(input, dim) else limits[0]
+    limit = (
+        limits.few_classes if limits.few_classes and _are_few(input, dim) else limits.from_elements
+    )
     if limit == NEVER:
         return SMALL_REASON
     reason = f"{SMALL_REASON}: kernels run from {limit:,} elements"
@@ -294,11 +296,11 @@ def torch_computes(
 ) -> bool:
     """Returns whether torch computes a call because it is small or empty, or cannot be dispatched.
 
-    torch computes calls in compiled programs, calls with the deprecated arguments, and calls of
-    something that is not a tensor, for which it raises an error. Each
-    function of ``functional.py`` that torch has asks this first, so that it adds little to the time
-    of a small call. The size of tensor subclasses, and in function modes, is not looked at: these
-    have to see torch's function and nothing else, and dispatch decides about them.
+    It computes calls in compiled programs, calls with the deprecated arguments, and calls whose
+    input is not a tensor, for which it raises an error. Each function of ``functional.py`` that
+    torch has asks this first, so that it adds little to the time of a small call. Tensor subclasses
+    and function modes have to see torch's function and nothing else, so dispatch decides about
+    them, whatever the size.
 
     Args:
         tensors: The tensors of the call; optional ones at the end may be omitted.

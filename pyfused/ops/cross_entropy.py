@@ -20,7 +20,7 @@ from pyfused.ops import definitions, metrics
 from pyfused.ops.head_loop import ALL_ROWS, HeadLoop, Rows, rows_that_count
 from pyfused.ops.heads import BlockResult, HeadBlocks, HeadResult, cap_backward, capped
 from pyfused.ops.row_sources import LogitRows, class_range
-from pyfused.ops.rows import KernelPass, RowLoss, RowOperator, StatePass, kernel_forward
+from pyfused.ops.rows import KernelPass, RowLoss, RowOperator, StatePass
 from pyfused.types import (
     LOG_P,
     LSE,
@@ -33,7 +33,6 @@ from pyfused.types import (
     SUM,
     CrossEntropyOptions,
     FusedOptions,
-    Gradients,
     Outputs,
     RowOptions,
 )
@@ -281,36 +280,27 @@ class CrossEntropy(RowOperator):
         return input, target, weight, token_weight, denominator
 
 
-def cross_entropy_pass(op: CrossEntropy, inputs: Tensors, options: Options, _: Needs) -> Any:
+def cross_entropy_pass(
+    op: CrossEntropy, inputs: Tensors, options: Options, _: Needs
+) -> KernelPass | StatePass:
     """Returns the pass of a call: one kernel, or states, whose kernel supports a softcap."""
-    if options.softcap is None:
-        return LOGITS_PASS
-    return StatePass(op, definitions.dtype_of_loss(options, *inputs[:3]))
+    dtype = definitions.dtype_of_loss(options, *inputs[:3])
+    if options.softcap is not None:
+        return StatePass(op, dtype)
+    kernel = backend_of(inputs[0]).cross_entropy
+    return MetricsPass(kernel, dtype) if options.with_metrics else KernelPass(kernel, dtype)
 
 
-class LogitsPass:
+class MetricsPass(KernelPass):
     """Computes cross-entropy in one kernel, which also writes the metrics if it can."""
 
     def forward(self, inputs: Tensors, options: Options, needs: Needs) -> Forward:
-        dtype = definitions.dtype_of_loss(options, *inputs[:3])
-        kernel, results = backend_of(inputs[0]).cross_entropy, None
-        if options.with_metrics and (results := empty_results(inputs, options)) is not None:
-            kernel = partial(kernel, results=results)
-        loss, saved, gradients = kernel_forward(kernel, inputs, options, needs, dtype)
-        if not options.with_metrics:
-            return loss, saved, gradients
+        results = empty_results(inputs, options)
+        kernel = self.kernel if results is None else partial(self.kernel, results=results)
+        loss, saved, gradients = KernelPass(kernel, self.dtype).forward(inputs, options, needs)
         if results is None or lacks_rows(results):
             results = metrics_state(inputs[0], inputs[1], options, METRICS_FIELDS)[[*METRICS]]
         return (loss, results), saved, gradients
-
-    def backward(
-        self, saved: Tensors, options: Options, needs: Needs, grad_output: Tensor
-    ) -> Gradients:
-        outputs = Outputs(False, tuple(needs))
-        return backend_of(saved[0]).cross_entropy(saved, options, outputs, grad_output)[1]
-
-
-LOGITS_PASS = LogitsPass()
 
 
 def class_targets(input: Tensor, target: Tensor) -> Tensor:

@@ -130,7 +130,9 @@ class RowOperator(Operator):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.num_differentiable = sum(operand.differentiated for operand in self.operands)
-        self.inputs = [i for i, x in enumerate(self.operands) if x.name.endswith("input")]
+        self.autocast_operands = [
+            i for i, x in enumerate(self.operands) if x.name.endswith("input")
+        ]
         self.target = self.names.index("target") if "target" in self.names else -1
         self.layer = slice(3 if self.is_linear else 1)
         self.finish = self.loss.finish
@@ -154,7 +156,7 @@ class RowOperator(Operator):
         """
         inputs, at = list(tensors), self.target
         if self.is_linear:
-            for i in self.inputs:
+            for i in self.autocast_operands:
                 inputs[i] = in_autocast_dtype(inputs[i])
         if at >= 0 and not inputs[at].is_floating_point():
             if inputs[at].dtype is not torch.int64:
@@ -258,40 +260,29 @@ def _cast(tensors: Tensors, dtype: torch.dtype) -> list[Any]:
 # ---- passes --------------------------------------------------------------------------------------
 
 
-@dataclass
+@dataclass(eq=False)
 class KernelPass:
-    """Computes a loss of logits, and its gradients, by one kernel."""
+    """Computes a loss of logits, and its gradients, by one kernel.
+
+    Attributes:
+        dtype: The dtype of the loss, None for the accumulation dtype.
+    """
 
     kernel: Callable[..., LossResult]
     dtype: torch.dtype | None = None
 
     def forward(self, inputs: Tensors, options: Options, needs: Needs) -> Forward:
-        return kernel_forward(self.kernel, inputs, options, needs, self.dtype)
+        in_forward = True in needs and gradients_in_forward(options.reduction, inputs[0].dtype)
+        outputs = outputs_of(True, tuple(needs) if in_forward else (), False, self.dtype)
+        loss, gradients = self.kernel(inputs, options, outputs)
+        if self.dtype is not None and loss is not None and loss.dtype is not self.dtype:
+            loss = loss.to(self.dtype)
+        return loss, inputs, gradients if in_forward else ()
 
     def backward(
         self, saved: Tensors, options: Options, needs: Needs, grad_output: Tensor
     ) -> Gradients:
         return self.kernel(saved, options, Outputs(False, tuple(needs)), grad_output)[1]
-
-
-def kernel_forward(
-    kernel: Callable[..., LossResult],
-    inputs: Tensors,
-    options: Options,
-    needs: Needs,
-    dtype: torch.dtype | None = None,
-) -> Forward:
-    """Returns the forward pass of a kernel that computes a loss and its gradients.
-
-    Args:
-        dtype: The dtype of the loss, None for the accumulation dtype.
-    """
-    in_forward = True in needs and gradients_in_forward(options.reduction, inputs[0].dtype)
-    outputs = outputs_of(True, tuple(needs) if in_forward else (), False, dtype)
-    loss, gradients = kernel(inputs, options, outputs)
-    if dtype is not None and loss is not None and loss.dtype is not dtype:
-        loss = loss.to(dtype)
-    return loss, inputs, gradients if in_forward else ()
 
 
 @dataclass(eq=False)
