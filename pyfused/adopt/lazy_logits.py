@@ -46,9 +46,10 @@ from pyfused.torch_internals import PLAIN, DisableTorchFunctionSubclass, tree_ma
 FEW_ROWS = 32
 _COST = "This takes time, and memory for all logits."
 _ADVICE = (
-    f"{_COST} One cross_entropy of each row needs no logits, and its argmax is known afterwards. "
-    "For other losses, call pyfused.functional.linear_log_probs, or "
-    "linear_cross_entropy(z_loss=...) for a z-loss. Or call pyfused.revert(model)"
+    f"{_COST} One cross_entropy of each row needs no logits, and afterwards the argmax of rows "
+    "that count in it is known: select these first, as in logits[mask].argmax(-1). For other "
+    "losses, call pyfused.functional.linear_log_probs, or linear_cross_entropy(z_loss=...) for a "
+    "z-loss. Or call pyfused.revert(model)"
 )
 
 
