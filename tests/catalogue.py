@@ -19,11 +19,14 @@ import pytest
 import samples
 import torch
 import torch.nn.functional as F
-from compare import DEVICE, FLOATS, HALF
+from compare import DEVICE, FLOATS, HALF, torch_function
 from conftest import backend
-from layouts import LAYOUTS, SAME_VALUES, Layout, contiguous
 from samples import (
     DEPRECATED,
+    LAYOUTS,
+    SAME_VALUES,
+    Layout,
+    contiguous,
     declared,
     draw,
     has_classes,
@@ -34,7 +37,6 @@ from samples import (
     values_of,
 )
 from torch import Tensor
-from torch_reference import torch_function
 
 from pyfused import functional as fused
 from pyfused.backends import cpu
@@ -42,7 +44,14 @@ from pyfused.dispatch.operator import Operator
 from pyfused.layout import loss_shape
 from pyfused.ops.activation import Activation
 from pyfused.ops.embedding import EmbeddingLoss
-from pyfused.ops.operators import KL_DIV_WITH_LOGITS, LINEAR_CROSS_ENTROPY, LOG_PROBS, OPERATORS
+from pyfused.ops.operators import (
+    KL_DIV_WITH_LOGITS,
+    LINEAR_CROSS_ENTROPY,
+    LINEAR_KL_DIV,
+    LINEAR_TOPK_KL_DIV,
+    LOG_PROBS,
+    OPERATORS,
+)
 from pyfused.ops.softmax import Softmax
 
 SHAPE = (6, 5)
@@ -276,7 +285,7 @@ NAN_OF_VECTORS = ("celu", "elu", "selu")
 
 
 class Random(random.Random):
-    def once_in(self, n: int) -> bool:
+    def once_in(self, n: float) -> bool:
         return self.random() < 1 / n
 
 
@@ -323,12 +332,11 @@ def random_call(op: Operator, seed: int, elements: int, shared: Shared | None = 
     else:
         found = of_elements(rng, elements, op, given)
     if op in (LOG_PROBS, KL_DIV_WITH_LOGITS):
-        of_language_model = is_divergence(op) or rng.once_in(2)
-        given["dim"] = -1 if of_language_model else 1
+        given["dim"] = -1 if is_divergence(op) else rng.choice([-1, 0, 1])
         if found["logits"].dim() < 3:
             del given["dim"]
-        elif op is LOG_PROBS and of_language_model:
-            found["logits"] = found["logits"].movedim(1, -1)
+        elif op is LOG_PROBS:
+            found["logits"] = found["logits"].movedim(1, given["dim"])
     if "token_weight" in found:
         found["token_weight"] = found["token_weight"].sub(0.2).clamp(min=0)
     same, chosen = [*SAME_VALUES.values()], [*LAYOUTS.values()]
@@ -484,6 +492,171 @@ def of_elements(rng: Random, elements: int, op: Operator, given: dict[str, Any])
     if isinstance(op, Softmax) and not rng.once_in(20):  # rarely a dimension that does not exist
         given["dim"] = given["dim"] % max(x.dim(), 1) - x.dim() * (given["dim"] < 0)
     return found
+
+
+# ---- random calls of functions of logits, with options that torch lacks --------------------------
+
+
+CLASSES = (2, 5, 19) if interpreter.ON else (2, 5, 19, 91, 300, 1100)
+ROWS = (0, 1, 2, 5) if interpreter.ON else (0, 1, 2, 5, 5, 37, 130)
+FACTOR_DTYPES = *FLOATS, torch.bool, torch.uint8, torch.int32, torch.int64
+
+
+def call_of_rows(op: Operator, seed: int, shift: float = 0.0) -> Call:
+    """Draws a call with rows of masked, certain and infinite logits.
+
+    Logits, teachers and probabilities of rows that do not count may be NaN. Weights, masks and
+    divisors have any dtype, operands any strides, and heads any memory budget.
+
+    Args:
+        shift: Logits are this number plus a few steps that their dtype can represent.
+    """
+    rng = Random(seed)
+    torch.manual_seed(seed)
+    rows, classes, features = rng.choice(ROWS), rng.choice(CLASSES), 4
+    rounds = op.is_linear and not shift  # logits in half precision
+    dtype = rng.choice(FLOATS[:2] if rounds else [x for x in FLOATS if fits(shift, x)])
+    given = options_of_rows(rng, op, rows, classes)
+    if shift:  # products with other scales would be rounded
+        given |= {"temperature": 2.0} | ({"scale": 0.5} if "scale" in given else {})
+        if "gamma" not in given and op in samples.WITH_OPTIONS:
+            given["label_smoothing"] = 0.1
+        if op.is_linear:
+            given["memory_budget"] = rng.choice([None, 1])
+    if abs(shift) > 1e16:  # sums of squares overflow
+        given.pop("z_loss", None)
+    for option in ("weight", "target"):
+        if option in given and given[option].is_floating_point():
+            given[option] = given[option].to(dtype)
+    z, teacher = (draw_logits(rng, rows, classes).to(dtype) for _ in range(2))
+    leaves = {op.operands[0].name: z}
+    if op.is_linear:
+        input, weight = torch.randn(rows, features), torch.randn(classes, features)
+        input[torch.rand(rows) < 0.2] *= 10
+        bias = torch.full((classes,), shift).double()
+        if shift:
+            input, weight = input.clamp(-2, 2).round(), weight.clamp(-3, 3).round()
+            weight = weight.double() * step_near(shift, dtype)
+        if not shift or rng.random() < 0.3:
+            bias = bias.masked_fill(torch.rand(classes) < rng.random() / 2, -math.inf)
+        leaves = {"input": input, "linear_weight": weight, "linear_bias": bias}
+    elif shift:
+        steps = math.copysign(1, -shift) * (4 * z).round().abs().clamp(max=90)
+        steps = steps.where(z > -math.inf, z)
+        leaves = {
+            op.operands[0].name: torch.tensor(shift).to(dtype) + step_near(shift, dtype) * steps
+        }
+    teachers = {}
+    if op is LINEAR_TOPK_KL_DIV:
+        log_q = teacher.where(teacher < math.inf, 0).log_softmax(1)
+        log_q = log_q.nan_to_num(nan=-math.inf, neginf=-math.inf)
+        log_q, indices = log_q.topk(rng.randint(1, classes), 1)
+        teachers = {"teacher_indices": indices, "teacher_log_probs": log_q}
+    elif op is LINEAR_KL_DIV:
+        teachers = {"teacher_input": torch.randn(rows, features).to(dtype)}
+        teachers["teacher_linear_weight"] = torch.randn(classes, features).to(dtype)
+    elif is_divergence(op):
+        teachers = {"teacher_logits": teacher}
+    ignored = ~rows_that_count(given, rows)
+    leaves = {name: x.to(dtype) for name, x in leaves.items()}
+    next(iter(leaves.values()))[ignored] = rng.choice([math.nan, 1.0])
+    for name, x in (teachers | given).items():
+        if name in OF_ROWS and name != "token_weight" and x.is_floating_point():
+            x[ignored] = rng.choice([math.nan, 0.5])
+    layout = rng.choice([*SAME_VALUES.values()])
+    leaves = {name: layout(x).requires_grad_() for name, x in leaves.items()}
+    return Call(op, leaves | teachers | given, seed=seed)
+
+
+def fits(shift: float, dtype: torch.dtype) -> bool:
+    """Returns whether logits can be near a number, and float32 can add up their differences."""
+    return abs(shift) < torch.finfo(dtype).max and step_near(shift, dtype) < 1e34
+
+
+def step_near(shift: float, dtype: torch.dtype) -> float:
+    """Returns the distance of logits near a number; it is at least 1/4."""
+    return max(0.25, 2.0 ** math.frexp(shift)[1] * torch.finfo(dtype).eps / 2)
+
+
+OF_ROWS = "target", "token_weight", "teacher_logits", "teacher_input"
+OF_ROWS += "teacher_indices", "teacher_log_probs"
+
+
+def rows_that_count(given: dict[str, Any], rows: int) -> Tensor:
+    counts = given.get("token_weight", torch.ones(rows)) != 0
+    target = given.get("target")
+    if target is None or target.is_floating_point():
+        return counts
+    return counts & (target != given["ignore_index"])
+
+
+def draw_logits(rng: Random, rows: int, classes: int) -> Tensor:
+    z = 3 * torch.randn(rows, classes)
+    for row in z:
+        kind, at = rng.choice(["usual", "masked", "certain", "infinite", "empty"]), rng.random()
+        if kind == "masked":
+            row[torch.rand(classes) < at] = -math.inf
+        elif kind == "certain":
+            row[int(at * classes)] += rng.choice([20.0, 60.0, 150.0])
+        elif at < 0.3 and kind == "infinite":
+            row[int(at * classes)] = math.inf
+        elif at < 0.3 and kind == "empty":
+            row[:] = -math.inf
+    return z
+
+
+def draw_numbers(rng: Random, **values: list[Any]) -> dict[str, Any]:
+    """Draws some of the numbers; a few are tensors of another dtype."""
+    found = {name: rng.choice(x) for name, x in values.items() if rng.once_in(2.5)}
+    for name, x in found.items():
+        if rng.once_in(5):
+            found[name] = torch.tensor(x, dtype=torch.float64)
+    return found
+
+
+def options_of_rows(rng: Random, op: Operator, rows: int, classes: int) -> dict[str, Any]:
+    given = draw_numbers(rng, softcap=[2.0, 30.0], temperature=[0.5, 2.0])
+    given.setdefault("temperature", 1.0 if is_log_probs(op) else 1.5)
+    if op.is_linear:
+        row = classes * 8
+        given["memory_budget"] = rng.choice([None, None, 1, row, 3 * row, rows * row // 2 + 1])
+    if has_classes(op):
+        given["ignore_index"] = rng.choice([-100, 0])
+        given["target"] = torch.randint(classes, (rows,))
+        given["target"][torch.rand(rows) < 0.2] = given["ignore_index"]
+    if is_log_probs(op):
+        given |= {"return_entropy": True, "return_lse": True}
+        given["return_metrics"] = "softcap" not in given  # rounded, capped logits may tie
+        return given
+    given["reduction"] = rng.choice(["none", "mean", "sum"])
+    if given["reduction"] == "mean" and rng.once_in(3):
+        shape, dtype = rng.choice([(), (1,)]), rng.choice(FACTOR_DTYPES)
+        given["denominator"] = rng.choice([2.5, torch.full(shape, 2.5).to(dtype)])
+    if rng.once_in(2):
+        weight = (torch.rand(rows) - rng.choice([0.3, 0.3, 0.3, 1.0])).clamp(min=0)
+        dtype = rng.choice(FACTOR_DTYPES)
+        given["token_weight"] = (weight if dtype.is_floating_point else weight > 0).to(dtype)
+    if is_divergence(op):
+        given["beta"] = rng.choice([0.0, 0.5, 1.0])
+        if op is not LINEAR_TOPK_KL_DIV:
+            given |= draw_numbers(rng, teacher_softcap=[2.0])
+        elif given["beta"] == 0 and rng.once_in(3):
+            given["remainder"] = "ignore"
+        return given
+    given |= draw_numbers(rng, z_loss=[0.1], scale=[0.5, 3.0])
+    kind = rng.choice(["plain", "focal", "smooth", "soft"])
+    if kind == "focal" and not op.is_linear:
+        given |= {"gamma": 2.0} | draw_numbers(rng, gamma=[0.5, 1.0, 1.5])
+        given["label_smoothing"] = rng.choice([0.0, -0.5])
+    elif kind != "plain":
+        given["label_smoothing"] = rng.choice([0.1, 0.9, -0.5])
+    if kind == "soft":
+        given |= {"target": torch.rand(rows, classes).softmax(1), "ignore_index": -100}
+    if rng.once_in(3):
+        given["weight"] = torch.rand(classes) + 0.1
+    if rng.once_in(10):
+        given["loss_dtype"] = rng.choice([torch.float32, torch.float64])
+    return given
 
 
 # ---- torch's functions, and definitions of functions that torch lacks ----------------------------

@@ -10,7 +10,7 @@ import catalogue
 import pytest
 import torch
 from catalogue import ROUNDED, Call, ours
-from compare import DEVICE, HALF
+from compare import DEVICE, HALF, assert_accurate, largest
 from samples import is_divergence
 from torch import Tensor
 
@@ -32,28 +32,17 @@ def check_call(call: Call, function: Callable[..., Any] | None = None) -> None:
         with pytest.raises(ERRORS):  # if there are several errors, any may be raised
             run(call, function)
         return
-    results = (
-        run(call, function),
-        native,
-        of_reference(call, torch.float64),
-        tolerances(call, native),
-    )
-    for got, expected, exact, tolerance in zip(*results, strict=True):
-        assert (got.dtype, got.shape) == (expected.dtype, exact.shape)
-        if not got.is_floating_point():
-            assert torch.equal(got, exact)
-            continue
-        info = torch.finfo(got.dtype)
-        allowed = tolerance + 2 * info.eps * (exact.abs() + info.smallest_normal)
-        if precision(call) > EPS:  # intermediate results are rounded, also by torch
-            allowed += 2 * largest(expected.double() - exact)
-        near = ((got.double() - exact).abs() <= allowed) | (got == exact.to(got.dtype))
-        overflow = exact.isfinite() & ~(got.isfinite() | expected.isfinite())
-        right = near | (got == expected) | (got.isnan() & exact.isnan()) | overflow
-        assert right.all(), f"{got[~right][:3]}, expected {exact[~right][:3]}"
+    exact = of_reference(call, torch.float64)
+    results = run(call, function), native, exact, errors_of_torch(call, native, exact)
+    for i, (got, of_torch, best, error) in enumerate(zip(*results, strict=True)):
+        assert got.dtype == of_torch.dtype
+        if got.is_floating_point():
+            assert_accurate(got, best, error, roundings=2, native=of_torch, result=f"result {i}")
+        else:
+            assert torch.equal(got, best)
 
 
-def tolerances(call: Call, native: list[Tensor]) -> list[float]:
+def errors_of_torch(call: Call, native: list[Tensor], exact: list[Tensor]) -> list[float]:
     """Returns the absolute error allowed for each result, in addition to two roundings.
 
     This is a multiple of torch's float32 error, the largest of four calls, scaled to the kernel's
@@ -77,11 +66,12 @@ def tolerances(call: Call, native: list[Tensor]) -> list[float]:
         if call.shared:  # the gradients of one tensor, and the terms of a loss, may cancel
             errors = [max(*errors, EPS * max(map(largest, native)))] * len(native)
         lost = [max(pair) for pair in zip(lost, errors, strict=True)]
-    return [few * precision(call) / EPS * error for error in lost]
-
-
-def largest(x: Tensor) -> float:
-    return float(x[x.isfinite()].double().abs().max()) if x.isfinite().any() else 0.0
+    allowed = [few * precision(call) / EPS * error for error in lost]
+    if precision(call) > EPS:  # intermediate results are rounded, also by torch
+        pairs = zip(native, exact, strict=True)
+        rounded = [2 * largest(x.double() - y.double()) for x, y in pairs]
+        allowed = [x + y for x, y in zip(allowed, rounded, strict=True)]
+    return allowed
 
 
 def precision(call: Call) -> float:

@@ -1,14 +1,16 @@
-"""Runs operators, and compares their results with torch's and with exact results."""
+"""Runs operators and torch's functions, and compares their results."""
 
 from __future__ import annotations
 
 import contextlib
+import inspect
 import math
 import os
 import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from types import FunctionType
 from typing import Any
 
 import numpy as np
@@ -18,8 +20,12 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from pyfused import functional as fused
+from pyfused.dispatch.operator import Operator, Options, Tensors
+from pyfused.dispatch.originals import F
+
 Extended = npt.NDArray[np.longdouble]
-Operator = Callable[..., Tensor]
+Function = Callable[..., Tensor]
 DEVICE = os.environ.get("PYFUSED_TEST_DEVICE", "cpu")
 HALF = (torch.bfloat16, torch.float16)
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -32,6 +38,10 @@ class Outcome:
     value: Tensor
     gradients: list[Tensor]
 
+    @property
+    def results(self) -> list[Tensor]:
+        return [self.value, *self.gradients]
+
 
 def like_argument(argument: Any, convert: Callable[[Tensor], Tensor]) -> Any:
     """Returns a tensor argument as a new leaf, converted, with the same strides."""
@@ -41,13 +51,13 @@ def like_argument(argument: Any, convert: Callable[[Tensor], Tensor]) -> Any:
 
 
 def evaluate(
-    operator: Operator, *args: Any, convert: Callable[[Tensor], Tensor] = lambda x: x, **kwargs: Any
+    function: Function, *args: Any, convert: Callable[[Tensor], Tensor] = lambda x: x, **kwargs: Any
 ) -> Outcome:
     """Returns the value, and the gradients for a grad_output with fixed random values."""
     args = tuple(like_argument(a, convert) for a in args)
     kwargs = {name: like_argument(a, convert) for name, a in kwargs.items()}
     leaves = [a for a in (*args, *kwargs.values()) if isinstance(a, Tensor) and a.requires_grad]
-    value = operator(*args, **kwargs)
+    value = function(*args, **kwargs)
     if not leaves:
         return Outcome(value, [])
     grad_output = random_grad_output(value.shape).to(value)
@@ -68,37 +78,22 @@ def exactly(x: Tensor) -> Tensor:
     return x.double() if x.is_floating_point() else x
 
 
-def extended(x: Tensor) -> Extended:
-    return x.detach().double().cpu().numpy().astype(np.longdouble)
+def extended(x: Tensor | Extended) -> Extended:
+    array = x.detach().double().cpu().numpy() if isinstance(x, Tensor) else x
+    return np.asarray(array, np.longdouble)
 
 
-def assert_matches_torch(
-    ours: Operator, of_torch: Operator, *args: Any, widened: bool = True, **kwargs: Any
-) -> Outcome:
+def assert_matches_torch(ours: Function, of_torch: Function, *args: Any, **kwargs: Any) -> None:
     """Compares dtypes, shapes and values of results and gradients with torch, including NaN and
     infinities.
 
     For half precision, torch's reference is computed in float32, because torch's half-precision
-    operators round intermediate results. Gradients that are computed from a rounded output must not
-    be `widened`.
+    operators round intermediate results.
     """
-    got = evaluate(ours, *args, **kwargs)
-    native = evaluate(of_torch, *args, **kwargs)
-    wide = evaluate(of_torch, *args, convert=widen, **kwargs) if widened else native
-    assert_same(got.value, native.value, wide.value)
-    assert len(got.gradients) == len(native.gradients)
-    for ours_, theirs, wider in zip(got.gradients, native.gradients, wide.gradients, strict=True):
-        assert_same(ours_, theirs, wider)
-    return got
-
-
-def assert_same(got: Tensor, native: Tensor, wide: Tensor) -> None:
-    assert got.dtype == native.dtype
-    assert got.shape == native.shape
-    tolerance = {}
-    if got.dtype in HALF:
-        tolerance = {"rtol": 2 * torch.finfo(got.dtype).eps, "atol": 1e-6}
-    torch.testing.assert_close(got, wide.to(got.dtype), equal_nan=True, **tolerance)
+    got, native = (evaluate(f, *args, **kwargs) for f in (ours, of_torch))
+    wide = evaluate(of_torch, *args, convert=widen, **kwargs)
+    expected = [x.to(y.dtype) for x, y in zip(wide.results, native.results, strict=True)]
+    torch.testing.assert_close(got.results, expected, equal_nan=True)
 
 
 def outcome(call: Callable[[], Any]) -> Any:
@@ -171,25 +166,70 @@ def python_calls(step: Callable[[], Any], package: str = "") -> int:
     return count
 
 
+# ---- comparison with exact results ---------------------------------------------------------------
+
+
 def rounding(largest: float, dtype: torch.dtype) -> float:
     """Returns the spacing of numbers in `dtype` at a magnitude, the cost of a rounding."""
     info = torch.finfo(dtype)
     return 2.0 ** math.floor(math.log2(max(largest, info.tiny))) * info.eps
 
 
-class Errors:
-    """The largest errors of our results and of torch's, over several calls.
+def largest(x: Tensor | Extended) -> float:
+    """Returns the largest finite magnitude."""
+    magnitudes = np.abs(extended(x))
+    return float(magnitudes[np.isfinite(magnitudes)].max(initial=0))
 
-    Errors are in units of the spacing of the result's dtype at its largest magnitude, and are kept
-    separately for each kind of result, such as value and gradient.
+
+def assert_accurate(
+    got: Tensor,
+    exact: Tensor | Extended,
+    error: Any,
+    roundings: float = 0,
+    native: Tensor | None = None,
+    result: str = "result",
+    **operands: Tensor,
+) -> None:
+    """Asserts that each element is off by at most an error and a number of roundings.
+
+    Args:
+        exact: The result in a wider dtype.
+        error: The error that torch has in the dtype of the call, for all elements or for each one.
+        roundings: How many roundings of each element are allowed.
+        native: torch's result, which an element may equal; both may overflow.
+        operands: Tensors whose elements an error shows.
+    """
+    assert got.shape == exact.shape
+    info, ours, best = torch.finfo(got.dtype), extended(got), extended(exact)
+    with np.errstate(invalid="ignore", over="ignore"):
+        allowed = error + roundings * info.eps * (np.abs(best) + info.smallest_normal)
+        right = (np.abs(ours - best) <= allowed) | (ours == best)
+        right |= np.isnan(ours) & np.isnan(best)
+        right |= np.isinf(ours) & (np.abs(best) > info.max) & (ours * best > 0)
+    if native is not None:
+        assert got.dtype == native.dtype
+        theirs = extended(native)
+        right |= (ours == theirs) | ~(np.isfinite(ours) | np.isfinite(theirs) | ~np.isfinite(best))
+    if not right.all():
+        index = tuple(int(i) for i in np.argwhere(~right)[0])
+        shown = {"got": ours, "exact": best, "allowed error": allowed}
+        shown |= {name: extended(x) for name, x in operands.items()}
+        values = [f"{n} {np.broadcast_to(x, best.shape)[index]!r}" for n, x in shown.items()]
+        wrong = f"{(~right).sum()} of {right.size} elements are wrong"
+        raise AssertionError(f"{result}: {wrong}, at {index}: {', '.join(values)}")
+
+
+class Errors:
+    """Compares results of several calls with exact results.
+
+    Errors are at most torch's largest error in any of the calls, in units of the spacing of the
+    result's dtype at its largest magnitude, plus roundings. Each kind of result, such as value and
+    gradient, is compared separately.
     """
 
     def __init__(self) -> None:
-        self.luck = 1.75
-        self.ours: dict[str, float] = defaultdict(float)
-        self.reference: dict[str, float] = defaultdict(float)
-        self.where: dict[str, str] = {}
-        self.products: dict[str, float] = defaultdict(float)
+        self.calls: dict[str, list[tuple[Tensor, Extended, float, float]]] = defaultdict(list)
+        self.of_torch: dict[str, float] = defaultdict(float)
 
     def add(
         self, result: str, got: Tensor, native: Tensor, exact: Any, term: Any = 0, products: int = 0
@@ -203,36 +243,28 @@ class Errors:
         rounding in each partial sum. The error of n partial sums is typically sqrt(n / 12)
         roundings, and seven times as much is allowed. Half precision is accumulated in a wider
         dtype.
-
-        Where the exact value overflows the dtype, both results must be equal.
         """
-        assert got.dtype == native.dtype
-        self.luck = 2.0 if got.dtype == torch.float64 else 1.75
-        if got.dtype not in HALF:
-            self.products[result] = max(self.products[result], 2 * math.sqrt(products))
-        exact = extended(exact) if isinstance(exact, Tensor) else exact
-        assert got.shape == native.shape == exact.shape
+        assert (got.dtype, got.shape) == (native.dtype, native.shape)
+        exact = extended(exact)
         fits = np.abs(exact) <= torch.finfo(got.dtype).max
-        ours, theirs = extended(got), extended(native)
-        assert np.array_equal(ours[~fits], theirs[~fits])
-        if not fits.any():
-            return
-        unit = rounding(max(float(np.abs(exact[fits]).max()), term), got.dtype)
-        error = np.abs(ours - exact)[fits] / unit
-        torchs_error = np.abs(theirs - exact)[fits] / unit
+        unit = rounding(max(float(np.abs(exact[fits]).max(initial=0)), term), got.dtype)
         # torch returns NaN for more than 65504 smoothed classes in float16; ignore these errors.
-        largest = np.nan_to_num(torchs_error, posinf=0).max()
-        self.reference[result] = max(self.reference[result], largest)
-        if not error.max() <= self.ours[result]:  # NaN is larger than any error
-            worst = int(np.argmax(error))
-            self.ours[result] = float(error[worst])
-            self.where[result] = f"{ours[fits][worst]!r} for {exact[fits][worst]!r}"
+        error = largest((extended(native) - exact)[fits]) / unit
+        self.of_torch[result] = max(self.of_torch[result], error)
+        of_products = 0 if got.dtype in HALF else 2 * math.sqrt(products)
+        self.calls[result].append((got, exact, unit, of_products))
 
-    def add_outcome(self, got: Outcome, of_torch: Outcome, exact: Outcome) -> None:
-        """Adds a value and its gradients; results of torch may have a wider dtype."""
-        first, second, best = ([o.value, *o.gradients] for o in (got, of_torch, exact))
-        for i, (mine, theirs, wide) in enumerate(zip(first, second, best, strict=True)):
-            self.add("gradient" if i else "value", mine, theirs.to(mine.dtype), wide)
+    def add_outcome(
+        self, got: Outcome, of_torch: Outcome, exact: Outcome, term: Any = 0, value_term: Any = 0
+    ) -> None:
+        """Adds a value and its gradients, with the largest terms of the gradients and of the value.
+
+        Results of torch may have a wider dtype.
+        """
+        three = zip(got.results, of_torch.results, exact.results, strict=True)
+        for i, (mine, theirs, best) in enumerate(three):
+            name = f"gradient {i - 1}" if i else "value"
+            self.add(name, mine, theirs.to(mine.dtype), best, term if i else value_term)
 
     def check(self, roundings: int = 1) -> None:
         """Asserts that our errors are at most torch's largest, plus `roundings` and a library's.
@@ -241,9 +273,43 @@ class Errors:
         error that is 1.75 times the other's, and twice in float64, where no wider dtype is used for
         sums.
         """
-        for result, error in self.ours.items():
-            allowed = self.luck * self.reference[result] + roundings + self.products[result]
-            assert error <= allowed, (
-                f"{result} is {error:.2f} roundings off ({self.where[result]}), "
-                f"the reference in the same dtype at most {self.reference[result]:.2f}"
-            )
+        for result, calls in self.calls.items():
+            for got, exact, unit, of_products in calls:
+                luck = 2.0 if got.dtype == torch.float64 else 1.75
+                error = luck * self.of_torch[result] + roundings + of_products
+                assert_accurate(got, exact, error * unit, result=result)
+
+
+# ---- torch's functions, and definitions of functions that torch lacks ----------------------------
+
+
+def by_torch(op: Operator, tensors: Tensors, options: Options, *_: Any, **__: Any) -> Any:
+    """Replaces `pyfused.dispatch.run.run` by an operator's definition in torch's operators."""
+    return op.by_torch(tensors, options)
+
+
+def torch_function(op: Operator, name: str = "") -> Callable[..., Any]:
+    """Returns torch's function, or pyfused's function running torch's operators.
+
+    Args:
+        name: The name of a function that torch lacks, if it differs from the operator's.
+    """
+    lost = DEVICE != "cpu" and op.name == "l1_loss"  # its weight, if a default device is set
+    if hasattr(F, op.name) and not name and not lost:
+        return getattr(F, op.name)  # type: ignore[no-any-return]
+    return defined_by_torch(name or op.name)
+
+
+def defined_by_torch(name: str) -> Callable[..., Any]:
+    """Returns pyfused's function of this name, running definitions in torch's operators."""
+    function = getattr(fused, name)
+    names = {**vars(fused), "run": by_torch}
+    copy = FunctionType(function.__code__, names, name, function.__defaults__)
+    copy.__kwdefaults__ = function.__kwdefaults__
+    return copy
+
+
+def parameters(op: Operator) -> dict[str, Any]:
+    """Returns the parameters of pyfused's function with their defaults."""
+    given = inspect.signature(getattr(fused, op.name)).parameters.values()
+    return {parameter.name: parameter.default for parameter in given}

@@ -8,6 +8,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from compare import assert_accurate
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
@@ -68,13 +69,14 @@ class _Roundings(DispatchMode):
         return rounded.masked_fill_(result.abs() < self.limits.tiny, 0)
 
 
-def _compare(
-    results: Tensor, function: Function, points: Sequence[Tensor], masks: Sequence[int]
-) -> tuple[Tensor, Tensor]:
-    """Returns a function's value and gradients at test points, and whether results are right.
+def _errors(
+    function: Function, points: Sequence[Tensor], masks: Sequence[int]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns the exact value and gradients at test points, their errors, and torch's results.
 
-    The tolerance at each point follows from the function's values at nearby points and with
-    perturbed roundings, so it is wide next to discontinuities and where terms cancel.
+    The error at each point follows from the function's values at nearby points and with perturbed
+    roundings, so it is large next to discontinuities and where terms cancel. torch's results are
+    NaN where any of these values is.
     """
     dtype, wide = points[0].dtype, [x.double() for x in points]
     expected = _value_and_gradients(function, wide)
@@ -92,12 +94,14 @@ def _compare(
     undefined = bounds.isnan()
     low = bounds.masked_fill(undefined, torch.inf).amin(0)
     high = bounds.masked_fill(undefined, -torch.inf).amax(0)
-    slack = digits * torch.fmax(low.abs(), high.abs()) + 4 * (high - low) + digits**1.5
-    right = (results >= low - slack) & (results <= high + slack)
-    right |= (results == expected) | (undefined.any(0) & results.isnan())
+    exact = expected.where(~expected.isnan() | (low > high), low)
+    error = torch.fmax(high - exact, exact - low) + 4 * (high - low)
+    error += digits * torch.fmax(low.abs(), high.abs()) + digits**1.5
     # Kernels may round once where the function's intermediate results overflow.
-    largest = (torch.stack(wide).abs() == torch.finfo(dtype).max).any(0)
-    return expected, right | (~expected.to(dtype).isfinite() & largest)
+    overflows = ~expected.to(dtype).isfinite()
+    overflows &= (torch.stack(wide).abs() == torch.finfo(dtype).max).any(0)
+    error = error.masked_fill(overflows, torch.inf)
+    return exact, error, expected.masked_fill(undefined.any(0) | overflows, torch.nan)
 
 
 def check(
@@ -108,8 +112,8 @@ def check(
     assert not (problem := op.invalid_options(*options)), problem
     cases = op.source.cases_of(options)
     points, names = _points(op, cases, dtype), [variable.name for variable in op.variables]
-    ones = torch.ones_like(points[0])
-    grad_output = torch.tensor([2.0, math.nan, -0.0, math.inf], dtype=dtype).repeat(len(ones) // 4)
+    grad_output = torch.tensor([2.0, math.nan, -0.0, math.inf], dtype=dtype)
+    grad_output = grad_output.repeat(len(points[0]) // 4)
 
     def run(outputs: Outputs, grad_output: Tensor | None) -> list[Tensor]:
         program, parameters = op.source.find(cases, len(points), outputs)
@@ -117,25 +121,14 @@ def check(
         value, gradients = kernels(*call)
         return [value, *gradients]
 
-    def verify(found: Tensor, expected: Tensor, right: Tensor, grad_output: Tensor) -> None:
-        if right.all():
-            return
-        wrong = (~right).nonzero()
-        k, i = map(int, wrong[0])
-        of_result = ["value", *(f"gradient of {name}" for name in names)][k]
-        named = zip([*names, "grad_output"], [*points, grad_output], strict=True)
-        at = ", ".join(f"{name}={x[i].item():.6g}" for name, x in named)
-        raise AssertionError(
-            f"{op.name}: its kernel computes {found[k, i].item():.9g} for the {of_result} at {at}, "
-            f"the function {expected[k, i].item():.9g}; {len(wrong)} of {right.numel()} differ"
-        )
-
+    named = dict(zip(names, points, strict=True))
     results = torch.stack(run(op.source.outputs, None))
     function = partial(op._unreduced, options=options)
-    verify(results, *_compare(results.double(), function, points, op.masks), ones)
+    exact, error, native = _errors(function, points, op.masks)
+    text = f"{op.name}: value and gradients"
+    assert_accurate(results.double(), exact, error.numpy(), 0, native, text, **named)
     _, *gradients = run(op.source.outputs._replace(loss=False), grad_output)
-    scaled, info = torch.stack([results[0], *gradients]), torch.finfo(dtype)
+    scaled, tiny = torch.stack([results[0], *gradients]), torch.finfo(dtype).tiny
     product = torch.stack([results[0], *results[1:] * grad_output])
-    right = (scaled - product).abs() <= 4 * info.eps * product.abs() + info.tiny
-    right |= (scaled == product) | (scaled.isnan() & product.isnan())
-    verify(scaled, product, right, grad_output)
+    text = f"{op.name}: gradients times grad_output"
+    assert_accurate(scaled, product, tiny, 4, None, text, **named, grad_output=grad_output)

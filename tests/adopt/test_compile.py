@@ -12,10 +12,10 @@ import pytest
 import torch
 from catalogue import COMPILED, EXAMPLES, Call, Example, ours
 from catalogue import TORCH as F
-from compare import Outcome, evaluate, flattened
+from compare import Outcome, evaluate, flattened, parameters
 from conftest import KernelCalls
-from layouts import every_second, transposed
 from processes import process
+from samples import every_second, transposed
 from torch import Tensor, nn
 from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -24,7 +24,6 @@ from torch._functorch.aot_autograd import make_boxed_func
 from torch._inductor.decomposition import select_decomp_table
 from torch._subclasses import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
-from torch_reference import parameters
 
 import pyfused
 from pyfused import backends

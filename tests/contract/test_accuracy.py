@@ -15,12 +15,22 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from compare import FLOATS, HALF, Errors, evaluate, exactly, extended, random_grad_output
+from compare import (
+    FLOATS,
+    HALF,
+    Errors,
+    Outcome,
+    evaluate,
+    exactly,
+    extended,
+    largest,
+    random_grad_output,
+    torch_function,
+)
 from conftest import ISAS, KernelCalls
 from grid import grid
 from samples import ACTIVATIONS, GATED, LOSSES, SAMPLES, Loss, target_indices, target_probabilities
 from torch import Tensor
-from torch_reference import torch_function
 
 from pyfused import functional
 from pyfused.dispatch.operator import Operator
@@ -75,14 +85,11 @@ def check_options(kind: str, shapes: list[Any], dtype: torch.dtype, choices: lis
         got = evaluate(cross_entropy, *call, **options)
         of_torch = evaluate(F.cross_entropy, *call, **options)
         if dtype == torch.float64:
-            value, *gradients = extended_cross_entropy(*call, smoothing, reduction)
+            value, gradient = extended_cross_entropy(*call, smoothing, reduction)
+            exact: Any = Outcome(value, [gradient])
         else:
             exact = evaluate(F.cross_entropy, *call, convert=exactly, **options)
-            value, gradients = exact.value, exact.gradients
-        errors.add("value", got.value, of_torch.value, value)
-        results = zip(got.gradients, of_torch.gradients, gradients, strict=True)
-        for i, three in enumerate(results):
-            errors.add(f"gradient {i}", *three, term=gradient_term(target, weight, reduction))
+        errors.add_outcome(got, of_torch, exact, gradient_term(target, weight, reduction))
     errors.check()
 
 
@@ -184,11 +191,8 @@ def test_pointwise_losses(loss: Loss, dtype: Any, large: bool, weighted: bool, i
         of_torch = evaluate(loss.reference, **given, **options)
         grad_output = random_grad_output(got.value.shape).to(dtype)
         exact = loss.exact(given, reduction, grad_output)
-        errors.add("value", got.value, of_torch.value, exact.value, exact.terms)
-        pairs = zip(got.gradients, of_torch.gradients, strict=True)
-        for name, pair in zip(loss.differentiated, pairs, strict=True):
-            expected = exact.gradients[name]
-            errors.add(f"gradient to the {name}", *pair, expected, exact.gradients_terms)
+        best: Any = Outcome(exact.value, [*exact.gradients.values()])
+        errors.add_outcome(got, of_torch, best, exact.gradients_terms, exact.terms)
     errors.check(roundings=2 if SAMPLES[loss.op.name].heavy else 1)
 
 
@@ -204,10 +208,7 @@ def test_activations(
         ours, theirs = (evaluate(f, *inputs, **options) for f in functions)
         value, *derivatives = SAMPLES[op.name].define(*map(extended, inputs), **options)
         grad_output = extended(random_grad_output((size,)).to(dtype))
-        cancels = float(abs(extended(inputs[0])).max()) if SAMPLES[op.name].cancels else 0.0
-        errors.add("value", ours.value, theirs.value, value, cancels)
-        term = float(abs(grad_output).max())
-        results = zip(ours.gradients, theirs.gradients, derivatives, strict=True)
-        for i, (mine, of_torch, derivative) in enumerate(results):
-            errors.add(f"gradient {i}", mine, of_torch, derivative * grad_output, term)
+        cancels = largest(inputs[0]) if SAMPLES[op.name].cancels else 0.0
+        exact: Any = Outcome(value, [derivative * grad_output for derivative in derivatives])
+        errors.add_outcome(ours, theirs, exact, largest(grad_output), cancels)
     errors.check()

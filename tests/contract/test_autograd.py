@@ -15,21 +15,19 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
-from itertools import product
 from typing import Any
 
 import interpreter
 import pytest
 import torch
 from catalogue import SOME, TENSOR_OPTIONS, TRIED, Call, Example, every_example, every_operator
-from compare import DEVICE, flattened, random_grad_output
+from compare import DEVICE, flattened, parameters, random_grad_output
 from conftest import KernelCalls
 from samples import declared, is_log_probs
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import CheckpointError, checkpoint
-from torch_reference import parameters
 
 import pyfused
 from pyfused import functional as fused
@@ -72,14 +70,14 @@ def through(call: Call, factor: Tensor) -> dict[str, Tensor]:
 
 @pytest.mark.interpreted
 @every_example
-def test_an_expanded_grad_output(example: Example) -> None:
+@pytest.mark.parametrize("number", [-2.5, math.inf])
+def test_an_expanded_grad_output(example: Example, number: float) -> None:
     """expand() returns a tensor with strides of 0 if the result has several elements."""
     call = example.call()
-    for number in (-2.5, math.inf):
-        found = [gradients(call, function, torch.tensor(number)) for function in (ours, of_torch)]
-        if math.isinf(number):  # an infinite gradient may be NaN, and 0 times infinity 0
-            found = [[x.isfinite() & (x != 0) for x in each] for each in found]
-        close(*found)
+    found = [gradients(call, function, torch.tensor(number)) for function in (ours, of_torch)]
+    if math.isinf(number):  # an infinite gradient may be NaN, and 0 times infinity 0
+        found = [[x.isfinite() & (x != 0) for x in each] for each in found]
+    close(*found)
 
 
 @pytest.mark.interpreted
@@ -191,7 +189,10 @@ def test_each_gradient_separately(example: Example) -> None:
 
 
 @every_example_and("dtype", torch.float32, torch.float16)
-def test_modified_arguments(example: Example, dtype: Any, kernel_calls: KernelCalls) -> None:
+@pytest.mark.parametrize("when", ["first", "second", "create_graph"])
+def test_modified_arguments(
+    example: Example, dtype: Any, when: str, kernel_calls: KernelCalls
+) -> None:
     """Backward raises if it reads the argument; else it computes the gradients of the old values.
 
     Where the forward pass computes the gradients, only ``create_graph`` reads saved arguments, as
@@ -202,7 +203,7 @@ def test_modified_arguments(example: Example, dtype: Any, kernel_calls: KernelCa
     kernel_calls.clear()
     torch.autograd.grad(value, [*call.leaves.values()], above(value))
     backward_reads = bool(kernel_calls)
-    for (name, x), when in product(call.tensors.items(), ("first", "second", "create_graph")):
+    for name, x in call.tensors.items():
         changed, saved = x.detach().clone().requires_grad_(x.requires_grad), list[int]()
         hidden = changed * 1 if name in call.leaves else changed
         with saved_tensors_hooks(lambda y: saved.append(y.data_ptr()) or y, lambda y: y):  # noqa: B023

@@ -143,16 +143,14 @@ def test_parameters_among_the_options_belong_to_the_module(
 
 
 @pytest.mark.parametrize("name", ["weight", "token_weight"])
-def test_weights_move_with_the_module(name: str) -> None:
-    weight, x = torch.linspace(0, 1, 6)[: 5 if name == "weight" else 6], X.float()
-    for module in (
-        fused.CrossEntropyLoss(**{name: weight}),
-        fused.LinearCrossEntropyLoss(**HEAD, **{name: weight}),
-    ):
-        moved = module.double()
-        torch.testing.assert_close(moved.state_dict()[name], weight.double())
-        assert moved(x.double(), TARGET).dtype == torch.float64
-        assert getattr(module.to("meta"), name).is_meta
+@pytest.mark.parametrize("head", [{}, HEAD], ids=["logits", "head"])
+def test_weights_move_with_the_module(name: str, head: dict[str, int]) -> None:
+    weight = torch.linspace(0, 1, 6)[: 5 if name == "weight" else 6]
+    kind: Any = fused.LinearCrossEntropyLoss if head else fused.CrossEntropyLoss
+    moved = kind(**head, **{name: weight}).double()
+    torch.testing.assert_close(moved.state_dict()[name], weight.double())
+    assert moved(X, TARGET).dtype == torch.float64
+    assert getattr(moved.to("meta"), name).is_meta
 
 
 @pytest.mark.parametrize(

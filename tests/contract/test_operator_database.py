@@ -39,14 +39,14 @@ def test_eager(op: Operator) -> None:
     found = samples(op)
     assert found
     for call in found if grid.FULL else found[:: len(found) // 8 + 1]:
-        check(call)
+        compare_with_torch(call)
 
 
 @every_operator
 def test_errors(op: Operator) -> None:
     for entry in database()[op.name]:
         for found in entry.error_inputs("cpu") if entry.error_inputs_func else ():
-            check(call_of(op, found.sample_input))
+            compare_with_torch(call_of(op, found.sample_input))
 
 
 # ---- the database --------------------------------------------------------------------------------
@@ -92,7 +92,8 @@ def call_of(op: Operator, sample: Any) -> Call:
 # ---- checks --------------------------------------------------------------------------------------
 
 
-def check(call: Call) -> None:
+def compare_with_torch(call: Call) -> None:
+    """Compares results, warnings and the type of an error."""
     expected, expected_warnings = attempt(call, of_torch)
     got, warned = attempt(call, ours)
     if isinstance(expected, Exception):
@@ -100,7 +101,12 @@ def check(call: Call) -> None:
         return
     assert isinstance(got, list), f"{call}: {got!r}"
     assert warned == expected_warnings, str(call)
-    check_results(call, ours)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            check_call(call)
+        except Exception as error:
+            raise AssertionError(f"{call}: {error}") from error
 
 
 def attempt(call: Call, function: Callable[..., Any]) -> tuple[list[Tensor] | Exception, list[str]]:
@@ -110,15 +116,6 @@ def attempt(call: Call, function: Callable[..., Any]) -> tuple[list[Tensor] | Ex
         warnings.filterwarnings("ignore", CHUNKED)
         found = outcome(lambda: run(call, function))
     return found, [f"{each.category.__name__}: {each.message}" for each in caught]
-
-
-def check_results(call: Call, function: Callable[..., Any]) -> None:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        try:
-            check_call(call, function)
-        except Exception as error:
-            raise AssertionError(f"{call}: {error}") from error
 
 
 def of_torch(call: Call, **given: Any) -> Any:

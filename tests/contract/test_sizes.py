@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -17,6 +16,7 @@ import pyfused
 from pyfused import functional as fused
 from pyfused.backends import DTYPES, cpu
 from pyfused.dispatch import sizes
+from pyfused.dispatch.operator import Operator
 from pyfused.dispatch.reasons import SMALL
 from pyfused.dispatch.sizes import limits_of
 from pyfused.ops.operators import OPERATORS
@@ -50,19 +50,16 @@ def test_unreduced_losses(reduction: str, limit: int) -> None:
 
 
 @pytest.mark.parametrize("is_few", [True, False])
-def test_few_classes(is_few: bool) -> None:
-    for dtype, few in (
-        (torch.float32, sizes.VECTOR // 4 - 1),
-        (torch.bfloat16, sizes.VECTOR // 2 - 1),
-    ):
-        classes = few + (not is_few)
-        x = torch.zeros(-(-FIRST // classes), classes, dtype=dtype)
-        columns, target = x.t().contiguous(), torch.zeros(len(x), dtype=torch.int64)
-        assert runs_torch("cross_entropy", x, target) == is_few
-        assert runs_torch("softmax", x, 1) == is_few
-        assert not runs_torch("cross_entropy", columns.t(), target)  # torch vectorises
-        slow = dtype is torch.bfloat16 and cpu.capability == "x86-64-v3"
-        assert runs_torch("softmax", columns, -2) == slow
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_few_classes(is_few: bool, dtype: torch.dtype) -> None:
+    classes = sizes.VECTOR // dtype.itemsize - is_few
+    x = torch.zeros(-(-FIRST // classes), classes, dtype=dtype)
+    columns, target = x.t().contiguous(), torch.zeros(len(x), dtype=torch.int64)
+    assert runs_torch("cross_entropy", x, target) == is_few
+    assert runs_torch("softmax", x, 1) == is_few
+    assert not runs_torch("cross_entropy", columns.t(), target)  # torch vectorises
+    slow = dtype is torch.bfloat16 and cpu.capability == "x86-64-v3"
+    assert runs_torch("softmax", columns, -2) == slow
 
 
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
@@ -128,16 +125,21 @@ def test_limits_grow_with_threads(threads: Any, monkeypatch: pytest.MonkeyPatch)
         assert sizes.torch_computes(OPERATORS["l1_loss"], (x, x)) is by_torch
 
 
-def test_calls_run_kernels_from_each_limit_on(monkeypatch: pytest.MonkeyPatch) -> None:
+OF_ELEMENTS = {name: op for name, op in OPERATORS.items() if not op.is_linear}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("op", OF_ELEMENTS.values(), ids=OF_ELEMENTS)
+def test_calls_run_kernels_from_each_limit_on(
+    op: Operator, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.undo()
-    of_elements = [op for op in OPERATORS.values() if not op.is_linear]
-    for op, dtype in itertools.product(of_elements, DTYPES):
-        found = limits_of(op.name, op.family, dtype, torch.device("cpu"), torch.get_num_threads())
-        for limit in {*found} - {0, sizes.NEVER}:
-            monkeypatch.setattr(sizes, "limits_of", lambda *_, limit=limit: sizes.Limits(limit))
-            for elements in (0, limit - 1, limit):
-                tensors = (torch.empty(1, dtype=dtype).expand(elements),) * len(op.all_operands)
-                assert sizes.torch_computes(op, tensors) is (elements < limit), (op.name, dtype)
+    found = limits_of(op.name, op.family, dtype, torch.device("cpu"), torch.get_num_threads())
+    for limit in {*found} - {0, sizes.NEVER}:
+        monkeypatch.setattr(sizes, "limits_of", lambda *_, limit=limit: sizes.Limits(limit))
+        for elements in (0, limit - 1, limit):
+            tensors = (torch.empty(1, dtype=dtype).expand(elements),) * len(op.all_operands)
+            assert sizes.torch_computes(op, tensors) is (elements < limit)
 
 
 def test_columns_are_larger_sizes() -> None:
@@ -157,17 +159,19 @@ def test_empty_calls_fall_back() -> None:
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
-def test_kernels_compute_small_calls_with_options_that_torch_lacks(reduction: str) -> None:
+@pytest.mark.parametrize("rows", [0, 1])
+def test_kernels_compute_small_calls_with_options_that_torch_lacks(
+    reduction: str, rows: int
+) -> None:
     """torch computes empty calls, for which kernels would divide by 0."""
-    for rows in (0, 1):
-        x, target = torch.zeros(rows, 5), torch.zeros(rows, dtype=torch.int64)
-        call = partial(fused.cross_entropy, x, target, reduction=reduction)
-        assert (pyfused.explain(call.func, *call.args, scale=2.0).backend == "torch") == (not rows)
-        for options in ({"scale": 2.0}, {"gamma": 0.0}, {"token_weight": torch.ones(rows)}):
-            close(call(**options), call(), equal_nan=True)
-        loss, metrics = fused.cross_entropy_with_metrics(x, target, reduction=reduction)
-        close(loss, call(), equal_nan=True)
-        assert metrics.prediction.tolist() == [0] * rows
+    x, target = torch.zeros(rows, 5), torch.zeros(rows, dtype=torch.int64)
+    call = partial(fused.cross_entropy, x, target, reduction=reduction)
+    assert (pyfused.explain(call.func, *call.args, scale=2.0).backend == "torch") == (not rows)
+    for options in ({"scale": 2.0}, {"gamma": 0.0}, {"token_weight": torch.ones(rows)}):
+        close(call(**options), call(), equal_nan=True)
+    loss, metrics = fused.cross_entropy_with_metrics(x, target, reduction=reduction)
+    close(loss, call(), equal_nan=True)
+    assert metrics.prediction.tolist() == [0] * rows
 
 
 # ---- GPUs ----------------------------------------------------------------------------------------
@@ -231,14 +235,11 @@ def test_a_small_call_by_torch(name: str) -> None:
 
 @pytest.mark.filterwarnings("ignore:size_average and reduce:UserWarning")
 @pytest.mark.parametrize("size", [6, 60_000])
-def test_deprecated_arguments_are_torchs(size: int) -> None:
+@pytest.mark.parametrize("given", [{"size_average": False}, {"reduce": False}, {"reduce": True}])
+def test_deprecated_arguments_are_torchs(size: int, given: dict[str, bool]) -> None:
     x, y = X[:1].expand(size, 5).contiguous(), TARGET[:1].expand(size)
-    for given in ({"size_average": False}, {"reduce": False}, {"reduce": True}):
-        for call in (
-            lambda f, given=given: f.mse_loss(x, x + 1, **given),
-            lambda f, given=given: f.cross_entropy(x, y, **given),
-            lambda f, given=given: f.kl_div(x, x.exp(), **given),
-        ):
-            assert call(fused).equal(call(F))
+    assert fused.mse_loss(x, x + 1, **given).equal(F.mse_loss(x, x + 1, **given))
+    assert fused.cross_entropy(x, y, **given).equal(F.cross_entropy(x, y, **given))
+    assert fused.kl_div(x, x.exp(), **given).equal(F.kl_div(x, x.exp(), **given))
     with pytest.raises(TypeError, match=r"size_average, reduce: expected None .*; pass reduction"):
-        fused.cross_entropy(x, y, reduce=False, gamma=2.0)
+        fused.cross_entropy(x, y, **given, gamma=2.0)

@@ -49,16 +49,17 @@ class Marked(Tensor):
 
 
 @every_operator
-def test_parameters_and_subclasses(example: Example, kernel_calls: KernelCalls) -> None:
+@pytest.mark.parametrize("kind", [Marked, torch.nn.Parameter])
+def test_parameters_and_subclasses(
+    example: Example, kind: type[Tensor], kernel_calls: KernelCalls
+) -> None:
     ours, of_torch, x = steps(example)
-    for kind in (Marked, torch.nn.Parameter):
-        kernel_calls.clear()
-        x = x.detach().as_subclass(kind).requires_grad_()
-        got, expected = ours(x), of_torch(x)
-        assert type(got) is type(expected)
-        assert (type(got) is Marked) == (kind is Marked) == (not kernel_calls.total())
-        close(got.as_subclass(Tensor), expected.as_subclass(Tensor))
-        close(torch.autograd.grad(got.sum(), x), torch.autograd.grad(expected.sum(), x))
+    x = x.detach().as_subclass(kind).requires_grad_()
+    got, expected = ours(x), of_torch(x)
+    assert type(got) is type(expected)
+    assert (type(got) is Marked) == (kind is Marked) == (not kernel_calls.total())
+    close(got.as_subclass(Tensor), expected.as_subclass(Tensor))
+    close(torch.autograd.grad(got.sum(), x), torch.autograd.grad(expected.sum(), x))
 
 
 class Recording(Tensor):
@@ -200,16 +201,18 @@ def test_a_mode_sees_the_call(
     assert not kernel_calls.total()
 
 
+DEVICES = torch.device("cpu"), torch.device("meta"), FlopCounterMode(display=False)
+
+
 @every_operator
-def test_a_default_device_keeps_kernels(example: Example, kernel_calls: KernelCalls) -> None:
+@pytest.mark.parametrize("mode", DEVICES, ids=["cpu", "meta", "flops"])
+def test_results_under_a_default_device_and_a_counter(example: Example, mode: Any) -> None:
     ours, of_torch, x = steps(example)
-    x = x.detach().requires_grad_()
-    expected = of_torch(x)
-    expected_grad = torch.autograd.grad(expected.sum(), x)
-    for mode in (torch.device("cpu"), torch.device("meta"), FlopCounterMode(display=False)):
-        with mode:
-            got = ours(x)
-            close((got, *torch.autograd.grad(got.sum(), x)), (expected, *expected_grad))
+    expected = of_torch(x.requires_grad_())
+    with mode:
+        got = ours(x)
+        found = got, *torch.autograd.grad(got.sum(), x)
+    close(found, (expected, *torch.autograd.grad(expected.sum(), x)))
 
 
 class Mine(pyfused.nn.ReLU):

@@ -17,13 +17,20 @@ import interpreter
 import pytest
 import torch
 from catalogue import SOME, TRIED, Call, Example, every_example, every_operator, ours
-from check_calls import ERRORS, check_call, converted, largest, natively, run
-from compare import DEVICE, FLOATS, HALF, Errors, operators_of_torch
+from check_calls import ERRORS, check_call, converted, natively, run
+from compare import (
+    DEVICE,
+    FLOATS,
+    HALF,
+    Errors,
+    assert_accurate,
+    largest,
+    operators_of_torch,
+    parameters,
+)
 from conftest import ISAS, KernelCalls, fused_always
 from grid import grid
-from layouts import LAYOUTS, SAME_VALUES, Layout
-from samples import is_divergence
-from torch_reference import parameters
+from samples import LAYOUTS, SAME_VALUES, Layout, is_divergence
 
 import pyfused
 from pyfused import nn
@@ -127,12 +134,12 @@ def test_autocast(example: Example, dtype: torch.dtype) -> None:
     rounded = torch.bfloat16 if call.op.is_linear else dtype  # the dtype of matrix products
     if dtype is torch.float64:  # not affected by autocast; torch has float32 constants
         rounded = torch.float32
-    for one, theirs, best in zip(got, native, exact, strict=True):
-        assert one.dtype == theirs.dtype
-        if one.is_floating_point():
-            eps = max(torch.finfo(one.dtype).eps, torch.finfo(rounded).eps)
-            errors = [largest(x.double() - best) for x in (one, theirs)]
-            assert errors[0] <= 2 * errors[1] + 16 * eps * largest(best)
+    for found, of_torch, best in zip(got, native, exact, strict=True):
+        assert found.dtype == of_torch.dtype
+        if found.is_floating_point():
+            eps = max(torch.finfo(found.dtype).eps, torch.finfo(rounded).eps)
+            error = 2 * largest(of_torch.double() - best) + 16 * eps * largest(best)
+            assert_accurate(found, best, error, native=of_torch)
 
 
 @pytest.mark.cpu

@@ -20,10 +20,10 @@ from unittest.mock import patch
 
 import torch
 from catalogue import EXAMPLES, Example
+from compare import parameters
 from conftest import fused_always
 from samples import has_classes, is_divergence
 from torch import Tensor
-from torch_reference import parameters
 from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver

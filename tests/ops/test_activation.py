@@ -7,12 +7,11 @@ from collections.abc import Callable
 import interpreter
 import pytest
 import torch
-from compare import FLOATS
+from compare import FLOATS, parameters, torch_function
 from conftest import KernelCalls
 from grid import grid
 from samples import ACTIVATIONS, SAMPLES
 from torch import Tensor
-from torch_reference import parameters, torch_function
 
 from pyfused import functional as fused
 from pyfused.ops.activation import Activation

@@ -4,31 +4,28 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from itertools import product
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from catalogue import Example
+from catalogue import Call, Example
 from check_calls import check_call
 from compare import DEVICE, FLOATS, HALF, assert_matches_torch, evaluate, exactly
 from conftest import ISAS, KernelCalls, backend
 from grid import grid
-from layouts import SAME_VALUES
-from samples import target_indices, target_probabilities
+from samples import SAME_VALUES, target_indices, target_probabilities
 
 from pyfused import functional as fused
 from pyfused.backends import cpu
 from pyfused.functional import cross_entropy, log_probs
-from pyfused.ops.metrics import from_logits
 from pyfused.ops.operators import CROSS_ENTROPY
 
 INF, NAN = float("inf"), float("nan")
 KINDS = ["index", "probabilities"]
 REDUCTIONS = ["none", "mean", "sum"]
 SHAPES = [(5,), (6, 5), (3, 5, 4), (2, 5, 3, 4), (2, 3, 2, 1, 5)]
-check = partial(assert_matches_torch, cross_entropy, F.cross_entropy)
+assert_matches = partial(assert_matches_torch, cross_entropy, F.cross_entropy)
 close = torch.testing.assert_close
 
 
@@ -58,7 +55,7 @@ def test_ignored_rows_get_no_gradient(reduction: str, dtype: torch.dtype, factor
 def test_the_mean_of_targets_whose_classes_have_weight_zero(smoothing: float) -> None:
     logits, target = problem((6, 5), "index")
     weight = torch.ones(5).index_fill(0, target, 0)
-    check(logits, target, weight=weight, label_smoothing=smoothing)
+    assert_matches(logits, target, weight=weight, label_smoothing=smoothing)
     options: Any = {"weight": weight, "label_smoothing": 0.1}
     assert fused.linear_cross_entropy(logits, torch.eye(5), target, **options).isnan()
 
@@ -70,7 +67,7 @@ def test_smoothed_probabilities_of_huge_logits(smoothing: float, shape: tuple[in
     logits = torch.zeros(shape)
     logits[:, ::2] = -1e38
     target = target_probabilities(shape)
-    check(logits.requires_grad_(), target, label_smoothing=smoothing, reduction="none")
+    assert_matches(logits.requires_grad_(), target, label_smoothing=smoothing, reduction="none")
     assert cross_entropy(logits, target, label_smoothing=smoothing).isfinite()
 
 
@@ -122,20 +119,29 @@ SPECIAL_ROWS = {
 
 
 @pytest.mark.interpreted
-@grid(row=SPECIAL_ROWS, dtype=FLOATS, reduction=REDUCTIONS, smoothing=[0.0, 0.1], kind=KINDS * 2)
-def test_special_values(row: str, dtype: Any, smoothing: float, kind: str, reduction: str) -> None:
-    options: dict[str, Any] = {"reduction": reduction}
-    for padding in (0, 3, 12, 60, 300):  # less than, about and more than a vector, and folded
-        logits = torch.zeros(5, padding + 5)
-        logits[:, padding:] = torch.tensor(SPECIAL_ROWS[row])
-        logits, target = logits.to(dtype).requires_grad_(), torch.arange(5) + padding
-        check(logits, target, **options)
-        logits = logits.detach().T[None].contiguous().requires_grad_()  # classes not contiguous
-        check(logits, target[None], **options)
+@grid(row=SPECIAL_ROWS, dtype=FLOATS, reduction=REDUCTIONS)
+@pytest.mark.parametrize("padding", [0, 3, 12, 60, 300])  # about a vector, and folded
+@pytest.mark.parametrize("classes_last", [True, False])
+def test_special_values(
+    row: str, dtype: Any, reduction: str, padding: int, classes_last: bool
+) -> None:
+    logits = torch.zeros(5, padding + 5)
+    logits[:, padding:] = torch.tensor(SPECIAL_ROWS[row])
+    logits, target = logits.to(dtype), torch.arange(5) + padding
+    if not classes_last:
+        logits, target = logits.T[None].contiguous(), target[None]
+    assert_matches(logits.requires_grad_(), target, reduction=reduction)
+
+
+@pytest.mark.interpreted
+@grid(row=SPECIAL_ROWS, reduction=REDUCTIONS, smoothing=[0.0, 0.1], kind=KINDS * 2)
+@pytest.mark.parametrize("weight", [None, torch.tensor([0.5, 0.0, 2.0, 1.0, 3.0])], ids=str)
+def test_special_values_with_options(
+    row: str, smoothing: float, kind: str, reduction: str, weight: Any
+) -> None:
     logits = torch.tensor([SPECIAL_ROWS[row]] * 5).requires_grad_()
     target = torch.eye(5) if kind == "probabilities" else torch.arange(5)
-    for weight in (None, torch.tensor([0.5, 0.0, 2.0, 1.0, 3.0])):
-        check(logits, target, weight, **options, label_smoothing=smoothing)
+    assert_matches(logits, target, weight, reduction=reduction, label_smoothing=smoothing)
 
 
 @pytest.mark.cpu
@@ -147,18 +153,26 @@ def test_special_values(row: str, dtype: Any, smoothing: float, kind: str, reduc
     isa=ISAS,
     smoothing=[0.0, 0.1, 0.1],
 )
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("moved", ["input", "target"])
 def test_few_positions_beside_many_classes(
-    shape: tuple[int, ...], dtype: torch.dtype, layout: str, soft: bool, isa: str, smoothing: float
+    shape: Any,
+    dtype: Any,
+    layout: str,
+    soft: bool,
+    isa: str,
+    smoothing: float,
+    reduction: str,
+    moved: str,
 ) -> None:
     """Several classes of a position share a vector, whichever the layout of each tensor is."""
-    for reduction, moved in product(REDUCTIONS, ("input", "target")):
-        weight = () if reduction == "none" else ("weight",)
-        options = {"reduction": reduction, "label_smoothing": smoothing}
-        call = Example(CROSS_ENTROPY, "", options, weight, soft).call(dtype, shape)
-        call.given["input"].data[0, 5:7, -1] = -1e4  # masked
-        x = call.given[moved]
-        call.given[moved] = SAME_VALUES[layout](x.detach()).requires_grad_(x.requires_grad)
-        check_call(call)
+    weight = () if reduction == "none" else ("weight",)
+    options = {"reduction": reduction, "label_smoothing": smoothing}
+    call = Example(CROSS_ENTROPY, "", options, weight, soft).call(dtype, shape)
+    call.given["input"].data[0, 5:7, -1] = -1e4  # masked
+    x = call.given[moved]
+    call.given[moved] = SAME_VALUES[layout](x.detach()).requires_grad_(x.requires_grad)
+    check_call(call)
 
 
 JUMPS = [5, 7, 10, 50, 87, 88, 89, 100, 130, 200, 300, 700, 750, 1500, 1e4, 1e9, 1e10, 1e30, 3e38]
@@ -166,14 +180,16 @@ JUMPS = [5, 7, 10, 50, 87, 88, 89, 100, 130, 200, 300, 700, 750, 1500, 1e4, 1e9,
 
 @pytest.mark.cpu
 @grid(isa=ISAS, dtype=[torch.float32, torch.float64], smoothing=[0.0, 0.0, 0.1, 0.1])
-def test_a_much_larger_logit_late_in_a_row(smoothing: float, dtype: torch.dtype, isa: str) -> None:
+@pytest.mark.parametrize("first", [0, 2000])  # far from the largest, and near it
+def test_a_much_larger_logit_late_in_a_row(
+    smoothing: float, dtype: torch.dtype, isa: str, first: int
+) -> None:
     """The difference to earlier logits may overflow the exponent."""
     jumps = [jump for jump in JUMPS if jump < 1e9 or not smoothing]  # 1e9 is rounded too much
     logits = torch.randn(len(jumps), 3000, dtype=dtype)
     logits[:, 2000:2500] += torch.tensor(jumps, dtype=dtype)[:, None]
-    for first in (0, 2000):  # far from the largest, and near it
-        target = torch.randint(first, first + 500, (len(jumps),))
-        check(logits.requires_grad_(), target, reduction="none", label_smoothing=smoothing)
+    target = torch.randint(first, first + 500, (len(jumps),))
+    assert_matches(logits.requires_grad_(), target, reduction="none", label_smoothing=smoothing)
 
 
 @pytest.mark.cpu
@@ -190,16 +206,19 @@ def test_a_large_gradient_in_new_and_in_recycled_memory(classes: int) -> None:
 
 
 @grid(value=[NAN, INF, -INF, 0.0, -1.0, 5.0], reduction=REDUCTIONS)
-def test_unusual_probabilities_and_weights(value: float, reduction: str) -> None:
-    for smoothing in (0.0, 0.1):
-        logits, target = problem((4, 5), "probabilities")
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("unusual", ["probability", "weight of index", "weight of probabilities"])
+def test_unusual_probabilities_and_weights(
+    value: float, reduction: str, smoothing: float, unusual: str
+) -> None:
+    logits, target = problem((4, 5), "index" if "index" in unusual else "probabilities")
+    weight = torch.ones(5)
+    if unusual == "probability":
         target[1, 2] = value
-        weight = torch.ones(5)
-        options = {"reduction": reduction, "label_smoothing": smoothing}
-        check(logits, target.requires_grad_(), weight, **options)
+        target.requires_grad_()
+    else:
         weight[2] = value
-        for kind in KINDS:
-            check(*problem((4, 5), kind), weight, **options)
+    assert_matches(logits, target, weight, reduction=reduction, label_smoothing=smoothing)
 
 
 @pytest.mark.interpreted
@@ -207,10 +226,10 @@ def test_unusual_probabilities_and_weights(value: float, reduction: str) -> None
 def test_no_classes(shape: tuple[int, ...], smoothing: float, reduction: str) -> None:
     logits = torch.empty(shape, requires_grad=True)
     options = {"reduction": reduction, "label_smoothing": smoothing}
-    check(logits, torch.empty(shape), **options)
+    assert_matches(logits, torch.empty(shape), **options)
     if len(shape) < 3:  # with more dimensions, torch reports a shape mismatch
         ignored = torch.full(shape[:-1], -100)
-        check(logits, ignored, **options)
+        assert_matches(logits, ignored, **options)
         if DEVICE == "cpu":  # a device-side assert would break the CUDA context
             with pytest.raises(IndexError):
                 cross_entropy(logits, torch.zeros_like(ignored), **options)
@@ -218,7 +237,7 @@ def test_no_classes(shape: tuple[int, ...], smoothing: float, reduction: str) ->
 
 @grid(smoothing=[-1.0, -0.1, -0.0, NAN, True, False, 0, 1], target_kind=KINDS)
 def test_smoothing_of_zero_and_below(smoothing: float, target_kind: str) -> None:
-    check(*problem((4, 5), target_kind), label_smoothing=smoothing)
+    assert_matches(*problem((4, 5), target_kind), label_smoothing=smoothing)
 
 
 @grid(path=["kernels", "torch"], name=["cross_entropy", "linear_cross_entropy", "linear_log_probs"])
@@ -242,26 +261,13 @@ def test_classes_in_uint8_are_not_ignored(name: str, path: str) -> None:
     probabilities=[False, False, True, True],
     isa=ISAS,
 )
-def test_scaled_logits_are_unrounded(shape: Any, dtype: Any, probabilities: bool, isa: str) -> None:
+@pytest.mark.parametrize("metrics", [{}, {"with_metrics": True}])
+def test_scaled_logits_are_unrounded(
+    shape: Any, dtype: Any, probabilities: bool, isa: str, metrics: dict[str, Any]
+) -> None:
     """Scaled logits are float32 for any input dtype; so is the loss if loss_dtype is float32."""
-    input = (torch.rand(shape) * 2 - 1).to(dtype).requires_grad_()
-    target = input.detach().argmax(1)
-    if probabilities:
-        target = F.one_hot(target, shape[1]).movedim(-1, 1).to(dtype)
-    options: dict[str, Any] = {"scale": 30.0, "reduction": "none"}
-    loss = fused.cross_entropy(input, target, loss_dtype=torch.float32, **options)
-    exact = input.detach().double().requires_grad_()
-    wide_target = target.double() if probabilities else target
-    expected = F.cross_entropy(30 * exact, wide_target, reduction="none")
-    close(loss.double(), expected, rtol=1e-5, atol=1e-5)
-    (of_loss,) = torch.autograd.grad(loss.sum(), input)
-    (of_expected,) = torch.autograd.grad(expected.sum(), exact)
-    error = torch.finfo(dtype).eps
-    close(of_loss.double(), of_expected, rtol=error, atol=error)
-    _, metrics = fused.cross_entropy_with_metrics(input, target, **options)
-    close(metrics.log_probability.double(), -expected.detach(), rtol=1e-5, atol=1e-5)
-    assert (metrics.log_probability <= 0).all()
-    assert metrics.correct.all()
+    options: dict[str, Any] = {"scale": 30.0, "reduction": "none", "loss_dtype": torch.float32}
+    check_call(Example(CROSS_ENTROPY, "", options | metrics, (), probabilities).call(dtype, shape))
 
 
 @pytest.mark.cpu
@@ -381,8 +387,5 @@ def test_metrics_of_layouts(name: str, dtype: torch.dtype, isa: str) -> None:
     if target.numel() > 1:  # NaN of a row that is ignored
         target.view(-1)[0] = -1
         input[(0, slice(None), *[0] * (input.dim() - 2))] = torch.nan
-    loss, found = fused.cross_entropy_with_metrics(input, target, ignore_index=-1)
-    close(loss, fused.cross_entropy(input, target, ignore_index=-1))
-    expected = from_logits(input.double(), target, -1)
-    for x, y in zip(found, expected, strict=True):
-        close(x, y.to(x.dtype), rtol=3e-6, atol=3e-6)
+    given = {"input": input, "target": target, "ignore_index": -1, "with_metrics": True}
+    check_call(Call(CROSS_ENTROPY, given))

@@ -107,14 +107,17 @@ def test_blocks_of_capped_logits_share_their_memory(monkeypatch: pytest.MonkeyPa
 
 @pytest.mark.cpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_rounded_log_probabilities(dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("scale", [0.01, 1.0, 4.0])
+def test_rounded_log_probabilities(dtype: torch.dtype, scale: float) -> None:
     """The probabilities of all classes may sum to more than 1 by several roundings."""
-    for scale in (0.01, 1.0, 4.0):
-        log_probs, indices = (scale * torch.randn(N, C)).log_softmax(-1).sort()
-        arguments = given("linear_topk_kl_div") | {"teacher_indices": indices}
-        for rounded in (log_probs.to(dtype), log_probs.to(dtype).float()):
-            loss = fused.linear_topk_kl_div(**arguments | {"teacher_log_probs": rounded})
-            assert loss.isfinite()
+    log_probs, indices = (scale * torch.randn(N, C)).log_softmax(-1).sort()
+    arguments = given("linear_topk_kl_div") | {"teacher_indices": indices}
+    for rounded in (log_probs.to(dtype), log_probs.to(dtype).float()):
+        loss = fused.linear_topk_kl_div(**arguments | {"teacher_log_probs": rounded})
+        assert loss.isfinite()
+
+
+def test_probabilities_of_zero() -> None:
     never = torch.full((N, K), -math.inf)
     arguments = given("linear_topk_kl_div") | {"teacher_log_probs": never}
     assert fused.linear_topk_kl_div(**arguments, remainder="ignore") == 0

@@ -154,17 +154,9 @@ def test_blocks_of_classes_equal_whole_rows(
 @pytest.mark.cpu
 @pytest.mark.parametrize("dtype", ["half", "float32"])
 def test_dtypes_of_products(dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Both are as exact as rounding logits up to 4, and their gradients, to bfloat16 allows."""
     monkeypatch.setattr(cpu, "HALF_PRODUCTS", dtype)
     target = torch.randint(0, 1000, (200,))
-    tensors = [(torch.randn(n, 64) / 4).bfloat16().requires_grad_() for n in (200, 1000)]
-    exact = [x.detach().double().requires_grad_() for x in tensors]
-    log_p = (exact[0] @ exact[1].t()).log_softmax(1)
-    best = -log_p.gather(1, target[:, None]).mean()
-    loss = fused.linear_cross_entropy(*tensors, target, loss_dtype=torch.float32)
-    pairs = zip(torch.autograd.grad(loss, tensors), torch.autograd.grad(best, exact), strict=True)
-    for x, y in ((loss, best), *pairs):
-        assert (x - y).abs().max() <= 2**-6 * y.abs().max()
+    tensors = [torch.randn(n, 64).bfloat16() for n in (200, 1000)]
     explanation = pyfused.explain("linear_cross_entropy", *tensors, target)
     assert (explanation.products is torch.float32) is (dtype == "float32")
     assert str(explanation).endswith(f"cpu: products in {explanation.products}")

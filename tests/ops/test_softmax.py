@@ -11,20 +11,20 @@ import interpreter
 import numpy as np
 import pytest
 import torch
-from compare import FLOATS, HALF, Errors, evaluate, extended, outcome, random_grad_output
+from catalogue import Call
+from check_calls import check_call
+from compare import FLOATS, Errors, extended, outcome, random_grad_output
 from conftest import ISAS, KernelCalls, fused_by_size
 from grid import grid
-from torch import Tensor
 from torch.nn import functional as F
 
 import pyfused
 from pyfused import functional as fused
 from pyfused.backends import cpu
+from pyfused.ops.operators import OPERATORS
 
 INF, NAN = float("inf"), float("nan")
 NAMES = "softmax", "log_softmax"
-by_name = pytest.mark.parametrize("name", NAMES)
-close = torch.testing.assert_close
 
 # Contiguous and strided rows, with sizes within a tile, a group, a block of groups, a chunk and a
 # cached row, and larger.
@@ -38,34 +38,17 @@ if interpreter.ON:
     SHAPES = [(shape, dim) for shape, dim in SHAPES if math.prod(shape) < 2000]
 
 
-def both(name: str, *args: Any, **kwargs: Any) -> tuple[Callable[..., Tensor], ...]:
-    ours, of_torch = getattr(fused, name), getattr(F, name)
-    return (lambda x: ours(x, *args, **kwargs)), (lambda x: of_torch(x, *args, **kwargs))
-
-
-def assert_alike(ours: Callable[..., Tensor], of_torch: Callable[..., Tensor], x: Tensor) -> None:
-    """Compares values and gradients; in half precision, the rounded output affects the gradient."""
-    got, expected = evaluate(ours, x), evaluate(of_torch, x)
-    eps = torch.finfo(expected.value.dtype).eps
-    half = expected.value.dtype in HALF
-    close(got.value, expected.value, equal_nan=True, **({"rtol": eps, "atol": eps} if half else {}))
-    for gradient, torchs_ in zip(got.gradients, expected.gradients, strict=True):
-        unit = 4 * eps * float(torchs_.nan_to_num().abs().max())
-        close(gradient, torchs_, equal_nan=True, rtol=4 * eps if half else 1.3e-6, atol=unit)
-
-
 @pytest.mark.interpreted
 @grid(name=NAMES, case=SHAPES, dtype=FLOATS, isa=ISAS)
 def test_as_accurate_as_torch(
     name: str, case: tuple[Any, int], dtype: torch.dtype, isa: str, kernel_calls: KernelCalls
 ) -> None:
     shape, dim = case
-    ours, of_torch = both(name, dim)
     errors = Errors()
     for scale in (1, 20):
         x = (scale * torch.randn(shape)).to(dtype).requires_grad_()
         grad_output = random_grad_output(shape).to(x)
-        got, expected = ours(x), of_torch(x)
+        got, expected = (getattr(functional, name)(x, dim) for functional in (fused, F))
         assert got.is_contiguous()
         wide = extended(x)
         shifted = wide - wide.max(dim, keepdims=True)
@@ -92,12 +75,9 @@ def test_infinities_and_nan(name: str, dtype: torch.dtype, classes: int, dim: in
     x = torch.randn(4, classes)
     x[0] = -INF
     x[1, 2], x[2, 3], x[3, :4] = INF, NAN, -INF
-    ours, of_torch = both(name, dim)
-    x = x.to(dtype)
-    close(ours(x), of_torch(x), equal_nan=True)
-    finite = torch.randn(4, classes).to(dtype)
-    finite[:, 1] = -INF  # a mask
-    assert_alike(ours, of_torch, finite.requires_grad_())
+    masked = torch.randn(4, classes).index_fill(1, torch.tensor(1), -INF)
+    for input in (x.to(dtype), masked.to(dtype).requires_grad_()):
+        check_call(Call(OPERATORS[name], {"input": input, "dim": dim}))
 
 
 @pytest.mark.cpu
@@ -136,7 +116,7 @@ def test_avx2_leaves_strided_bfloat16_to_torch(
 @pytest.mark.thresholds
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
 @pytest.mark.parametrize("kind", ["nested", "sparse"])
-@by_name
+@pytest.mark.parametrize("name", NAMES)
 def test_large_tensors_without_strides(name: str, kind: str) -> None:
     x = torch.randn(1 << 17, 16)
     x = torch.nested.nested_tensor([*x.split(1 << 16)]) if kind == "nested" else x.to_sparse()
