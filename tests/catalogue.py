@@ -517,7 +517,8 @@ def call_of_rows(op: Operator, seed: int, shift: float = 0.0) -> Call:
     rounds = op.is_linear and not shift  # logits in half precision
     dtype = rng.choice(FLOATS[:2] if rounds else [x for x in FLOATS if fits(shift, x)])
     given = options_of_rows(rng, op, rows, classes)
-    if shift:  # products with other scales would be rounded
+    if shift:  # products with other scales would be rounded, as in torch's definition
+        given |= {n: float(given[n]) for n in {"gamma", "softcap", "z_loss"} & given.keys()}
         given |= {"temperature": 2.0} | ({"scale": 0.5} if "scale" in given else {})
         if "gamma" not in given and op in samples.WITH_OPTIONS:
             given["label_smoothing"] = 0.1

@@ -209,14 +209,19 @@ def assert_accurate(
     if native is not None:
         assert got.dtype == native.dtype
         theirs = extended(native)
-        right |= (ours == theirs) | ~(np.isfinite(ours) | np.isfinite(theirs) | ~np.isfinite(best))
+        right |= (ours == theirs) | (np.isnan(ours) & np.isnan(theirs))
+        right |= ~(np.isfinite(ours) | np.isfinite(theirs) | ~np.isfinite(best))
     if not right.all():
         index = tuple(int(i) for i in np.argwhere(~right)[0])
-        shown = {"got": ours, "exact": best, "allowed error": allowed}
-        shown |= {name: extended(x) for name, x in operands.items()}
-        values = [f"{n} {np.broadcast_to(x, best.shape)[index]!r}" for n, x in shown.items()]
-        wrong = f"{(~right).sum()} of {right.size} elements are wrong"
-        raise AssertionError(f"{result}: {wrong}, at {index}: {', '.join(values)}")
+        at = [
+            f"{n}={np.broadcast_to(extended(x), ours.shape)[index]:.6g}"
+            for n, x in operands.items()
+        ]
+        raise AssertionError(
+            f"{result}: {(~right).sum()} of {right.size} elements are wrong, got {ours[index]:.9g} "
+            f"instead of {best[index]:.9g} +- {np.broadcast_to(allowed, ours.shape)[index]:.3g} "
+            f"at {', '.join(at or [str(index)])}"
+        )
 
 
 class Errors:

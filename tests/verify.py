@@ -125,7 +125,7 @@ def check(
     results = torch.stack(run(op.source.outputs, None))
     function = partial(op._unreduced, options=options)
     exact, error, native = _errors(function, points, op.masks)
-    text = f"{op.name}: value and gradients"
+    text = f"{op.name}: kernel's value and gradients"
     assert_accurate(results.double(), exact, error.numpy(), 0, native, text, **named)
     _, *gradients = run(op.source.outputs._replace(loss=False), grad_output)
     scaled, tiny = torch.stack([results[0], *gradients]), torch.finfo(dtype).tiny

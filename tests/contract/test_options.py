@@ -210,9 +210,8 @@ def compare_with_closed_form(call: Call, way: str, rounded: bool = True) -> None
     """Compares results, and the gradients of two backward passes.
 
     Rounding the logits changes their differences to the largest one by a part of the spread. This
-    is the absolute error of a logarithm, and the relative error of a probability. The logits are
-    rounded, too, unless `rounded` is False, and their logsumexp, for which float64 has no wider
-    dtype.
+    is the absolute error of a logarithm, and the relative error of a probability. The logits
+    themselves are rounded, too, unless `rounded` is False.
     """
     name, given = call.op.name, {n: x for n, x in call.given.items() if n not in call.leaves}
     leaves = [x.detach().double() for x in call.leaves.values()]
@@ -241,14 +240,14 @@ def compare_with_closed_form(call: Call, way: str, rounded: bool = True) -> None
     in_float32 = dtype in HALF and way == "by kernels" and not call.op.is_linear
     eps = torch.finfo(torch.float32 if in_float32 else dtype).eps
     x = Logits(z, given).x
-    width = spread(x) + (min(largest(x), 1e4) if rounded or dtype is torch.float64 else 0)
+    size = largest(x) if rounded else 0
     for got, best in zip(found, results, strict=True):
         got = got if got.is_floating_point() else got.double()
-        error = ROUNDINGS * eps * (width + largest(best))
+        error = ROUNDINGS * eps * (size + spread(x) + largest(best))
         assert_accurate(got.reshape(best.shape), best, error, ROUNDINGS, result=f"{call}: result")
     for got, best in zip((*gradients, *again), exact * 2, strict=True):
         is_free = ~best.to(got.dtype).isfinite() & (~got.isfinite() | (got == 0))
-        error = ROUNDINGS * eps * (1 + min(width, 100.0)) * (1 + largest(best))
+        error = ROUNDINGS * eps * (1 + size + min(spread(x), 100)) * (1 + largest(best))
         best = best.where(~is_free, got.double())
         assert_accurate(got, best, error, ROUNDINGS, result=f"{call}: gradient")
 
