@@ -35,11 +35,11 @@ FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 class Outcome:
     """A value, and the gradients of the arguments that require grad, in argument order."""
 
-    value: Tensor
-    gradients: list[Tensor]
+    value: Any  # a tensor, or an array in long double
+    gradients: list[Any]
 
     @property
-    def results(self) -> list[Tensor]:
+    def results(self) -> list[Any]:
         return [self.value, *self.gradients]
 
 

@@ -13,12 +13,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import interpreter
 import numpy as np
 import torch
-from compare import DEVICE, Extended, extended, parameters, torch_function
+from compare import DEVICE, Extended, Outcome, extended, largest, parameters, torch_function
 from torch import Tensor
 
 from pyfused import functional as fused
@@ -463,15 +463,6 @@ LAYOUTS = SAME_VALUES | REPEATING
 # ---- pointwise losses ----------------------------------------------------------------------------
 
 
-class Exact(NamedTuple):
-    """An exact loss and its gradients, and the magnitudes of their terms."""
-
-    value: Extended
-    terms: float
-    gradients: dict[str, Extended]
-    gradients_terms: float
-
-
 @dataclass(frozen=True)
 class Loss:
     """A pointwise loss, with one choice of operands and parameters."""
@@ -521,8 +512,13 @@ class Loss:
         drawn = {operand.name: draw(operand, shape, dtype, scale) for operand in self.bounded}
         return {name: x.requires_grad_(name in leaves) for name, x in drawn.items()}
 
-    def exact(self, given: dict[str, Tensor], reduction: str, grad_output: Tensor) -> Exact:
-        """Computes the exact loss and gradients of tensors of one shape."""
+    def exact(
+        self, given: dict[str, Tensor], reduction: str, grad_output: Tensor
+    ) -> tuple[Outcome, float, float]:
+        """Returns the exact results for tensors of one shape.
+
+        They are followed by the largest terms of the gradients, and of the value.
+        """
         wide = {name: extended(tensor) for name, tensor in given.items() if name != "weight"}
         each, *gradients = SAMPLES[self.op.name].define(**wide, **self.parameters)
         weight = extended(given["weight"]) if "weight" in given else np.ones_like(each)
@@ -534,9 +530,8 @@ class Loss:
         if reduction != "none":
             value, size = value.sum(), float(abs(value).sum())
         factor = weight * extended(grad_output) / divisor
-        found = {n: g * factor for n, g in zip(self.differentiated, gradients, strict=True)}
-        unit = float(abs(factor).max(initial=0)) if SAMPLES[self.op.name].cancels else 0.0
-        return Exact(value, size, found, unit)
+        term = largest(factor) if SAMPLES[self.op.name].cancels else 0.0
+        return Outcome(value, [gradient * factor for gradient in gradients]), term, size
 
     def weight(self, shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> Tensor:
         return draw(next(o for o in self.op.operands if o.name == "weight"), shape, dtype)

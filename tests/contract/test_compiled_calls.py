@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from catalogue import Call, Example, every_compiled, every_family
+from catalogue import COMPILED, OF_FAMILIES, Call, Example, every_compiled, every_family
 from compare import evaluate
 from samples import SAMPLES, Sample
 from torch import Tensor, nn
@@ -107,8 +107,14 @@ class Program(nn.Module):
         return self.batches.of(tensors)
 
 
-def assert_exports(example: Example, strict: bool) -> None:
-    """Exports a call for all batch sizes, and compares the program with another batch size."""
+STRICT = [pytest.param(e, True, id=f"{name}-strict") for name, e in OF_FAMILIES.items()]
+
+
+@pytest.mark.parametrize(
+    ("example", "strict"), [*STRICT, *(pytest.param(e, False, id=n) for n, e in COMPILED.items())]
+)
+def test_export_with_a_dynamic_batch(example: Example, strict: bool) -> None:
+    """The program computes another batch size."""
     batches, dynamic = Batches(example), torch.export.Dim.DYNAMIC
     shapes = tuple([dict.fromkeys(dims, dynamic) for dims in batches.dims.values()])
     first, *_, last = [batches.tensors(call, Tensor.detach) for call in batches.calls]
@@ -131,16 +137,6 @@ def test_traced_with_another_batch_size(example: Example, trace: Callable[..., A
     first, *_, last = [batches.tensors(call, Tensor.detach) for call in batches.calls]
     traced = trace(lambda *tensors: batches.of(tensors), first)
     close(traced(*last), batches.of(last))
-
-
-@every_compiled
-def test_export_with_a_dynamic_batch(example: Example) -> None:
-    assert_exports(example, strict=False)
-
-
-@every_family
-def test_strict_export_with_a_dynamic_batch(example: Example) -> None:
-    assert_exports(example, strict=True)
 
 
 @every_family

@@ -9,7 +9,9 @@ import copy
 import io
 import itertools
 import pickle
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import catalogue
@@ -31,6 +33,7 @@ from compare import (
 from conftest import ISAS, KernelCalls, fused_always
 from grid import grid
 from samples import LAYOUTS, SAME_VALUES, Layout, is_divergence
+from torch import Tensor
 
 import pyfused
 from pyfused import nn
@@ -49,6 +52,17 @@ def rearranged(call: Call, layout: Layout, others: Layout | None = None) -> Call
     for name in given.keys() & call.leaves.keys():
         given[name].requires_grad_()
     return Call(call.op, call.given | given, layout)
+
+
+def assert_same_outcome(call: Call, expected: Callable[[], list[Tensor]]) -> None:
+    """Compares results, or expects both calls to raise."""
+    try:
+        results = expected()
+    except ERRORS:
+        with pytest.raises(ERRORS):
+            run(call, ours)
+    else:
+        close(run(call, ours), results, equal_nan=True)
 
 
 # ---- values --------------------------------------------------------------------------------------
@@ -103,17 +117,8 @@ def test_no_elements(example: Example, shape: tuple[int, ...], _: str) -> None:
     call = example.call(shape=shape)
     same = [{y: call.given[x]} for x, y in itertools.permutations(call.tensors, 2)]
     for changed in ({}, *same):
-        check_empty(replace(call, given=call.given | changed))
-
-
-def check_empty(call: Call) -> None:
-    try:
-        expected = natively(call)
-    except ERRORS:  # not supported for these shapes or dtypes
-        with pytest.raises(ERRORS):
-            run(call, ours)
-    else:
-        close(run(call, ours), expected, equal_nan=True)
+        changed_call = replace(call, given=call.given | changed)
+        assert_same_outcome(changed_call, partial(natively, changed_call))
 
 
 @grid(example=TRIED.values(), dtype=[torch.float32, torch.float64, *HALF])
@@ -160,17 +165,6 @@ def test_autocast_makes_no_float32_copy_of_the_logits() -> None:
 # ---- memory --------------------------------------------------------------------------------------
 
 
-def check_layout(call: Call) -> None:
-    """Compares a call with the same call of contiguous tensors, or expects both to raise."""
-    try:
-        expected = run(converted(call), ours)
-    except ERRORS:
-        with pytest.raises(ERRORS):
-            run(call, ours)
-    else:
-        close(run(call, ours), expected, equal_nan=True)
-
-
 @grid(example=SOME.values(), layout=LAYOUTS, shape=[(6, 5), (2, 5, 3)])
 def test_layouts(example: Example, layout: str, shape: Any, kernel_calls: KernelCalls) -> None:
     """Results do not depend on strides, which may differ between operands.
@@ -183,7 +177,8 @@ def test_layouts(example: Example, layout: str, shape: Any, kernel_calls: Kernel
         other = names[(names.index(layout) + 1) % len(names)]
         # In the interpreter, an example has one layout, but each operand is tried in all of them.
         for others in names if interpreter.ON else (layout, other):
-            check_layout(rearranged(example.call(shape=shape), layouts[layout], layouts[others]))
+            call = rearranged(example.call(shape=shape), layouts[layout], layouts[others])
+            assert_same_outcome(call, partial(run, converted(call), ours))
         of_matrices = COSINE, LINEAR_CROSS_ENTROPY, LINEAR_LOG_PROBS
         assert kernel_calls.total() or (example.op in of_matrices and len(shape) == 3)
 

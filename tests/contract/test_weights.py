@@ -8,17 +8,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import replace
 from itertools import product
 from typing import Any
 
 import pytest
 import torch
-from catalogue import Call, Example, Function
-from check_calls import check_call
+from catalogue import Example, ours, reference
+from check_calls import check_call, of_reference, run
 from compare import FLOATS, assert_accurate, largest, outcome
 from samples import declared
-from torch import Tensor
 
 from pyfused import functional as fused
 from pyfused.dispatch.operator import Operator
@@ -27,30 +25,6 @@ from pyfused.ops.operators import CROSS_ENTROPY, LINEAR_CROSS_ENTROPY, NLL_LOSS,
 ROWS = 70_000
 DTYPES = *FLOATS, torch.bool, torch.uint8, torch.int64
 pytestmark = pytest.mark.cpu  # large for the interpreter
-
-
-def weighted(op: Operator, name: str, dtype: torch.dtype, soft: bool) -> tuple[Call, Call]:
-    """Returns a call with a weight of a dtype, and the same call in float64.
-
-    Weights of rows are 0 or 1; half of them are 0.
-
-    Args:
-        soft: Whether the target is probabilities.
-    """
-    call = Example(op, "", {"reduction": "mean"}, (name,), soft).call(torch.float32, (ROWS, 3))
-    weight = call.given[name]
-    weight = torch.arange(weight.numel()).view(weight.shape) % 2
-    call.given[name] = weight.to(dtype)
-    wide = {n: x.double() if x.is_floating_point() else x for n, x in call.tensors.items()}
-    wide = {n: x.detach().requires_grad_(n in call.leaves) for n, x in wide.items()}
-    return call, replace(call, given=call.given | wide | {name: weight.double()})
-
-
-def step(call: Call, function: Function = Call.ours) -> list[Tensor]:
-    """Returns the loss and the gradients, for the grad_output of a scaled loss."""
-    loss = function(call)
-    gradients = torch.autograd.grad(loss, [*call.leaves.values()], loss.new_tensor(64.0))
-    return [loss.detach(), *gradients]
 
 
 def cases() -> Iterator[Any]:
@@ -68,12 +42,14 @@ def cases() -> Iterator[Any]:
 
 @pytest.mark.parametrize(("op", "name", "dtype", "soft"), [*cases()])
 def test_means_of_many_rows(op: Operator, name: str, dtype: torch.dtype, soft: bool) -> None:
-    call, exact = weighted(op, name, dtype, soft)
-    expected, found = step(exact, Call.reference), [step(call)]
-    if name == "token_weight":  # an argument that torch lacks
-        found.append(step(call, Call.reference))
-    for results in found:
-        for got, best in zip(results, expected, strict=True):
+    """Half of the weights of rows are 0, others are 1."""
+    call = Example(op, "", {"reduction": "mean"}, (name,), soft).call(torch.float32, (ROWS, 3))
+    weight = call.given[name]
+    call.given[name] = (torch.arange(weight.numel()).view(weight.shape) % 2).to(dtype)
+    exact = of_reference(call, torch.float64)
+    functions = [ours, reference] if name == "token_weight" else [ours]  # torch lacks token_weight
+    for function in functions:
+        for got, best in zip(run(call, function), exact, strict=True):
             assert_accurate(got, best, 1e-5 * largest(best))
 
 
