@@ -21,7 +21,14 @@ import interpreter
 import pytest
 import torch
 from catalogue import SOME, TENSOR_OPTIONS, TRIED, Call, Example, every_example, every_operator
-from compare import DEVICE, flattened, parameters, random_grad_output
+from compare import (
+    DEVICE,
+    assert_accurate,
+    flattened,
+    largest,
+    parameters,
+    random_grad_output,
+)
 from conftest import KernelCalls
 from samples import declared, is_log_probs
 from torch import Tensor
@@ -94,8 +101,7 @@ def test_backward_twice_through_a_retained_graph(example: Example, dtype: torch.
         found = torch.autograd.grad(value, [*call.leaves.values()], tensors[-1], retain_graph=True)
         first = first or [gradient.clone() for gradient in found]
         for gradient, expected in zip(found, first, strict=True):
-            rounding = 16 * torch.finfo(dtype).eps
-            close(gradient, expected, rtol=rounding, atol=rounding * float(expected.abs().max()))
+            assert_accurate(gradient, expected, 16 * torch.finfo(dtype).eps * largest(expected))
             gradient.fill_(float("nan"))
     for x, (version, copy) in zip(tensors, before, strict=True):
         assert x._version == version
@@ -320,9 +326,8 @@ def test_saved_tensor_hooks(example: Example, dtype: torch.dtype) -> None:
         first, second = (call.ours(**through(call, torch.ones(()).to(x))) for x in leaves[:1] * 2)
     assert all(isinstance(x, Tensor) for x in saved_by(first.grad_fn))
     found = torch.autograd.grad([first, second], leaves, [above(first), 2 * above(first)])
-    rounding = 16 * torch.finfo(dtype).eps
-    for x, y in zip(found, gradients(call), strict=True):
-        close(x, 3 * y, rtol=rounding, atol=rounding * float(y.abs().max()))
+    for got, once in zip(found, gradients(call), strict=True):
+        assert_accurate(got, 3 * once, 16 * torch.finfo(dtype).eps * largest(3 * once))
     assert all(torch.equal(x, y) for x, y in packed.values())
 
 

@@ -110,7 +110,7 @@ def test_accuracy_of_heads(
 
 
 @every_example
-@pytest.mark.parametrize("shape", [(0, 5), (5, 0), (0, 5, 2)], ids=str)
+@pytest.mark.parametrize("shape", [(0, 5), (5, 0), (0, 5, 2), (5, 0, 2)], ids=str)
 @pytest.mark.parametrize("_", [pytest.param("by_size", marks=pytest.mark.thresholds), "forced"])
 def test_no_elements(example: Example, shape: tuple[int, ...], _: str) -> None:
     """Values and gradients of empty inputs equal torch's, also if two operands are one object."""

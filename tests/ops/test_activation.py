@@ -7,7 +7,7 @@ from collections.abc import Callable
 import interpreter
 import pytest
 import torch
-from compare import FLOATS, parameters, torch_function
+from compare import FLOATS, assert_accurate, parameters, torch_function
 from conftest import KernelCalls
 from grid import grid
 from samples import ACTIVATIONS, SAMPLES
@@ -86,15 +86,8 @@ def test_gradients_at_kinks_and_infinities(op: Activation, dtype: torch.dtype) -
     (got,) = torch.autograd.grad(ours(op)(x), x, grad_output)
     wide = widest(op, x)
     (expected,) = torch.autograd.grad(of_torch(op)(wide), wide, grad_output.to(wide))
-    expected = expected.to(x)
     roundings = 0 if not SAMPLES[op.name].rounds else 8 if SAMPLES[op.name].cancels else 4
-    tolerance = {"rtol": roundings * torch.finfo(dtype).eps, "atol": 0}
-    wrong = ~torch.isclose(got, expected, **tolerance, equal_nan=True)
-    columns = (each[wrong].tolist() for each in (x, grad_output, got, expected))
-    assert not wrong.any(), "\n".join(
-        f"input={point}, grad_output={by}: gradient {result}, expected {right}"
-        for point, by, result, right in zip(*columns, strict=True)
-    )
+    assert_accurate(got, expected.to(x), 0, roundings, input=x, grad_output=grad_output)
 
 
 # ---- in place ------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from compare import exactly, products
+from compare import assert_accurate, exactly, largest, products
 from conftest import KernelCalls
 from torch import Tensor
 
@@ -149,6 +149,5 @@ def test_weights_of_half_precision_are_converted_in_parts(
     with products() as found:
         results = step(torch.float16)
     assert max(n for _, _, n in found) <= TILE
-    for x, y in zip(results, step(torch.float64), strict=True):
-        size = float(y.abs().max())
-        torch.testing.assert_close(x.double(), y, rtol=2e-3, atol=2e-3 * size + 1e-6)
+    for got, exact in zip(results, step(torch.float64), strict=True):
+        assert_accurate(got, exact, 2e-3 * largest(exact) + 1e-6, roundings=2)
