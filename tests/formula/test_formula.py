@@ -81,10 +81,10 @@ def check_formula(
     return got
 
 
-def defined(parameters: str, *lines: str) -> Formula:
-    """Returns an activation with this code, which may use the names of this file."""
-    body, names = "".join(f"    {line}\n" for line in lines), globals().copy()
-    exec(f"def mine({parameters}):\n{body}", names)
+def defined(parameters: str, code: str) -> Formula:
+    """Returns an activation with this body, or expression, which may use the names of this file."""
+    body, names = code if "return" in code else f"return {code}", globals().copy()
+    exec(f"def mine({parameters}):\n    {body}", names)
     return pyfused.activation(names["mine"])
 
 
@@ -126,37 +126,37 @@ squared = pyfused.loss(lambda input, target: (input - target) ** 2)
     dtype=FLOATS,
     shape=[(30, N), (N,), ()],
     reduction=["mean", "sum", "none"],
+    mode=[contextlib.nullcontext, Recording],
 )
 def test_reductions_and_weights(
-    kind: Any, dtype: torch.dtype, shape: tuple[int, ...], reduction: str, kernel_calls: KernelCalls
+    kind: Any, dtype: Any, shape: Any, reduction: str, mode: Any, kernel_calls: KernelCalls
 ) -> None:
     """Half precision represents the losses, but neither the sums nor the integer weights.
 
-    torch computes the call if the result has a narrower dtype than the weight.
+    torch computes the call under a mode, and if the result has a narrower dtype than the weight.
     """
     input, target = torch.randint(-7, 8, (2, 30, N)).to(dtype)
-    weight = torch.randint(1, 2000, shape).to(kind) if kind is not None else None
-    leaf, scale = input.requires_grad_(), 1024.0 if reduction == "mean" else 0.125
+    leaf, wide = input.requires_grad_(), input.detach().double().requires_grad_()
+    weight = None if kind is None else torch.randint(1, 2000, shape).to(kind)
 
     def definition(input: Tensor, target: Tensor, weight: Tensor) -> Tensor:
-        each = (input - target) ** 2 * weight
-        by = weight.expand_as(each).sum()
-        return {"none": each, "sum": each.sum(), "mean": each.sum() / by}[reduction]
+        losses = (input - target) ** 2 * weight
+        mean = losses.sum() / weight.expand_as(losses).sum()
+        return {"none": losses, "sum": losses.sum(), "mean": mean}[reduction]
 
     factors = torch.ones((), dtype=dtype) if weight is None else weight
-    wide = input.detach().double().requires_grad_()
     expected = definition(wide, target.double(), factors.double())
-    (best,) = torch.autograd.grad(expected, wide, torch.full_like(expected, scale))
-    for mode in (Recording(), contextlib.nullcontext()):
-        assert not kernel_calls
-        with mode:
-            got = squared(leaf, target, weight=weight, reduction=reduction)
-            (gradient,) = torch.autograd.grad(got, leaf, torch.full_like(got, scale))
-        assert got.dtype is definition(input, target, factors).dtype
-        for result, exact in ((got, expected), (gradient, best)):
-            close(result, exact.to(result.dtype), rtol=4 * torch.finfo(dtype).eps, atol=1e-6)
-    wide = torch.float32 if kind in (torch.uint8, torch.int32, torch.int64) else kind or dtype
-    assert bool(kernel_calls) == (torch.promote_types(wide, dtype) is got.dtype)
+    grad_output = torch.full_like(expected, 1024.0 if reduction == "mean" else 0.125)
+    with mode():
+        got = squared(leaf, target, weight=weight, reduction=reduction)
+        (gradient,) = torch.autograd.grad(got, leaf, grad_output.to(got.dtype))
+    assert got.dtype is definition(input, target, factors).dtype
+    (best,) = torch.autograd.grad(expected, wide, grad_output)
+    for result, exact in ((got, expected), (gradient, best)):
+        close(result, exact.to(result.dtype), rtol=4 * torch.finfo(dtype).eps, atol=1e-6)
+    widest = torch.float32 if kind in (torch.uint8, torch.int32, torch.int64) else kind or dtype
+    is_narrower = torch.promote_types(widest, dtype) is not got.dtype
+    assert bool(kernel_calls) == (mode is not Recording and not is_narrower)
 
 
 # ---- constructs ----------------------------------------------------------------------------------
@@ -234,26 +234,24 @@ def test_special_values(code: str, dtype: torch.dtype, kernel_calls: KernelCalls
     values = values[values.isfinite()] if code in AT_FINITE else values
     operands = [x.flatten() for x in torch.meshgrid(values, values, indexing="ij")]
     operands = [operands[0], operands[1] > 0] if is_masked else operands
-    mine = defined(f"a, {'m' if is_masked else 'b'}, *, j=-1.0, k=2.0", f"return {code}")
+    mine = defined(f"a, {'m' if is_masked else 'b'}, *, j=-1.0, k=2.0", code)
     rtol = 1.3e-6 if dtype is torch.float32 else 1e-6 if is_masked else 1e-7
     if code in AS_WRITTEN and DEVICE != "cpu":
         rtol = 1e-4
-    numbers = (2.0, 1.7, 5.0, -7.0, -2.5, 0.7) if "**k" in code or "k**" in code else (2.0,)
-    for k in numbers:
-        leaves = [x.requires_grad_(x.is_floating_point()) for x in operands]
-        found = [mine(*leaves, k=k), mine.function(*leaves, k=k)]
-        inputs = [x for x in leaves if x.requires_grad]
-        slopes = [torch.autograd.grad(x.sum(), inputs, materialize_grads=True) for x in found]
-        close(*found, rtol=rtol, atol=rtol / 10, equal_nan=True)
-        close(*slopes, rtol=rtol, atol=rtol / 10, equal_nan=True)
-        if "pow" in code:  # includes -0.0
-            assert torch.equal(*[x.nan_to_num().signbit() for x in found])
-    assert kernel_calls[mine.op.name] == 2 * len(numbers)
+    leaves = [x.requires_grad_(x.is_floating_point()) for x in operands]
+    inputs = [x for x in leaves if x.requires_grad]
+    found = [mine(*leaves), mine.function(*leaves)]
+    slopes = [torch.autograd.grad(x.sum(), inputs, materialize_grads=True) for x in found]
+    close(*found, rtol=rtol, atol=rtol / 10, equal_nan=True)
+    close(*slopes, rtol=rtol, atol=rtol / 10, equal_nan=True)
+    if "pow" in code:  # includes -0.0
+        assert torch.equal(*[x.nan_to_num().signbit() for x in found])
+    assert kernel_calls[mine.op.name] == 2
 
 
 @pytest.mark.parametrize("code", MASKED)
 def test_masks_in_half_precision(code: str, kernel_calls: KernelCalls) -> None:
-    mine, a = defined("a, m", f"return {code}"), torch.randn(40, 4, dtype=torch.bfloat16)
+    mine, a = defined("a, m", code), torch.randn(40, 4, dtype=torch.bfloat16)
     for columns in (4, 1):
         m = torch.rand(40, columns) < 0.6
         got = evaluate(mine, a.requires_grad_(), m)
@@ -274,7 +272,7 @@ SUBNORMAL = (
 
 @pytest.mark.parametrize("code", SUBNORMAL)
 def test_subnormal_results(code: str, kernel_calls: KernelCalls) -> None:
-    formula, x = defined("x", f"return {code}"), torch.linspace(-106, -84, 500)
+    formula, x = defined("x", code), torch.linspace(-106, -84, 500)
     x = x[formula.function(x).isfinite()]  # all are 0 below -104
     expected, right = formula.function(x), formula.function(x.double())
     error, rounding = (formula(x).double() - right).abs(), 2 * 2.0**-149
@@ -287,7 +285,7 @@ def test_broadcasting_strides_and_mixed_dtypes(kernel_calls: KernelCalls) -> Non
     target = torch.randn(5, 4).t().requires_grad_()  # (4, 5), float32, not contiguous
     got = check_formula(wing, input, target, rtol=1e-6)
     assert (got.value.dtype, got.value.shape) == (torch.float64, (6, 4, 5))
-    four = defined("a, b, c, d", "return F.gelu(a) * b + F.gelu(c, approximate='tanh') * d - b * d")
+    four = defined("a, b, c, d", "F.gelu(a) * b + F.gelu(c, approximate='tanh') * d - b * d")
     check_formula(four, input, target.double(), input.detach()[0], torch.rand(5).double())
     assert kernel_calls[wing.op.name] == kernel_calls[four.op.name] == 2
 
@@ -302,7 +300,7 @@ def test_broadcasting_is_the_functions(
     shapes: tuple[tuple[int, ...], ...], code: str, weighted: bool, kernel_calls: KernelCalls
 ) -> None:
     """Kernels broadcast all operands; a function may not use one, or raise."""
-    mine = pyfused.loss(defined("a, b", f"return {code}").written)
+    mine = pyfused.loss(defined("a, b", code).written)
     if "0 * b" in code:
         mine.gradient(lambda a, b: (assigned(a, b > 0), None))
     (a, b), found = (torch.randn(shape, dtype=torch.float64) for shape in shapes), list[Any]()
@@ -323,15 +321,15 @@ def test_broadcasting_is_the_functions(
 
 
 @pytest.mark.cpu
-def test_operands_that_broadcast_are_traced_once(kernel_calls: KernelCalls) -> None:
+@pytest.mark.parametrize("shapes", [("nm", "m"), ("nm", "n1"), ("m", "nm"), ("nm", "nnm")])
+def test_operands_that_broadcast_are_traced_once(shapes: Any, kernel_calls: KernelCalls) -> None:
     """For all sizes of a batch; equal sizes of the operands remain equal."""
-    for k, shapes in enumerate((("n m", "m"), ("n m", "n 1"), ("m", "n m"), ("n m", "n n m")), 1):
-        mine, m = defined("x, y", "return x * y + x"), 5
-        for n in (30, 40, 7, 50):
-            sizes = [[{"n": n, "m": m}.get(x, 1) for x in shape.split()] for shape in shapes]
-            check_formula(mine, *[torch.randn(shape) for shape in sizes])
-        traces = mine.op.source.broadcasts.cache_info().misses
-        assert (traces, kernel_calls[mine.op.name]) == (1, 4 * k), shapes
+    mine = pyfused.activation(lambda x, y: x * y + x)
+    for n in (30, 40, 7, 50):
+        sizes = {"n": n, "m": 5, "1": 1}
+        check_formula(mine, *[torch.randn([sizes[x] for x in shape]) for shape in shapes])
+    assert mine.op.source.broadcasts.cache_info().misses == 1
+    assert kernel_calls[mine.op.name] == 4
 
 
 @both_sizes
@@ -340,12 +338,9 @@ def test_operands_that_broadcast_are_traced_once(kernel_calls: KernelCalls) -> N
 def test_dtypes_match_torch(dtype: torch.dtype, n: int, request: pytest.FixtureRequest) -> None:
     """They depend on operands, options, autocast and the default dtype."""
     x, y = (each.to(dtype) for each in operands_of("wing", n))
-    for mode in (contextlib.nullcontext(), torch.autocast("cpu", torch.bfloat16)):
-        with mode:
-            assert wing(x, y).dtype == wing.function(x, y).mean().dtype
-    assert wing(x, y.double()).dtype == torch.float64
-    masked = pyfused.activation(lambda x: x * (x > 0).float())
-    assert masked(x).dtype == masked.function(x).dtype
+    assert wing(x, y).dtype == dtype
+    with torch.autocast("cpu", torch.bfloat16):
+        assert wing(x, y).dtype == wing.function(x, y).mean().dtype
     mine = pyfused.loss(lambda x, *, wide=False: (x.double() if wide else x) ** 2)
     assert (mine(x).dtype, mine(x, wide=True).dtype) == (dtype, torch.float64)
     halved = pyfused.activation(lambda x: x * ((x > 0) / 2))
@@ -355,30 +350,34 @@ def test_dtypes_match_torch(dtype: torch.dtype, n: int, request: pytest.FixtureR
         close(halved(x), halved.function(x))
 
 
+LARGE: list[tuple[tuple[int, ...], ...]] = [((), (1 << 15,)), ((1 << 15,), ()), ((256, 1), (256,))]
+SMALL: list[tuple[tuple[int, ...], ...]] = [((), (256,)), ((9, 1), (9,)), ((), (0,))]
+
+
 @pytest.mark.cpu
 @pytest.mark.thresholds
+@pytest.mark.parametrize("shapes", LARGE + SMALL, ids=str)
+def test_the_size_limit_is_of_the_broadcast_shape(shapes: Any, kernel_calls: KernelCalls) -> None:
+    operands = [torch.randn(shape) for shape in shapes]
+    value, expected = wing(*operands), wing.function(*operands).mean()
+    close(value, expected, **{} if shapes in LARGE else {"rtol": 0, "atol": 0, "equal_nan": True})
+    assert kernel_calls[wing.op.name] == (shapes in LARGE)
+    reason = wing.explain(*operands).reason
+    assert reason is None if shapes in LARGE else "faster at this size" in reason
+
+
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
-def test_the_size_limit_applies_to_the_broadcast_shape(kernel_calls: KernelCalls) -> None:
-    scalar, big = torch.tensor(0.5), torch.randn(1 << 15)
-    column, row = torch.randn(1 << 8, 1), torch.randn(1 << 8)
-    for count, operands in enumerate(((scalar, big), (big, scalar), (column, row)), 1):
-        close(wing(*operands), wing.function(*operands).mean())
-        assert wing.explain(*operands).backend != "torch"
-        assert kernel_calls[wing.op.name] == 2 * count
-    for few in ((scalar, row), (column[:9], row[:9]), (scalar, torch.randn(0))):
-        close(wing(*few), wing.function(*few).mean(), rtol=0, atol=0, equal_nan=True)
-        assert "faster at this size" in wing.explain(*few).reason
+def test_nested_tensors() -> None:
     nested = torch.nested.as_nested_tensor([torch.randn(2), torch.randn(3)])
     assert pyfused.activation(lambda a, b: a * b)(nested, nested).is_nested
-    assert kernel_calls[wing.op.name] == 6
 
 
 def test_numbers_need_no_new_trace() -> None:
     """A parameter may be named like one of torch's deprecated arguments."""
-    mine = defined(
-        "a, b, *, reduce=10.0, power=1.5, flag=False",
-        "x = reduce * torch.log1p(reduce) * (a - b).abs() ** power + reduce",
-        "return x * (2.0 - reduce) if flag else x",
+    mine = pyfused.activation(
+        lambda a, b, *, reduce=10.0, power=1.5, flag=False: (
+            reduce * torch.log1p(reduce) * (a - b).abs() ** power + (b if flag else reduce)
+        )
     )
     operands = [x.double() for x in operands_of("wing")]
     numbers = [{"reduce": x, "power": y} for x, y in product((0.5, 1, 2.0, 7), (1.25, 1.5, 2.5))]
@@ -386,16 +385,15 @@ def test_numbers_need_no_new_trace() -> None:
     for calls, traces in ((numbers, 1), (others, 3)):  # one for squares, and one for the flag
         for named in calls:
             check_formula(mine, *operands, **named)
-        found = [op.source.trace.cache_info().currsize for op in mine.operators.values()]
-        assert sum(found) == traces
+        assert sum(x.source.trace.cache_info().currsize for x in mine.operators.values()) == traces
 
 
 def test_static_parameters() -> None:
     """They are distinguished by type and value, and have a limited number of traces."""
-    mine = defined(
-        "x, *, flag=False, k=2.5, power=2, kind='x'",
-        "x = x * k if flag is True else x**3 if flag == 1 else x - k",
-        "return x**power * len(kind)",
+    mine = pyfused.activation(
+        lambda x, *, flag=False, k=2.5, power=2, kind="x": (
+            (x * k if flag is True else x**3 if flag == 1 else x - k) ** power * len(kind)
+        )
     )
     x, calls = torch.full((5,), 3.0), [{"flag": flag} for flag in (1, True, 0, False, True, 1)]
     calls += [{"flag": True, "k": k, "power": 1} for k in (0.0, -0.0, 0.0)]
@@ -409,35 +407,49 @@ def test_static_parameters() -> None:
     assert mine.explain(x, kind=[1, 2]).reason == "kind is a list"
 
 
+@pyfused.activation
+def power(
+    x: Tensor, *, k: Any = 1.5, exponent: int = 2, kind: str = "", least: Any = None
+) -> Tensor:
+    """x ** exponent with a factor; x if the parameters have other types than in a formula."""
+    if not (isinstance(k, Tensor) and type(exponent) is int and type(kind) is str):
+        return x
+    value = k * torch.log1p(k) * x**exponent
+    return value if least is None else torch.maximum(value, least)
+
+
+TWOS = [torch.full(x, 2, dtype=y) for x in ((), (1,), (1, 1, 1)) for y in (*FLOATS, torch.int64)]
+RECEIVED: list[dict[str, Any]] = [
+    *({}, {"k": 2}, {"exponent": 3, "kind": "x"}, {"least": 0.25}, *[{"k": k} for k in TWOS])
+]
+
+
 @both_sizes
 @pytest.mark.thresholds
-def test_what_a_formula_receives(n: int) -> None:
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("named", RECEIVED, ids=str)
+def test_what_a_formula_receives(named: dict[str, Any], dtype: torch.dtype, n: int) -> None:
     """Floats and tensors of one element are 0-d tensors; bools, ints and strings are unchanged."""
-    mine = defined(
-        "x, *, k=1.5, exponent=2, kind='', least=None",
-        "if not (isinstance(k, Tensor) and type(exponent) is int and type(kind) is str): return x",
-        "value = k * torch.log1p(k) * x**exponent",
-        "return value if least is None else torch.maximum(value, least)",
-    )
-    shapes = product((*FLOATS, torch.int64), ((), (1,), (1, 1, 1)))
-    twos = [{"k": torch.full(shape, 2, dtype=kind)} for kind, shape in shapes]
-    for dtype in FLOATS:
-        x = torch.randn(n, dtype=dtype)
-        for named in ({}, {"k": 2}, {"exponent": 3, "kind": "x"}, {"least": 0.25}, *twos):
-            number, least = float(named.get("k", 1.5)), named.get("least", -math.inf)
-            expected = number * math.log1p(number) * x.double() ** named.get("exponent", 2)
-            got = mine(x, **named)
-            assert got.dtype is dtype
-            rtol = 2 * torch.finfo(dtype).eps
-            close(got.double(), expected.clamp(min=least), rtol=rtol, atol=1e-6)
+    x, number = torch.randn(n, dtype=dtype), float(named.get("k", 1.5))
+    expected = number * math.log1p(number) * x.double() ** named.get("exponent", 2)
+    got = power(x, **named)
+    assert got.dtype is dtype
+    rtol, least = 2 * torch.finfo(dtype).eps, named.get("least", -math.inf)
+    close(got.double(), expected.clamp(min=least), rtol=rtol, atol=1e-6)
+
+
+@both_sizes
+@pytest.mark.thresholds
+def test_parameters_that_are_tensors(n: int) -> None:
+    """torch computes the gradient of one element; others are errors."""
     x, k = torch.ones(n), torch.full((1, 1), 2.0, requires_grad=True)
-    mine(x, k=k).sum().backward()
+    power(x, k=k).sum().backward()
     close(k.grad, torch.full((1, 1), n * (math.log(3) + 2 / 3)))
-    assert mine.explain(x, k=k).backend == "torch"
+    assert power.explain(x, k=k).backend == "torch"
     tensor = r"a Tensor of shape \(3,\); make it an operand"
     both = r"\[1.0, 2.0\]; make it an operand"
     for wrong, words in ((torch.ones(3), tensor), ([1.0, 2.0], both), ("x", "'x'")):
-        for call in (mine, mine.explain):
+        for call in (power, power.explain):
             with pytest.raises(TypeError, match=f"k: expected a number or a tensor .* got {words}"):
                 call(x, k=wrong)
 
@@ -453,7 +465,7 @@ OVERFLOWS = (
 @pytest.mark.parametrize("as_tensor", [False, True])
 def test_parameters_overflow_like_torchs(code: str, as_tensor: bool) -> None:
     """Numbers are float32 if the operands are."""
-    mine, values = defined("x, *, j=1.0, k=2.0", f"return {code}"), [0.5, -0.5, 3.0, 1e-25, 1e25]
+    mine, values = defined("x, *, j=1.0, k=2.0", code), [0.5, -0.5, 3.0, 1e-25, 1e25]
     x = torch.tensor([0.0, -0.0, 1.5, -2.0, 1e-30, 1e30, math.inf, -math.inf, math.nan])
     kind: Any = (lambda value: torch.tensor([[value]])) if as_tensor else float
     for j, k in product([*values, -1e30, math.inf], repeat=2):
@@ -463,19 +475,26 @@ def test_parameters_overflow_like_torchs(code: str, as_tensor: bool) -> None:
 @pytest.mark.parametrize("code", ["x.abs() ** (1 / p)", "x ** (p - 1)", "(2 * x).pow_(p)", "x**-2"])
 def test_exponents_with_their_own_kernels(code: str) -> None:
     """They keep the sign of 0, and powers below the smallest normal number."""
-    mine = defined("x, *, p=1.0", f"return {code}" if "p" in code else f"return {code} * p")
+    mine = defined("x, *, p=1.0", code if "p" in code else f"{code} * p")
     values = (1e-20, 1e15, 1e20, 1e22, 3e38, 0.0, 1.0, 2.5, math.inf)
     x = torch.tensor([*values, *[-each for each in values], math.nan], requires_grad=True)
     for p in (0.0, -0.0, 0.0, -2.0, -1.0, -0.5, 0.5, 1.0, 2.0, 3.0, 4.0, 1.3):
         check_formula(mine, x, rtol=1e-5, atol=1e-44 if DEVICE == "cpu" else 1e-38, p=p)
 
 
+def chained(waves: list[Tensor]) -> Tensor:
+    total = sum(waves[1:], waves[0])
+    for wave in waves[::-1]:
+        total = total * wave + wave
+    return total
+
+
 def test_many_parameters_and_registers(kernel_calls: KernelCalls) -> None:
     """All sines are needed until the last sum, so each needs a register."""
-    mine = defined(
-        "x, *, a=0.5, b=1.5, c=0.25, d=2.0, e=0.75, f=3.0, g=1.25, h=4.0",
-        "waves = [torch.sin(k * x) for k in (a, b, c, d, e, f, g, h, *range(1, 13))]",
-        *("total = sum(waves)", "for w in waves[::-1]: total = total * w + w", "return total"),
+    mine = pyfused.activation(
+        lambda x, *, a=0.5, b=1.5, c=0.25, d=2.0, e=0.75, f=3.0, g=1.25, h=4.0: chained(
+            [torch.sin(k * x) for k in (a, b, c, d, e, f, g, h, *range(1, 13))]
+        )
     )
     for k, name in enumerate("abcdefgh"):
         check_formula(mine, torch.randn(40, dtype=torch.float64), **{name: 0.1 * k})
@@ -519,7 +538,7 @@ def test_a_user_gradient_is_used_on_all_paths(kernel_calls: KernelCalls) -> None
 @pytest.mark.parametrize("code", ["(x - y.detach()) ** 2", "torch.where(y > 0, x, 2.0) * y.sign()"])
 def test_results_that_are_constant_in_an_operand(code: str, n: int) -> None:
     x, y = torch.randn(2, n).requires_grad_().unbind()
-    mine = defined("x, y", f"return {code}")
+    mine = defined("x, y", code)
     for twice in (False, True):
         found = torch.autograd.grad(mine(x, y).sum(), (x, y), create_graph=twice, allow_unused=True)
         close(found[0], torch.autograd.grad(mine.function(x, y).sum(), x)[0])
@@ -547,6 +566,7 @@ def test_invalid_user_gradients() -> None:
 
 def test_modules_pickles_and_copies() -> None:
     (input, target), module = operands_of("wing", 20), wing.module(omega=5.0, reduction="sum")
+    assert torch.equal(wing(target=target, input=input), wing(input, target))
     for same in (module, pickle.loads(pickle.dumps(module)), copy.deepcopy(module)):
         assert torch.equal(same(input, target), wing(input, target, omega=5.0, reduction="sum"))
     assert "omega=5.0" in repr(module)
@@ -593,32 +613,37 @@ def test_formulas_that_are_defined_in_compiled_functions() -> None:
         torch.compile(step, backend="aot_eager", fullgraph=True)(x, y)
 
 
+SIGNATURE, EXPANDS = r"wing\(input, target, \*, omega=10.*reduction=", "weight: .* broadcasts to"
+WRONG_CALLS: tuple[tuple[Callable[[Tensor, Tensor], Any], str], ...] = (
+    (lambda x, y: wing(x, y, omga=1.0), f"'omga': expected {SIGNATURE}"),
+    (lambda x, y: wing(x), r"wing.*target"),
+    (lambda x, y: wing(x, y, reduction="avg"), "reduction: expected 'none', 'mean' or 'sum'"),
+    (lambda x, y: mish(x, reduction="sum"), "reduction"),
+    (lambda x, y: wing(x, y[:7]), "size of tensor"),
+    (lambda x, y: wing(x, y, weight=x.expand(3, -1)), EXPANDS),
+    (lambda x, y: wing(x, y, weight=x.expand(1, -1), reduction="sum"), EXPANDS),
+    (lambda x, y: wing(x, y, weight=x[:3], reduction="none"), EXPANDS),
+    (lambda x, y: wing(x, y, weight=2.0), "weight: expected a Tensor, got float"),
+    (lambda *x: wing(*x, *x, 1), r"too many .* expected wing\(.*\), got 5 positional arguments"),
+)
+
+
 @both_sizes
 @pytest.mark.thresholds
-def test_invalid_arguments(n: int) -> None:
+@pytest.mark.parametrize(("call", "words"), WRONG_CALLS)
+def test_invalid_arguments(call: Callable[..., Any], words: str, n: int) -> None:
+    with pytest.raises((TypeError, ValueError, RuntimeError), match=words):
+        call(*operands_of("wing", n))
+
+
+@both_sizes
+@pytest.mark.thresholds
+@pytest.mark.parametrize("kind", [torch.uint8, torch.int16, torch.int64])
+@pytest.mark.parametrize("call", [wing, wing.explain, torch.compile(wing, backend="eager")])
+def test_operands_that_are_integers(call: Callable[..., Any], kind: torch.dtype, n: int) -> None:
     input, target = operands_of("wing", n)
-    assert torch.equal(wing(target=target, input=input), wing(input, target))
-    shape = "weight: expected a shape that broadcasts to"
-    signature = r"wing\(input, target, \*, omega=10.*reduction="
-    wrong: tuple[tuple[Any, dict[str, Any], str], ...] = (
-        ((input, target), {"omga": 1.0}, f"'omga': expected {signature}"),
-        ((input,), {}, r"wing.*target"),
-        ((input, target), {"reduction": "avg"}, "reduction: expected 'none', 'mean' or 'sum'"),
-        ((input, target[:7]), {}, "size of tensor"),
-        *[((input, target), {"weight": torch.rand(s)}, shape) for s in ((3, n), (1, n), (3,))],
-        ((input, target), {"weight": 2.0}, "weight: expected a Tensor, got float"),
-        ((input,) * 5, {}, r"too many .* expected wing\(.*\), got 5 positional arguments"),
-    )
-    for arguments, named, words in wrong:
-        for reduction in ("none", "mean", "sum"):
-            with pytest.raises((TypeError, ValueError, RuntimeError), match=words):
-                wing(*arguments, **{"reduction": reduction} | named)
-    with pytest.raises(TypeError, match="reduction"):
-        mish(input, reduction="sum")
-    calls = wing, wing.explain, torch.compile(wing, backend="eager")  # wraps the TypeError
-    for kind, call in product((torch.uint8, torch.int16, torch.int64), calls):
-        with pytest.raises(Exception, match=rf"target: .* mask, got {kind}; .*target\.to\("):
-            call(input, target.to(kind))
+    with pytest.raises(Exception, match=rf"target: .* mask, got {kind}; .*target\.to\("):
+        call(input, target.to(kind))
 
 
 @pytest.mark.thresholds
@@ -804,23 +829,28 @@ def test_accepted_functions_of_torch() -> None:
 def test_refused_constructs(code: str, words: str) -> None:
     """Alone, and between two functions that kernels support; the error names the line."""
     with pytest.raises(UntraceableError, match=f"mine: .*{words}"):
-        defined("x, y, *, k=2.0", code if "return" in code else f"return {code}")
+        defined("x, y, *, k=2.0", code)
     if "return" not in code:
         line = "" if (code, words) in UNREADABLE else "line 4 of <string>: "
-        between = "y = x", "x = torch.tanh(x)", f"return torch.exp({code}) * y"
+        between = f"y = x\n    x = torch.tanh(x)\n    return torch.exp({code}) * y"
         with pytest.raises(UntraceableError, match=f"mine: {line}.*{words}"):
-            defined("x, y, *, k=2.0", *between)
+            defined("x, y, *, k=2.0", between)
 
 
 def test_attributes_that_only_some_calls_read(monkeypatch: pytest.MonkeyPatch) -> None:
     """Numbers are kept at the definition; torch computes calls that read what may change."""
-    mine = defined(
-        "x, *, kind=''",
-        "if kind == 'number': return x * Settings.scale",
-        "if kind == 'function': return Settings.by_list(x)",
-        "try: return x * Settings.factors[0] if kind == 'list' else Settings.tripled(x)",
-        "except Exception: return x",
-    )
+
+    @pyfused.activation
+    def mine(x: Tensor, *, kind: str = "") -> Tensor:
+        if kind == "number":
+            return x * Settings.scale
+        if kind == "function":
+            return Settings.by_list(x)
+        try:
+            return x * Settings.factors[0] if kind == "list" else Settings.tripled(x)
+        except Exception:
+            return x
+
     x, by_name = torch.randn(100), torch.compile(mine, backend="eager", fullgraph=True)
     monkeypatch.setattr(Settings, "scale", 5.0)
     monkeypatch.setattr(Settings, "factors", [7.0])
@@ -922,7 +952,7 @@ def test_what_a_program_sets_in_the_class_of_tensors(
 ) -> None:
     monkeypatch.setattr(Tensor, name, value, raising=False)
     with pytest.raises(UntraceableError, match=f"reads torch.Tensor.{name}, which is not torch's"):
-        defined("x", f"return {code}")
+        defined("x", code)
 
 
 @pytest.mark.parametrize("reduction", ["none", "mean"])
@@ -1030,7 +1060,7 @@ def test_random_programs(drawn: Any, mode: str, numbers: tuple[float, float]) ->
     operands, is_masked, lines = drawn
     names = ", ".join(f"v{n}" for n in range(operands))
     with MODES[mode]():
-        formula = defined(f"{names}, *, j=0.7, k=1.3", *lines)
+        formula = defined(f"{names}, *, j=0.7, k=1.3", "\n    ".join(lines))
     masks = (*[False] * (operands - 1), is_masked)
     op = formula.operator(masks, {})
     check(op, numbers)
