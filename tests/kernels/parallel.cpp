@@ -3,12 +3,10 @@
 
 #include <atomic>
 #include <chrono>
-#include <cstdarg>
 #include <mutex>
 #include <new>
 #include <set>
 #include <thread>
-#include <vector>
 
 #define EXPORTED extern "C" __attribute__((visibility("default")))
 
@@ -46,32 +44,3 @@ EXPORTED int blocks_run(int64_t blocks, int threads, int huge) {
 }
 
 EXPORTED int has_runtime() { return !pyfused::runtime_file().empty(); }
-
-#ifdef LLVM_RUNTIME
-// macOS and Windows have Clang's calls but no GOMP_parallel. See kmp.h in LLVM's openmp.
-thread_local int32_t member = 0;
-thread_local bool inside = false;
-int team_size = 3;
-
-EXPORTED int omp_get_thread_num() { return member; }
-EXPORTED int omp_in_parallel() { return inside; }
-EXPORTED int omp_get_max_threads() { return team_size; }
-EXPORTED void omp_set_num_threads(int count) { team_size = count; }
-EXPORTED void __kmpc_fork_call(void*, int32_t arguments,
-                               void (*task)(int32_t*, int32_t*, void*, void*), ...) {
-  va_list list;
-  va_start(list, task);
-  void* const first = va_arg(list, void*);
-  void* const second = va_arg(list, void*);
-  va_end(list);
-  std::vector<std::thread> team;
-  for (int32_t i = 0; arguments == 2 && i < team_size; ++i) {
-    team.emplace_back([=] {
-      int32_t thread = member = i;
-      inside = true;
-      task(&thread, &thread, first, second);
-    });
-  }
-  for (std::thread& each : team) each.join();
-}
-#endif
