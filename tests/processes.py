@@ -7,6 +7,7 @@ import datetime
 import multiprocessing
 import os
 import pickle
+import re
 import subprocess
 import sys
 import tempfile
@@ -66,6 +67,12 @@ def left(size: int) -> Iterator[None]:
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_AS, limits)
+
+
+def resident(key: str = "VmRSS") -> int:
+    """Returns the bytes of this process in memory; VmHWM is their peak."""
+    status = Path("/proc/self/status").read_text()
+    return int(re.search(key + r":\s+(\d+)", status)[1]) << 10
 
 
 def in_processes(function: Callable[..., None], size: int, *arguments: Any) -> list[bytes]:

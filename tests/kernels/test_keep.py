@@ -20,7 +20,7 @@ import torch
 from hypothesis import HealthCheck, settings, stateful
 from hypothesis import strategies as st
 from hypothesis.stateful import precondition, rule
-from processes import process, python
+from processes import process, python, resident
 
 from pyfused import memory
 
@@ -97,8 +97,7 @@ class Calls(stateful.RuleBasedStateMachine):
     def follows_the_model(self) -> None:
         keeps, trim_every = [(False, None), *[x for _, x in (self.blocks or self.calls)]][-1]
         assert memory.stats().keeps is memory.pages_are_kept() is keeps
-        arguments = [vars(x)["_args"] for x in threading.enumerate() if x.name == "keep"]
-        periods = [seconds for seconds, stop in arguments if stop.locked()]
+        periods = [vars(x)["_args"][0] for x in trimming()]
         assert periods == ([trim_every] if keeps and trim_every else [])
         arena, mapped = heap()
         size = 33 * MIB if keeps else arena + 33 * MIB  # larger than any free block
@@ -149,34 +148,26 @@ def test_arguments_are_checked(name: str, value: Any, expected: str) -> None:
 
 # ---- pages and processes -------------------------------------------------------------------------
 
-# `resident()` returns the bytes in memory, `freed()` those that stay after a block was freed.
-PREAMBLE = """
-import os, re, threading, time
-from pathlib import Path
-import torch
-from processes import left
-from pyfused import memory
 
-torch.set_num_threads(1)  # OpenMP's threads do not survive a fork
-MIB = 1 << 20
-
-def resident():
-    return int(re.search(r"VmRSS:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) << 10
-
-def freed(mib=256):
+def freed(mib: int = 256) -> int:
+    """Returns the bytes that stay in memory after a block was freed."""
     before = resident()
     block = torch.ones(mib * MIB // 4)
     assert resident() - before > 0.9 * mib * MIB or memory.stats().keeps
     del block
     return resident() - before
 
-def threads():
-    return [x for x in threading.enumerate() if x.name == "keep" and x._args[1].locked()]
-"""
+
+def trimming() -> list[threading.Thread]:
+    """Returns the threads that trim the heap."""
+    return [x for x in threading.enumerate() if x.name == "keep" and vars(x)["_args"][1].locked()]
 
 
 def run(code: str) -> None:
-    done = python(PREAMBLE + textwrap.dedent(code))
+    """Runs code that uses this file in a new process."""
+    names = "import gc, time\nfrom processes import left\nfrom test_keep import *\n"
+    names += "torch.set_num_threads(1)\n"  # others do not survive a fork
+    done = python(names + textwrap.dedent(code))
     assert done.returncode == 0, done.stderr
 
 
@@ -190,7 +181,7 @@ def test_pages_are_kept_and_returned() -> None:
     memory.trim()
     start, used = resident(), torch.ones(MIB)
     with memory.keep(trim_every=None):
-        assert freed() > 250 * MIB and not threads()
+        assert freed() > 250 * MIB and not trimming()
         assert freed(192) < 8 * MIB, "the next block reuses the pages"
         with left(128 * MIB):
             try: torch.ones(256 * MIB)
@@ -200,7 +191,7 @@ def test_pages_are_kept_and_returned() -> None:
         freed()
     assert resident() < start + 16 * MIB and freed() < 8 * MIB
     memory.keep(trim_every=0.2)
-    (thread,) = threads()
+    (thread,) = trimming()
     freed()
     for _ in range(100):
         time.sleep(0.1)
@@ -223,12 +214,12 @@ def test_a_forked_child_starts_with_glibcs_settings() -> None:
     assert resident() > 256 * MIB
     used = torch.arange(MIB)
     if (child := os.fork()) == 0:
-        assert resident() < 256 * MIB and not memory.stats().keeps and not threads()
+        assert resident() < 256 * MIB and not memory.stats().keeps and not trimming()
         block.__exit__(None, None, None)
         assert not memory.stats().keeps and (used == torch.arange(MIB)).all()
         assert freed(400) < 8 * MIB, "more than any free block of the heap"
         with memory.keep():
-            assert freed(400) > 390 * MIB and len(threads()) == 1
+            assert freed(400) > 390 * MIB and len(trimming()) == 1
         os._exit(17)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 17
     assert resident() > 256 * MIB and memory.stats().keeps
@@ -239,7 +230,7 @@ def test_a_forked_child_starts_with_glibcs_settings() -> None:
 def test_finalizers_and_signal_handlers() -> None:
     """They may end a block and call any function in the middle of another call."""
     run("""
-    import faulthandler, gc, signal
+    import faulthandler, signal
     faulthandler.dump_traceback_later(60, exit=True)
 
     def block():
@@ -264,7 +255,7 @@ def test_finalizers_and_signal_handlers() -> None:
         memory.keep(False)
     signal.setitimer(signal.ITIMER_REAL, 0)
     gc.collect()
-    assert not memory.stats().keeps and not threads()
+    assert not memory.stats().keeps and not trimming()
     """)
 
 
@@ -344,16 +335,19 @@ def test_a_variable_that_malloc_has_not_read_has_no_effect(monkeypatch: pytest.M
     assert f"glibc {memory.stats().glibc}" == os.confstr("CS_GNU_LIBC_VERSION")
 
 
-def test_other_systems_and_libraries_warn(monkeypatch: pytest.MonkeyPatch) -> None:
-    for system, libc in (("darwin", None), ("linux", object())):
-        monkeypatch.setattr(sys, "platform", system)
-        monkeypatch.setattr(ctypes, "CDLL", lambda _, libc=libc: libc)
-        memory._libc.cache_clear()
-        memory.why_not_kept.cache_clear()
-        with pytest.warns(RuntimeWarning, match="keep: nothing has changed: .* not glibc"):
-            memory.keep()
-        assert not memory.stats().keeps
-        memory.keep(False)
-    monkeypatch.undo()
+@pytest.mark.parametrize(("system", "libc"), [("darwin", None), ("linux", object())])
+def test_other_systems_and_libraries_warn(
+    system: str, libc: Any, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> None:
+    monkeypatch.setattr(sys, "platform", system)
+    monkeypatch.setattr(ctypes, "CDLL", lambda _: libc)
+    forget_libc()
+    request.addfinalizer(forget_libc)
+    with pytest.warns(RuntimeWarning, match="keep: nothing has changed: .* not glibc"):
+        memory.keep()
+    assert not memory.stats().keeps
+
+
+def forget_libc() -> None:
     memory._libc.cache_clear()
     memory.why_not_kept.cache_clear()

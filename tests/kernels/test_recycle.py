@@ -2,33 +2,38 @@
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import os
 import re
 import textwrap
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from processes import process, python
+from processes import process, python, resident
 from torch import Tensor
 
-from pyfused import functional, memory
+from pyfused import functional as F
+from pyfused import memory
 from pyfused.backends import cpu
 
 pytestmark = [pytest.mark.cpu, pytest.mark.skipif(not cpu.RECYCLES, reason="needs Linux")]
 MIB = 1 << 20
 ELEMENTS = 9 * MIB  # as float32, more than RECYCLED_BYTES
-ROOM = 1 << 30
-no_asan = pytest.mark.skipif("asan" in os.environ.get("LD_PRELOAD", ""), reason="AddressSanitizer")
+BLOCK = 4 * ELEMENTS  # bytes
+ASAN = "asan" in os.environ.get("LD_PRELOAD", "")
+no_asan = pytest.mark.skipif(ASAN, reason="AddressSanitizer changes the use of memory")
 needs_proc = pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs /proc")
 
 
 @pytest.fixture(autouse=True)
 def empty_cache() -> Iterator[None]:
-    memory.recycle(limit=ROOM)
+    memory.recycle(limit=1 << 30)
     memory.release()
     yield
     memory.recycle()
@@ -52,7 +57,7 @@ def test_the_next_output_reuses_freed_memory() -> None:
     assert before.in_use >= ELEMENTS * 4
     del first
     freed = memory.stats()
-    assert (freed.in_use, freed.free) == (before.in_use - 36 * MIB, 36 * MIB)
+    assert (freed.in_use, freed.free) == (before.in_use - BLOCK, BLOCK)
     second = output()
     assert second.data_ptr() == address
     assert memory.stats() == before._replace(hits=before.hits + 1)
@@ -68,34 +73,40 @@ def test_a_block_is_reused_for_up_to_an_eighth_less(factor: float, fits: bool) -
     assert memory.stats().hits == hits + fits
 
 
-def test_blocks_that_are_not_kept() -> None:
+def test_small_blocks_are_allocated_by_torch() -> None:
     before = memory.stats()
-    output(8 * MIB - 1)  # allocated by torch
+    output(8 * MIB - 1)
     assert memory.stats() == before
     output(8 * MIB)
     assert memory.stats().misses == before.misses + 1
-    memory.recycle(limit=36 * MIB - 1)
+
+
+def test_the_oldest_blocks_beyond_the_limit_are_released() -> None:
+    outputs = [output(n * ELEMENTS) for n in (1, 2, 3)]
+    memory.recycle(limit=4 * BLOCK)
+    while outputs:
+        outputs.pop()  # 3, 2, 1; the first is released for the others
+    assert memory.stats().free == 3 * BLOCK
+    hits = memory.stats().hits
+    output(3 * ELEMENTS)
+    assert memory.stats().hits == hits
+    memory.recycle(limit=BLOCK - 1)
     memory.release()
     output()
     assert memory.stats().free == 0
-    outputs = [output(n * ELEMENTS) for n in (1, 2, 3)]
-    memory.recycle(limit=4 * 36 * MIB)
-    while outputs:
-        outputs.pop()  # 3, 2, 1; the first is released for the others
-    assert memory.stats().free == 3 * 36 * MIB
-    hits = memory.stats().hits
-    kept = output(3 * ELEMENTS)
-    assert memory.stats().hits == hits
+
+
+def test_recycling_can_be_disabled_and_memory_released() -> None:
+    kept = output()
     memory.recycle(False)
     before = memory.stats()
-    assert before.free == 0
     output()
     assert memory.stats() == before
     del kept
-    assert memory.stats() == before._replace(in_use=before.in_use - 3 * 36 * MIB)
+    assert memory.stats() == before._replace(in_use=before.in_use - BLOCK)
     memory.recycle()
     output()
-    assert memory.release() == 36 * MIB
+    assert memory.release() == BLOCK
     assert memory.stats().free == memory.release() == 0
 
 
@@ -128,25 +139,22 @@ def test_memory_is_in_use_until_the_last_reference_is_gone(read: Callable[[Tenso
     output(2 * ELEMENTS)
     assert memory.stats().in_use == in_use
     del reader
-    assert memory.stats().in_use == in_use - 36 * MIB
+    assert memory.stats().in_use == in_use - BLOCK
 
 
-def calls() -> dict[str, Callable[[Tensor], Any]]:
-    logits, target = (ELEMENTS // 8, 8), torch.zeros(ELEMENTS // 8, dtype=torch.int64)
-    return {
-        "relu": functional.relu,
-        "mish": functional.mish,
-        "softmax": lambda x: functional.softmax(x.view(logits), -1),
-        "swiglu": lambda x: functional.swiglu(x, x),
-        "mse_loss": lambda x: functional.mse_loss(x, x.detach(), reduction="none"),
-        "cross_entropy": lambda x: functional.cross_entropy(x.view(logits), target),
-    }
+CALLS: dict[str, Callable[[Tensor], Any]] = {
+    "relu": F.relu,
+    "mish": F.mish,
+    "softmax": lambda x: F.softmax(x.view(-1, 8), -1),
+    "swiglu": lambda x: F.swiglu(x, x),
+    "mse_loss": lambda x: F.mse_loss(x, x.detach(), reduction="none"),
+    "cross_entropy": lambda x: F.cross_entropy(x.view(-1, 8), torch.zeros(len(x) // 8).long()),
+}
 
 
-@pytest.mark.parametrize("name", calls())
+@pytest.mark.parametrize("name", CALLS)
 def test_results_can_be_resized_and_gradients_are_recycled(name: str) -> None:
-    x = torch.ones(ELEMENTS, requires_grad=True)
-    result = calls()[name](x)
+    result = CALLS[name](torch.ones(ELEMENTS, requires_grad=True))
     before = memory.stats()
     values, storage = result.detach().clone(), result.untyped_storage()
     size = storage.size()
@@ -156,7 +164,7 @@ def test_results_can_be_resized_and_gradients_are_recycled(name: str) -> None:
     result.sum().backward()
     after = memory.stats()
     assert after.hits + after.misses > before.hits + before.misses or name == "cross_entropy"
-    assert after.in_use >= ELEMENTS * 4
+    assert after.in_use >= BLOCK
 
 
 # ---- threads and processes -----------------------------------------------------------------------
@@ -173,37 +181,26 @@ def test_threads() -> None:
     assert memory.stats().hits > 0
 
 
-# In new processes: 36 MiB in a tensor, and a training loop with a gradient of 64 MiB.
-PREAMBLE = """
-import os, re, torch
-from pathlib import Path
-from processes import left
-from pyfused import memory
-from pyfused.backends import cpu
-from pyfused.functional import cross_entropy
-torch.set_num_threads(1)
-x = torch.ones(9 << 20)
-
-def recycled(x):
-    return cpu.empty_like(x).copy_(x)
-
-def logits():
+def logits() -> Tensor:
+    """Returns logits of 64 MiB, after a call that makes persistent allocations."""
     x = torch.randn(64, 1 << 18, requires_grad=True)
-    cross_entropy(x[:1], torch.zeros(1, dtype=torch.int64)).backward()
+    F.cross_entropy(x[:1], torch.zeros(1, dtype=torch.int64)).backward()
     x.grad = None
     return x
 
-def train(x, elements, steps=4):
+
+def train(x: Tensor, elements: int, steps: int = 4) -> None:
     for _ in range(steps):
-        cross_entropy(x, torch.zeros(64, dtype=torch.int64)).backward()
+        F.cross_entropy(x, torch.zeros(64, dtype=torch.int64)).backward()
         x.grad = None
         torch.empty(elements).fill_(1)
-"""
 
 
 def run(code: str, **environment: str) -> str:
-    """Returns the output of code in a new process, which uses kernels for every size."""
-    done = python(PREAMBLE + textwrap.dedent(code), **{"PYFUSED_BACKEND": "cpu"} | environment)
+    """Returns the output of code that uses this file, in a new process that forces kernels."""
+    names = "from processes import left\nfrom test_recycle import *\n"
+    names += "torch.set_num_threads(1)\nx = torch.ones(ELEMENTS)\n"
+    done = python(names + textwrap.dedent(code), **{"PYFUSED_BACKEND": "cpu"} | environment)
     assert (done.returncode, done.stderr) == (0, "")
     return done.stdout.strip()
 
@@ -211,16 +208,14 @@ def run(code: str, **environment: str) -> str:
 def test_a_forked_child_starts_with_no_free_block() -> None:
     run("""
         kept = recycled(x); recycled(x)
-        assert memory.stats().free == 36 << 20
-        child = os.fork()
-        if child:
+        assert memory.stats().free == BLOCK
+        if child := os.fork():
             assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 17
-            assert memory.stats().free == 36 << 20
-            assert kept.sum() == 9 << 20
+            assert memory.stats().free == BLOCK and kept.sum() == ELEMENTS
         else:
             assert memory.stats().free == 0
             kept.add_(1); recycled(x); del kept
-            assert memory.stats().free == 2 * 36 << 20
+            assert memory.stats().free == 2 * BLOCK
             os._exit(17)
     """)
 
@@ -271,14 +266,30 @@ def test_memory_of_training() -> None:
         x = logits()
         with left(112 << 20): train(x, 24 << 20)
         train(x, 16 << 20, 3)
-        status = Path("/proc/self/status").read_text()
-        print(int(re.search(r"VmHWM:\\s+(\\d+)", status)[1]) << 10)
+        print(resident("VmHWM"))
     """
     recycled, new = (int(run(code, PYFUSED_RECYCLE=asked)) for asked in ("1", "0"))
     assert recycled < new + 64 * MIB + 8 * MIB
 
 
-# ---- settings ------------------------------------------------------------------------------------
+FREED = "cpu.empty(x.shape, x.dtype, x).data_ptr()"
+
+
+@pytest.mark.skipif(not ASAN, reason="make sanitize runs it")
+@pytest.mark.parametrize(
+    ("elements", "address", "error"),
+    [("6", "x.data_ptr()", "heap-buffer-overflow"), ("9 << 20", FREED, "use-after-poison")],
+)
+def test_errors_are_reported(elements: str, address: str, error: str) -> None:
+    """The kernels are instrumented, and free blocks are poisoned."""
+    done = process("-c", f"""
+import torch
+from pyfused.backends import cpu
+x = torch.zeros(5 if {elements} == 6 else {elements})
+cpu.native.relu(0, {elements}, {address}, x.data_ptr(), (0.0, 0.0, 0.0), 1, ())
+""")  # fmt: skip
+    assert done.returncode != 0
+    assert error in done.stderr
 
 
 @pytest.mark.parametrize("enabled", ["1GB", 1 << 30, 1, None])
@@ -291,74 +302,8 @@ def test_a_number_of_bytes_is_not_a_bool(enabled: Any) -> None:
 
 SIZE = 40 * MIB  # bytes of the logits; large compared to other allocations
 SLACK = 5 * MIB
-
-# `measured()` prints the growth of the peak over the resident memory before the call. It makes the
-# call twice, because the first call also makes persistent allocations.
-MEASURED = """
-import ctypes, gc, re
-from pathlib import Path
-import torch
-import pyfused
-from pyfused import functional as F
-
-torch.set_num_threads(1)
-# Freed blocks of this size return to the system. glibc would raise the size after a large block.
-M_MMAP_THRESHOLD = -3
-ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 1 << 20)
-
-def resident(key):
-    return int(re.search(key + r":\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) << 10
-
-def measured(name, call, leaves=()):
-    for before in (None, resident("VmRSS")):
-        gc.collect()
-        pyfused.memory.release()
-        if before is not None:
-            Path("/proc/self/clear_refs").write_text("5")  # resets the peak
-            before = resident("VmRSS")
-        call()
-        for x in leaves:
-            x.grad = None
-    print(name, resident("VmHWM") - before)
-
-rows, classes = 64, (40 << 20) // 64 // 4
-leaf = torch.randn(rows, classes, requires_grad=True)
-target = torch.randint(classes, (rows,))
-grad_output = torch.randn(rows, classes)
-other = grad_output.clone().requires_grad_()
-inputs = [(leaf.detach(), grad_output), (leaf, grad_output), (leaf, other)]
-options = {"mean": {}, "smoothed": {"label_smoothing": 0.1}, "sum": {"reduction": "sum"}}
-for name, options in options.items():
-    measured(name, lambda: F.cross_entropy(leaf, target, **options).backward(), [leaf])
-measured("no gradient", lambda: F.cross_entropy(leaf.detach(), target))
-for wanted, (x, y) in enumerate(inputs):
-    step = lambda: F.mse_loss(x, y).backward() if wanted else F.mse_loss(x, y)
-    measured(f"mse_loss-{wanted}", step, [x, y])
-measured("relu", lambda: F.relu(leaf).backward(grad_output), [leaf])
-del leaf, grad_output, other, inputs, x, y
-
-rows, classes = 1280, 16384  # 80 MiB of logits
-x, w = torch.randn(rows, 8, requires_grad=True), torch.randn(classes, 8, requires_grad=True)
-target, teacher = torch.randint(classes, (rows,)), (torch.randn(rows, 4), torch.randn(classes, 4))
-heads = {
-    "linear_cross_entropy": lambda: F.linear_cross_entropy(x, w, target),
-    "linear_log_probs": lambda: F.linear_log_probs(x, w, target).log_probability.sum(),
-    "linear_kl_div": lambda: F.linear_kl_div(x, w, *teacher),
-}
-for name, head in heads.items():
-    measured(name, lambda: head().backward(), [x, w])
-"""
-
-
-@pytest.fixture(scope="module")
-def growth() -> dict[str, int]:
-    """Returns the bytes that each call needs, measured in one process."""
-    done = python(MEASURED)
-    assert done.returncode == 0, done.stderr
-    return {name: int(size) for name, size in re.findall(r"(.+) (-?\d+)\n", done.stdout)}
-
-
-# The number of tensors of SIZE bytes that a call allocates; a head's logits have twice as many.
+# The number of tensors of SIZE bytes that a call allocates; a head's logits have twice as many. A
+# head allocates a quarter of its logits, linear_kl_div also for the teacher.
 TENSORS: dict[str, float] = {
     "mean": 1, "smoothed": 1, "sum": 1, "no gradient": 0,
     "mse_loss-0": 0, "mse_loss-1": 1, "mse_loss-2": 2,
@@ -367,10 +312,62 @@ TENSORS: dict[str, float] = {
 }  # fmt: skip
 
 
+def print_growth(name: str, call: Callable[[], Any], leaves: Sequence[Tensor] = ()) -> None:
+    """Prints the growth of the peak over the resident memory before a call.
+
+    Makes the call twice, because the first call also makes persistent allocations.
+    """
+    for _ in range(2):
+        gc.collect()
+        memory.release()
+        Path("/proc/self/clear_refs").write_text("5")  # resets the peak
+        before = resident()
+        call()
+        for x in leaves:
+            x.grad = None
+    print(name, resident("VmHWM") - before)
+
+
+def print_growth_of_calls() -> None:
+    torch.set_num_threads(1)
+    # Freed blocks of this size return to the system. glibc would raise the size after a large one.
+    ctypes.CDLL(None).mallopt(-3, 1 << 20)  # M_MMAP_THRESHOLD
+    x, y = (torch.randn(64, SIZE // 64 // 4, requires_grad=True) for _ in range(2))
+    fixed, target = y.detach(), torch.randint(x.shape[1], (64,))
+    options: dict[str, dict[str, Any]] = {
+        "mean": {}, "smoothed": {"label_smoothing": 0.1}, "sum": {"reduction": "sum"},
+    }  # fmt: skip
+    for name, given in options.items():
+        loss = partial(F.cross_entropy, x, target, **given)
+        print_growth(name, lambda loss=loss: loss().backward(), [x])
+    print_growth("no gradient", lambda: F.cross_entropy(x.detach(), target))
+    print_growth("mse_loss-0", lambda: F.mse_loss(x.detach(), fixed))
+    print_growth("mse_loss-1", lambda: F.mse_loss(x, fixed).backward(), [x])
+    print_growth("mse_loss-2", lambda: F.mse_loss(x, y).backward(), [x, y])
+    print_growth("relu", lambda: F.relu(x).backward(fixed), [x])
+    rows, classes = 1280, 16384  # 80 MiB of logits
+    head = [torch.randn(n, 8, requires_grad=True) for n in (rows, classes)]
+    target, teacher = torch.randint(classes, (rows,)), [torch.randn(n, 4) for n in (rows, classes)]
+    losses = {
+        "linear_cross_entropy": lambda: F.linear_cross_entropy(*head, target),
+        "linear_log_probs": lambda: F.linear_log_probs(*head, target).log_probability.sum(),
+        "linear_kl_div": lambda: F.linear_kl_div(*head, *teacher),
+    }
+    for name, loss in losses.items():
+        print_growth(name, lambda loss=loss: loss().backward(), head)
+
+
+@pytest.fixture(scope="module")
+def growth() -> dict[str, int]:
+    """Returns the bytes that each call needs, measured in one process."""
+    done = python("from test_recycle import print_growth_of_calls\nprint_growth_of_calls()")
+    assert done.returncode == 0, done.stderr
+    return {name: int(size) for name, size in re.findall(r"(.+) (-?\d+)\n", done.stdout)}
+
+
 @no_asan
 @needs_proc
 @pytest.mark.parametrize("name", TENSORS)
 def test_a_call_only_allocates_its_results(name: str, growth: dict[str, int]) -> None:
-    """A head allocates a quarter of the logits, linear_kl_div also for the teacher."""
     least = 0 if "linear" in name else TENSORS[name]
     assert least * SIZE - SLACK < growth[name] < TENSORS[name] * SIZE + SLACK
