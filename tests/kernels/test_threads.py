@@ -48,15 +48,6 @@ FORWARD = [(name, False) for name in ("cross_entropy", "mse_loss", "nll_loss", "
 BACKWARD = ("relu", True), ("softmax", True)  # with separate backward kernels
 
 
-def prepared(name: str, backward: bool) -> Callable[[], Any]:
-    """Returns a call of one kernel alone."""
-    call = EXAMPLES[name].call(shape=(4096, 1024))
-    if backward:
-        value = call.ours()
-        return partial(torch.autograd.grad, value, [*call.leaves.values()], torch.ones_like(value))
-    return partial(call.ours, **{name: x.detach() for name, x in call.tensors.items()})
-
-
 class Native:
     """The extension, with `during` called around each kernel."""
 
@@ -77,9 +68,13 @@ def test_the_gil_is_released(name: str, backward: bool, monkeypatch: pytest.Monk
     With a switch interval this long, a waiting thread gets the GIL only if it is released
     voluntarily, and only the kernel runs between the event and the end of the loop.
     """
-    progress: list[Any] = []
+    progress, call = list[Any](), EXAMPLES[name].call(shape=(4096, 1024))
+    run: Callable[[], Any] = partial(call.ours, **{n: x.detach() for n, x in call.tensors.items()})
+    if backward:
+        value = call.ours()
+        run = partial(torch.autograd.grad, value, [*call.leaves.values()], torch.ones_like(value))
 
-    def until_progress(run: Callable[[], Any]) -> Any:
+    def until_progress(kernel: Callable[[], Any]) -> Any:
         start = threading.Event()
         waiting = threading.Thread(target=lambda: (start.wait(), progress.append(True)))
         interval = sys.getswitchinterval()
@@ -88,7 +83,7 @@ def test_the_gil_is_released(name: str, backward: bool, monkeypatch: pytest.Monk
         try:
             start.set()
             for _ in range(2000):
-                result = run()
+                result = kernel()
                 if progress:
                     break
             progress.append("seen" if progress else "not seen")
@@ -97,23 +92,17 @@ def test_the_gil_is_released(name: str, backward: bool, monkeypatch: pytest.Monk
             waiting.join()
         return result
 
-    armed = threading.Event()
-    native = Native(cpu.native, lambda run: until_progress(run) if armed.is_set() else run())
-    monkeypatch.setattr(cpu, "native", native)
-    run = prepared(name, backward)
-    armed.set()
+    monkeypatch.setattr(cpu, "native", Native(cpu.native, until_progress))
     run()
     assert progress == [True, "seen"]
 
 
 def test_each_call_counts_threads(threads: Threads, monkeypatch: pytest.MonkeyPatch) -> None:
     """No cache stores the number of threads."""
-    given: list[int] = []
-    native = cpu.native
-    with monkeypatch.context() as patch:
-        patch.setattr(cpu, "native", SimpleNamespace(**vars(native)))
-        patch.setattr(cpu.native, "relu", lambda *a: (given.append(a[-2]), native.relu(*a)))
-        for number in (1, 2):
-            threads(number)
-            relu(torch.randn(6, 5))
+    given, native = list[int](), cpu.native
+    monkeypatch.setattr(cpu, "native", SimpleNamespace(**vars(native)))
+    monkeypatch.setattr(cpu.native, "relu", lambda *a: (given.append(a[-2]), native.relu(*a)))
+    for number in (1, 2):
+        threads(number)
+        relu(torch.randn(6, 5))
     assert given == [1, 2]
