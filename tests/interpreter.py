@@ -19,7 +19,7 @@ ON = backends.FORCED == "triton"
 TESTS = Path(__file__).parent
 # Files whose tests all run interpreted; other files of SHARED run tests marked `interpreted`.
 WHOLE = (
-    *("test_values.py", "test_fuzz.py", "test_totals.py"),
+    *("test_values.py", "test_fuzz.py"),
     *("test_arithmetic.py", "test_backends.py", "test_formula.py"),
 )
 # Files that do not apply to every backend.

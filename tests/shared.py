@@ -1,7 +1,7 @@
 """Lists the files whose tests apply to every backend, also interpreted and on CUDA tensors."""
 
 CONTRACT = "autograd", "fuzz", "options", "values"
-KERNELS = "arithmetic", "backends", "totals"
+KERNELS = "arithmetic", "backends"
 OPS = (
     *("activation", "cross_entropy", "distillation", "embedding_loss", "linear_cross_entropy"),
     *("log_probs", "pointwise_loss", "softmax"),

@@ -1,10 +1,11 @@
-"""Compares the elementary functions of the Triton kernels with float64."""
+"""Elementary functions and sums of the Triton kernels, compared with float64."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -25,9 +26,11 @@ import triton.language as tl
 from triton._C.libtriton import interpreter as operations
 from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
+from pyfused import functional as fused
 from pyfused.kernels import arithmetic
 from pyfused.kernels.program import formula_of
 from pyfused.ops.elementwise import kernels
+from pyfused.types import CrossEntropyOptions
 
 BLOCK = 1 << 15
 
@@ -212,3 +215,66 @@ def test_every_slope_of_half_precision(name: str, dtype: torch.dtype) -> None:
     some = exact.abs() > 0.05
     assert ulps(got[some], exact[some], dtype) <= 0.1
     torch.testing.assert_close(got[~some].double(), exact[~some], rtol=0, atol=3e-6)
+
+
+# ---- sums ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("n", [1, 5, 1025, 40_000, 400_000])
+@pytest.mark.parametrize("weighted", range(4))
+@pytest.mark.parametrize("ignore_index", [-100, 3])
+def test_count(n: int, weighted: int, ignore_index: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ignored and out-of-range targets do not count."""
+    target = torch.randint(-1, 9, (n,))
+    target[::4] = -100
+    weight = torch.rand(7) if weighted & 1 else None
+    token_weight = torch.rand(n, dtype=torch.float64) if weighted & 2 else None
+    monkeypatch.setattr(backend, "COUNTED_BY_PROGRAMS", 0)
+    targets = target, weight, token_weight, ignore_index
+    got = backend._divisor(CrossEntropyOptions(), target, n, targets, None, 7)
+    valid = (target != ignore_index) & (target >= 0) & (target < 7)
+    expected = valid.double()
+    expected *= 1 if weight is None else weight[target.where(valid, 0)]
+    expected *= 1 if token_weight is None else token_weight
+    assert (got.dtype, got.shape) == (torch.float64, ())
+    assert got.item() == pytest.approx(expected.sum().item(), rel=1e-12)
+
+
+@pytest.mark.parametrize("factor", [1.0, 0.5, math.nan])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_scale(factor: float, dtype: torch.dtype) -> None:
+    x = torch.randn(5000).to(dtype)
+    expected = x * factor
+    backend.scale_(x, torch.tensor(factor))
+    torch.testing.assert_close(x, expected, rtol=0, atol=0, equal_nan=True)
+
+
+def test_the_last_program_to_arrive_adds_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Counters are 0 again afterwards. torch adds up the partial sums of many programs."""
+    counters, sums = torch.zeros(99, dtype=torch.int32), list[int]()
+    add_up = Tensor.sum
+    monkeypatch.setattr(backend, "_counters", lambda _: counters)
+    monkeypatch.setattr(backend, "MOST_PROGRAMS", 1000)
+    monkeypatch.setattr(backend, "MOST_ARRIVALS", 600)
+    monkeypatch.setattr(Tensor, "sum", lambda parts: sums.append(parts.numel()) or add_up(parts))
+    for programs in (22, 2, 256, 1, 257, 10, 600, 601):  # of 32 elements, in groups of 256 programs
+        x, target = torch.randn(2, 32 * programs - 5, dtype=torch.float64)
+        got = fused.mse_loss(x, target)
+        assert got.item() == pytest.approx((x - target).square().mean().item(), rel=1e-14)
+        assert not counters.any()
+    assert sums == [601]
+
+
+def test_the_sum_of_no_elements_is_zero() -> None:
+    out = torch.full((), math.nan)
+    backend._run(Mock(), 0, (), out, ())
+    assert out.item() == 0
+
+
+@pytest.mark.parametrize("default", [True, False])
+def test_default_streams_share_counters(default: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Shared counters would belong to the memory pool of a CUDA graph, or to several graphs."""
+    monkeypatch.setattr(backend, "on_default_stream", lambda _: default)
+    first, second = (backend._counters(torch.device("cpu")) for _ in range(2))
+    assert (first.data_ptr() == second.data_ptr()) is default
+    assert not first.any()
