@@ -1,7 +1,7 @@
 """Writes csrc/sizes.txt, the bytes of machine code of each kernel of the modules.
 
 One compiler makes the same machine code from the same source, on any machine, and a kernel that has
-grown usually takes longer. `tests/repo/test_machine_code.py` compares the table with the modules.
+grown usually takes longer. `tests/repo/test_packaging.py` compares the table with the modules.
 """
 
 from __future__ import annotations
