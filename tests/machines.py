@@ -65,35 +65,31 @@ def intels_code(folder: str) -> str:
     return library
 
 
-def run(variables: dict[str, str], files: list[str], arguments: list[str], folder: str) -> bool:
-    # Inductor's cache does not depend on these variables, and would return code that was compiled
-    # for other vectors.
-    environment = {**os.environ, **variables, "TORCHINDUCTOR_CACHE_DIR": f"{folder}/inductor"}
-    if "MKL_CBWR" in variables and sys.platform == "linux":
-        environment["LD_PRELOAD"] = intels_code(folder)
+def passes(variables: dict[str, str], files: list[str], arguments: list[str]) -> bool:
     paths = [str(path) for name in files for path in TESTS.rglob(f"test_{name}.py")]
     pytest = [sys.executable, "-m", "pytest", "-q", "-n", "2", "--dist", "loadfile"]
-    rc = subprocess.run([*pytest, *paths, *arguments], env=environment, check=False).returncode
-    return rc in (0, 5)  # 5: no tests selected
+    with tempfile.TemporaryDirectory() as folder:
+        # Inductor's cache does not depend on these variables, and would return code that was
+        # compiled for other vectors.
+        environment = {**os.environ, **variables, "TORCHINDUCTOR_CACHE_DIR": f"{folder}/inductor"}
+        if "MKL_CBWR" in variables and sys.platform == "linux":
+            environment["LD_PRELOAD"] = intels_code(folder)
+        done = subprocess.run([*pytest, *paths, *arguments], env=environment, check=False)
+    return done.returncode in (0, 5)  # 5: no tests selected
 
 
 def main(arguments: list[str]) -> int:
-    failed, known = [], {name for _, files in MACHINES for name in files.split()}
-    chosen = known.intersection(arguments) or known
+    known = {name for _, files in MACHINES for name in files.split()}
+    chosen, failed = known.intersection(arguments) or known, list[str]()
     arguments = [each for each in arguments if each not in known]
     for variables, files in MACHINES:
-        name = " ".join(map("=".join, variables.items()))
+        name, start = " ".join(map("=".join, variables.items())), time.monotonic()
         if reason := reason_to_skip(*next(iter(variables.items()))):
             print(f"{name}: skipped, as {reason}", flush=True)
-            continue
-        names = [each for each in files.split() if each in chosen]
-        if not names:
-            continue
-        print(f"{name}:", flush=True)
-        start = time.monotonic()
-        with tempfile.TemporaryDirectory() as folder:
-            failed += [] if run(variables, names, arguments, folder) else [name]
-        print(f"{name}: {time.monotonic() - start:.0f} s", flush=True)
+        elif names := [each for each in files.split() if each in chosen]:
+            print(f"{name}:", flush=True)
+            failed += [] if passes(variables, names, arguments) else [name]
+            print(f"{name}: {time.monotonic() - start:.0f} s", flush=True)
     if failed:
         print(f"Failed: {', '.join(failed)}")
     return bool(failed)
