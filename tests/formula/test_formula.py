@@ -1062,8 +1062,9 @@ def test_random_programs(drawn: Any, mode: str, numbers: tuple[float, float]) ->
     with MODES[mode]():
         formula = defined(f"{names}, *, j=0.7, k=1.3", "\n    ".join(lines))
     masks = (*[False] * (operands - 1), is_masked)
-    op = formula.operator(masks, {})
-    check(op, numbers)
+    op, kernels = formula.operator(masks, {}), backend_of(torch.empty(0)).pointwise_loss
+    for dtype in FLOATS[:2] if kernels is not cpu.pointwise_loss else FLOATS[1:2]:
+        check(op, numbers, kernels, dtype)
     x = torch.randn(operands, 7, dtype=torch.float64)
     x = [(each > 0).double() if mask else each for each, mask in zip(x, masks, strict=True)]
     options = op.options(*numbers, "none")
@@ -1072,13 +1073,10 @@ def test_random_programs(drawn: Any, mode: str, numbers: tuple[float, float]) ->
     def gradients(wanted: tuple[bool, ...]) -> Sequence[Tensor | None]:
         outputs = Outputs(False, wanted)
         program, parameters = op.source.find(cases, operands, outputs)
-        return cpu.pointwise_loss(program, x, None, parameters(options), "none", outputs)[1]
+        return kernels(program, x, None, parameters(options), "none", outputs)[1]
 
     of_all = gradients((True,) * operands)
     for wanted in product([False, True], repeat=operands):  # a subset of the instructions
         for one, other, is_wanted in zip(gradients(wanted), of_all, wanted, strict=True):
             assert (one is None) != is_wanted
             assert one is None or torch.equal(one.nan_to_num(), other.nan_to_num())
-    kernels = backend_of(torch.empty(0)).pointwise_loss
-    for dtype in (torch.float32, torch.float64)[: 1 + (kernels is not cpu.pointwise_loss)]:
-        check(op, numbers, kernels, dtype)
