@@ -26,7 +26,7 @@ demo: $(BUILD) ## train with torch's losses and with pyfused's, compare and plot
 	$(BIN)/python examples/losses.py $(QUICK:%=--quick)
 	$(BIN)/python examples/gradient_descent.py
 	$(BIN)/python examples/custom_loss.py
-	$(BIN)/python examples/heads.py
+	$(BIN)/python examples/heads.py $(QUICK:%=--rounds 1)
 ifndef QUICK
 	$(BIN)/python examples/recommender.py
 	$(BIN)/python examples/grpo.py
@@ -91,13 +91,13 @@ CHECKED = tests/ops tests/formula tests/contract/test_errors.py tests/kernels/te
 library = $$($(CXX) -print-file-name=lib$(1).so)
 
 sanitize: $(TOOLS) ## find memory errors, undefined behaviour and races in the kernels (GCC; PYFUSED_ISAS=x86_64_v2 takes a third of the time)
-	CXXFLAGS='-O1 -g -fno-omit-frame-pointer -fsanitize=$(SANITIZERS) -fno-sanitize-recover=all' \
+	CXXFLAGS='-O1 -g1 -fno-omit-frame-pointer -fsanitize=$(SANITIZERS) -fno-sanitize-recover=all' \
 		$(BIN)/python setup.py --quiet build --build-base $(SANITIZE)/temp --build-lib $(SANITIZE)/lib
 	cd $(SANITIZE)/lib && $(if $(PYFUSED_ISAS),PYFUSED_CPU_CAPABILITY=$(subst _,-,$(PYFUSED_ISAS))) \
 		LD_PRELOAD="$(call library,asan) $(call library,stdc++)" \
 		ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 $(CURDIR)/$(PYTEST) \
 		$(CHECKED:%=$(CURDIR)/%) --deselect tests/ops/test_softmax.py::test_as_accurate_as_torch $(PYTEST_ARGS)
-	CXXFLAGS='-O1 -g -fsanitize=thread' PYFUSED_ISAS=$(OLDEST) \
+	CXXFLAGS='-O1 -g1 -fsanitize=thread' PYFUSED_ISAS=$(OLDEST) \
 		$(BIN)/python setup.py --quiet build --build-base $(SANITIZE)/races --build-lib $(SANITIZE)/races/lib
 	$(CXX) -O1 -g -fsanitize=thread -shared -fPIC tests/kernels/openmp.cpp -o $(SANITIZE)/races/openmp.so
 	cd $(SANITIZE)/races/lib && PYFUSED_CPU_CAPABILITY=$(OLDEST) TSAN_OPTIONS=halt_on_error=1 \
