@@ -636,10 +636,13 @@ def test_invalid_arguments(call: Callable[..., Any], words: str, n: int) -> None
         call(*operands_of("wing", n))
 
 
+CALLS = wing, wing.explain, lambda *x: torch.compile(wing, backend="eager")(*x)
+
+
 @both_sizes
 @pytest.mark.thresholds
 @pytest.mark.parametrize("kind", [torch.uint8, torch.int16, torch.int64])
-@pytest.mark.parametrize("call", [wing, wing.explain, torch.compile(wing, backend="eager")])
+@pytest.mark.parametrize("call", CALLS, ids=["call", "explain", "compile"])
 def test_operands_that_are_integers(call: Callable[..., Any], kind: torch.dtype, n: int) -> None:
     input, target = operands_of("wing", n)
     with pytest.raises(Exception, match=rf"target: .* mask, got {kind}; .*target\.to\("):

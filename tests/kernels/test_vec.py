@@ -16,6 +16,7 @@ import grid
 import mpmath
 import numpy as np
 import pytest
+import torch
 from setuptools import Distribution, Extension
 
 from pyfused.backends import cpu
@@ -255,15 +256,16 @@ def test_log_of_special_and_subnormal_values(dtype: type, vec: Vec) -> None:
 
 HALVES = np.arange(1 << 16, dtype=np.uint16)
 WIDE = {
-    "bfloat16": floats(HALVES.astype(np.uint32) << 16),
-    "float16": HALVES.view(np.float16).astype(np.float32),
+    half: torch.from_numpy(HALVES.view(np.int16)).view(getattr(torch, half)).float().numpy()
+    for half in ("bfloat16", "float16")
 }
 INFINITE = {"bfloat16": 0x7F80, "float16": 0x7C00}
 of_each_half = pytest.mark.parametrize("half", list(WIDE))
+in_pieces = pytest.mark.parametrize("piece", [None, 1, 45], ids=["whole", "single", "some"])
 
 
 @of_each_half
-@pytest.mark.parametrize("piece", [None, 1], ids=["whole", "single"])
+@in_pieces
 def test_load_is_exact(half: str, piece: int | None, vec: Vec) -> None:
     got, expected = vec(f"load_{half}", HALVES, np.float32, piece), WIDE[half]
     nan = np.isnan(expected)
@@ -271,52 +273,35 @@ def test_load_is_exact(half: str, piece: int | None, vec: Vec) -> None:
     assert np.array_equal(got[~nan].view(np.uint32), expected[~nan].view(np.uint32))
 
 
-def midpoints(half: str) -> np.ndarray:
-    """Returns the midpoints between consecutive positive numbers of a half precision.
-
-    The k-th midpoint is equally near to the numbers with bits k and k + 1. The successor of the
-    largest number is the next power of two, from which numbers round to infinity.
-    """
-    values = WIDE[half][: INFINITE[half]].astype(np.float64)
-    values = np.append(values, 2 * values[-1] - values[-2])
-    return ((values[:-1] + values[1:]) / 2).astype(np.float32)
-
-
-def nearest(x: np.ndarray, middle: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Returns the bits of the number nearest to x (ties towards zero), and whether x is a tie."""
-    magnitude = np.abs(x)
-    below = np.searchsorted(middle, magnitude)
-    tie = middle[np.minimum(below, len(middle) - 1)] == magnitude
-    sign = np.signbit(x).astype(np.uint16) << 15
-    return below.astype(np.uint16) | sign, tie
-
-
 def roundable(half: str) -> Iterator[np.ndarray]:
-    """Returns all midpoints, their neighbours, and a sample of other numbers."""
-    middle = midpoints(half)
-    bits = middle.view(np.uint32)
-    near = np.concatenate([bits, bits - 1, bits + 1, WIDE[half][: len(middle) + 1].view(np.uint32)])
-    dense = np.arange(0, INFINITY + 1, 1009, dtype=np.uint32)
-    for magnitude in (near, np.append(dense, np.uint32(INFINITY))):
-        yield floats(magnitude)
-        yield floats(magnitude | SIGN)
+    """Yields all numbers of a half precision, the midpoints and their neighbours, and others."""
+    values = WIDE[half][: INFINITE[half]].astype(np.float64)
+    values = np.append(values, 2 * values[-1] - values[-2])  # rounds to infinity
+    middle = ((values[:-1] + values[1:]) / 2).astype(np.float32).view(np.uint32)
+    exact = WIDE[half][: len(values)].view(np.uint32)
+    dense = np.append(np.arange(0, INFINITY, 1009, dtype=np.uint32), np.uint32(INFINITY))
+    magnitudes = np.concatenate([middle, middle - 1, middle + 1, exact, dense])
+    yield floats(magnitudes)
+    yield floats(magnitudes | SIGN)
 
 
 @of_each_half
-@pytest.mark.parametrize("piece", [None, 1, 45], ids=["whole", "single", "some"])
+@in_pieces
 def test_rounding_to_nearest(half: str, piece: int | None, vec: Vec) -> None:
-    """Ties are rounded to even by a store, and either way after scaling."""
-    middle = midpoints(half)
+    """Ties are rounded to even by a store, as by torch, and either way after scaling."""
     for x in roundable(half):
-        below, tie = nearest(x, middle)
-        expected = below + (tie & (below % 2 == 1))
+        rounded = torch.from_numpy(x).to(getattr(torch, half))
+        expected = rounded.view(torch.int16).numpy().view(np.uint16)
         assert np.array_equal(vec(f"store_{half}", x, np.uint16, piece), expected)
         got = vec(f"scaled_{half}", x, np.uint16, piece)
-        assert ((got == below) | (tie & (got == below + 1))).all()
+        tie = got != expected
+        errors = [np.abs(WIDE[half][y[tie]].astype(np.float64) - x[tie]) for y in (got, expected)]
+        assert np.array_equal(*errors)
+        assert np.array_equal(got >> 15, expected >> 15)
 
 
 @of_each_half
-@pytest.mark.parametrize("piece", [None, 1, 45], ids=["whole", "single", "some"])
+@in_pieces
 def test_nan_stays_nan(half: str, piece: int | None, vec: Vec) -> None:
     """NaN has any payload; truncating one in the low bits would give infinity."""
     got = vec(f"scaled_{half}", WIDE[half], np.uint16, piece)
