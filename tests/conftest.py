@@ -41,7 +41,7 @@ SLOW = (
 )
 
 # Files with many tests that compile; single tests in other files use the fixture `compiler`.
-COMPILES = "test_backends", "test_convert", "test_formula", "test_heads", "test_patch"
+COMPILES = "test_backends", "test_convert", "test_formula", "test_patch"
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -1,4 +1,4 @@
-"""Builds a tiny model of every language model of transformers, and converts it."""
+"""Small language models: one with a plain head, and one of every class of transformers."""
 
 from __future__ import annotations
 
@@ -8,10 +8,44 @@ import warnings
 from typing import Any
 
 import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
 
 import pyfused
 from pyfused.adopt.lazy_logits import LazyLogits
 from pyfused.dispatch import reasons
+
+# ---- a model with a head -------------------------------------------------------------------------
+
+X, TARGET = torch.arange(64).view(4, 16) % 50, torch.arange(64) % 40
+PLACES = TARGET.view(4, 16)
+
+
+class Model(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(5)
+        self.emb, self.head = nn.Embedding(50, 8), nn.Linear(8, 40)
+        self.bias = nn.Buffer(torch.linspace(-1, 1, 40)[None])
+
+    def forward(self, x: Tensor, target: Tensor | None = None) -> Any:
+        self.hidden: Tensor = 1 * self.emb(x)
+        logits = self.head(self.hidden)
+        return logits if target is None else (logits, F.cross_entropy(logits.flatten(0, 1), target))
+
+
+def converted(**options: Any) -> Any:
+    return pyfused.convert(Model(), head="head", **options)
+
+
+def stepped(model: Any, **options: Any) -> None:
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    torch.optim.SGD(model.parameters(), 0.01, **options).step()
+    model.zero_grad()
+
+
+# ---- models of transformers ----------------------------------------------------------------------
 
 # Sizes by the names that configurations use; unknown names are ignored.
 SIZES: dict[str, Any] = {
@@ -77,16 +111,32 @@ def tiny(name: str, **more: Any) -> Any:
     return kind(config).train()
 
 
-def step(model: Any) -> tuple[torch.Tensor, list[torch.Tensor | None], bool]:
-    """Returns the loss and the gradients of a batch, and whether its logits were computed."""
+def batch() -> dict[str, Tensor]:
     tokens = torch.randint(3, 290, (2, 12), generator=torch.Generator().manual_seed(1))
     labels = tokens.clone()
     labels[:, ::4] = -100
+    return {"input_ids": tokens, "labels": labels}
+
+
+def step(model: Any, **inputs: Any) -> tuple[Tensor, dict[str, Tensor], bool]:
+    """Returns the loss and the gradients of a batch, and whether its logits were computed."""
     torch.manual_seed(0)  # for dropout
-    output = model(input_ids=tokens, labels=labels, use_cache=False)
-    leaves = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    gradients = torch.autograd.grad(output.loss, leaves, allow_unused=True)
-    return output.loss.detach(), list(gradients), are_computed(output.logits)
+    output = model(**batch() | inputs)
+    leaves = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    found = torch.autograd.grad(output.loss, [*leaves.values()], allow_unused=True)
+    gradients = {name: x for name, x in zip(leaves, found, strict=True) if x is not None}
+    logits = output["prediction_logits" if "prediction_logits" in output else "logits"]
+    return output.loss.detach(), gradients, are_computed(logits)
+
+
+def assert_same_steps(found: Any, expected: Any, computed: bool = False) -> None:
+    assert found[2] == computed
+    torch.testing.assert_close(found[0], expected[0])
+    assert found[1].keys() == expected[1].keys()
+    largest = max(float(gradient.abs().max()) for gradient in expected[1].values())
+    for name, gradient in expected[1].items():
+        error = (found[1][name] - gradient).abs().max()
+        assert error <= 1e-4 * gradient.abs().max() + 1e-6 * largest, f"{name}: {float(error)}"
 
 
 def are_computed(logits: Any) -> bool:
@@ -98,7 +148,7 @@ def conversion(name: str) -> str:
     """Returns ``converted`` if converting does not change loss and gradients, else the reason."""
     try:
         model = tiny(name)
-        expected = step(model)
+        expected = step(model, use_cache=False)
     except Exception as error:
         return f"not tried: the tiny model raises {type(error).__name__}"
     plan = pyfused.plan_conversion(model)
@@ -109,18 +159,11 @@ def conversion(name: str) -> str:
     reasons._reported.clear()
     with warnings.catch_warnings(record=True) as warned:
         warnings.simplefilter("always", RuntimeWarning)
-        got = step(model)
+        found = step(model, use_cache=False)
     told = [str(w.message).partition(" all of its logits: ")[2] for w in warned]
     if any(told):
         return f"left: {next(filter(None, told)).partition('. ')[0]}"  # without the advice
-    assert not got[2], f"{name} has logits"
-    torch.testing.assert_close(got[0], expected[0], msg=lambda text: f"{name}: {text}")
-    largest = max(float(x.abs().max()) for x in expected[1] if x is not None)
-    for ours, theirs in zip(got[1], expected[1], strict=True):
-        assert (ours is None) == (theirs is None), name
-        if ours is not None and theirs is not None:
-            off = (ours - theirs).abs().max()
-            assert off <= 1e-4 * theirs.abs().max() + 1e-6 * largest, f"{name}: {float(off)}"
+    assert_same_steps(found, expected)
     return "converted"
 
 

@@ -1,20 +1,41 @@
-"""convert() replaces modules of exactly torch's classes in place, and revert() undoes it."""
+"""convert() replaces modules and heads in place, which keep what they do; revert() undoes it."""
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import gc
 import io
 import logging
 import pickle
+import warnings
+import weakref
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
+from compare import Recording
 from conftest import KernelCalls
+from language_models import TARGET, Model, X, converted
 from torch import Tensor, nn
+from torch._dynamo.testing import EagerAndRecordGraphs
+from torch.nn import functional as F
+from torch.nn.utils.parametrize import register_parametrization
+from torch.testing import assert_close
+from torch.utils.checkpoint import checkpoint
 
 import pyfused
+from pyfused.adopt import heads, lazy_logits
+from pyfused.adopt.lazy_logits import LazyLogits
+from pyfused.dispatch import reasons
+
+pytestmark = pytest.mark.usefixtures("reset_warnings")
+
+
+# ---- modules -------------------------------------------------------------------------------------
 
 
 class MyReLU(nn.ReLU):
@@ -36,8 +57,7 @@ class Net(nn.Module):
         return self.criterion(output, target) + self.other(output, x)
 
 
-pytestmark = pytest.mark.thresholds
-X, TARGET = torch.linspace(-2, 2, 5 << 13).view(-1, 5), torch.arange(1 << 13) % 5
+ROWS, CLASSES = torch.linspace(-2, 2, 5 << 13).view(-1, 5), torch.arange(1 << 13) % 5
 SWAPPED = ("activation", "layers.1", "criterion", "other")  # layers.4 is the activation
 
 
@@ -45,9 +65,10 @@ def types(model: nn.Module) -> list[type[nn.Module]]:
     return [type(module) for module in model.modules()]
 
 
+@pytest.mark.thresholds
 def test_converted_and_unconverted_modules(kernel_calls: KernelCalls) -> None:
     model = Net()
-    expected = model(X, TARGET)
+    expected = model(ROWS, CLASSES)
     modules = list(model.modules())
     plan = pyfused.plan_conversion(model)
     assert plan.swapped == SWAPPED
@@ -64,7 +85,7 @@ def test_converted_and_unconverted_modules(kernel_calls: KernelCalls) -> None:
     assert all(now is then for now, then in zip(model.modules(), modules, strict=True))
     for name in SWAPPED:
         assert type(model.get_submodule(name)).__module__ == "pyfused.nn"
-    torch.testing.assert_close(model(X, TARGET), expected)
+    assert_close(model(ROWS, CLASSES), expected)
     assert kernel_calls == {"cross_entropy": 1}  # torch is faster at the others' sizes
 
 
@@ -84,7 +105,7 @@ def test_attributes_are_preserved() -> None:
     assert model.criterion.weight.dtype == torch.float64
     model.load_state_dict(state)
     Net().double().load_state_dict(model.state_dict())
-    model(X.double(), TARGET)
+    model(ROWS.double(), CLASSES)
     assert seen == ["hook"]
     pyfused.revert(model)
     for module, was in zip(model.modules(), before, strict=True):
@@ -180,19 +201,26 @@ def test_linear_layers_that_may_be_heads() -> None:
     assert str(plan) == ".  Sequential  replaced by linear_cross_entropy(8 -> 9000)"
 
 
-@pytest.mark.parametrize("through", ["deepcopy", "pickle", "weights_only"])
-def test_copies_are_converted_and_can_be_reverted(through: str) -> None:
+def loaded(model: nn.Module) -> Any:
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    with torch.serialization.safe_globals([*types(model), set]):
+        return torch.load(file)
+
+
+COPIES: dict[str, Callable[[Any], Any]] = {
+    "deepcopy": copy.deepcopy,
+    "pickle": lambda model: pickle.loads(pickle.dumps(model)),
+}
+
+
+@pytest.mark.parametrize("copied", [*COPIES.values(), loaded], ids=[*COPIES, "torch.load"])
+def test_copies_are_converted_and_can_be_reverted(copied: Any) -> None:
     model = pyfused.convert(Net())
-    if through == "weights_only":
-        file = io.BytesIO()
-        torch.save(model, file)
-        file.seek(0)
-        with torch.serialization.safe_globals([*types(model), set]):
-            again = torch.load(file)
-    else:
-        again = copy.deepcopy(model) if through == "deepcopy" else pickle.loads(pickle.dumps(model))
+    again = copied(model)
     assert types(again) == types(model)
-    assert torch.equal(again(X, TARGET), model(X, TARGET))
+    assert torch.equal(again(ROWS, CLASSES), model(ROWS, CLASSES))
     pyfused.revert(again)
     assert types(again) == types(Net())
     assert type(model.activation) is pyfused.nn.ReLU
@@ -200,12 +228,16 @@ def test_copies_are_converted_and_can_be_reverted(through: str) -> None:
 
 # ---- unsupported models --------------------------------------------------------------------------
 
+every_function = pytest.mark.parametrize(
+    "function", [pyfused.convert, pyfused.plan_conversion, pyfused.revert]
+)
 
-@pytest.mark.parametrize("function", [pyfused.convert, pyfused.plan_conversion, pyfused.revert])
-def test_an_argument_that_is_not_a_module(function: Any) -> None:
-    for wrong in (None, nn.ReLU, torch.ones(2)):
-        with pytest.raises(TypeError, match=r"model: expected a torch\.nn\.Module, got \w+"):
-            function(wrong)
+
+@every_function
+@pytest.mark.parametrize("wrong", [None, nn.ReLU, torch.ones(2)])
+def test_an_argument_that_is_not_a_module(wrong: Any, function: Any) -> None:
+    with pytest.raises(TypeError, match=r"model: expected a torch\.nn\.Module, got \w+"):
+        function(wrong)
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
@@ -220,22 +252,435 @@ def test_a_converted_model_is_not_scripted(head: Any) -> None:
     torch.jit.script(model)
 
 
-@pytest.mark.parametrize("where", ["whole", "part", "in place"])
-def test_a_compiled_model_is_not_changed(where: str) -> None:
+COMPILED: dict[str, tuple[Callable[[Any], Any], str]] = {
+    "whole": (
+        lambda model: torch.compile(model, backend="eager"),
+        r"at '\.'.*was compiled, model\._orig_mod",
+    ),
+    "part": (
+        lambda model: setattr(model, "layers", torch.compile(model.layers, backend="eager")),
+        r"at 'layers'.*was compiled, model\.layers\._orig_mod",
+    ),
+    "in place": (
+        lambda model: model.layers.compile(backend="eager"),
+        "at 'layers'.*before compiling or sharding it",
+    ),
+}
+
+
+@every_function
+@pytest.mark.parametrize(("change", "message"), COMPILED.values(), ids=COMPILED)
+def test_a_compiled_model_is_not_changed(change: Any, message: str, function: Any) -> None:
     model: Any = Net()
-    if where == "part":
-        model.layers = torch.compile(model.layers, backend="eager")
-    elif where == "in place":
-        model.layers.compile(backend="eager")
-    else:
-        model = torch.compile(model, backend="eager")
+    compiled = change(model)
+    model = model if compiled is None else compiled
     before = types(model)
-    name, call = {
-        "whole": ("'.'", r"was compiled, model\._orig_mod"),
-        "part": ("'layers'", r"was compiled, model\.layers\._orig_mod"),
-        "in place": ("'layers'", "before compiling or sharding it"),
-    }[where]
-    for function in (pyfused.convert, pyfused.revert):
-        with pytest.raises(ValueError, match=f"is not compiled yet, got .* at {name}.*{call}$"):
-            function(model)
+    with pytest.raises(ValueError, match=f"is not compiled yet, got .* {message}$"):
+        function(model)
     assert types(model) == before
+
+
+# ---- heads and models ----------------------------------------------------------------------------
+
+
+def results(model: nn.Module) -> tuple[Tensor, ...]:
+    """Returns the loss and the gradients of a batch."""
+    model.zero_grad()
+    loss = model(X, TARGET)[1]
+    loss.backward()
+    return loss.detach(), *(p.grad for p in model.parameters() if p.grad is not None)
+
+
+CHANGES: dict[str, tuple[Callable[[Any], Any], str]] = {
+    "forward": (lambda h: setattr(h, "forward", lambda x: 9 * x @ h.weight.t()), "replaced"),
+    "hook": (lambda h: h.register_forward_hook(lambda *a: 2 * a[-1]), "hooks"),
+    "pre-hook": (lambda h: h.register_forward_pre_hook(lambda _, a: (2 * a[0],)), "hooks"),
+    "backward": (lambda h: h.register_full_backward_hook(lambda *a: (3 * a[1][0],)), "hooks"),
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_a_head_with_a_modified_forward(name: str) -> None:
+    """A change before or after the conversion keeps its effect; one warning says why."""
+    change, reason = CHANGES[name]
+    plain, before, after = Model(), Model(), converted()
+    for model in (plain, before, after):
+        change(model.head)
+    assert reason in pyfused.plan_conversion(before, head="head").left[0].reason
+    warning = f"Model computes all of its logits:.*{reason}"
+    with pytest.warns(RuntimeWarning, match=warning):
+        pyfused.convert(before, head="head")
+    reasons._reported.clear()
+    # A forward that is an attribute of the head replaces the one that would warn.
+    warned = pytest.warns(RuntimeWarning, match=warning)
+    with contextlib.nullcontext() if name == "forward" else warned:
+        results(after)
+    for model in (before, after):
+        assert_close(results(model), results(plain))
+
+
+class Quantised(Tensor):
+    pass
+
+
+UNSUPPORTED: dict[str, Callable[[Tensor], Tensor]] = {
+    "has no elements": lambda weight: weight[:0],  # as in ZeRO-3
+    "is a Quantised": lambda weight: weight.as_subclass(Quantised),
+    "is on meta, its input on cpu": lambda weight: weight.to("meta"),
+}
+
+
+@pytest.mark.parametrize("problem", UNSUPPORTED)
+def test_unsupported_weights(problem: str) -> None:
+    model = converted()
+    model.head.weight = nn.Parameter(UNSUPPORTED[problem](model.head.weight.detach()))
+    warned = pytest.warns(RuntimeWarning, match=f"weight of its head {problem}")
+    with warned, contextlib.suppress(RuntimeError):  # raised by torch, because of the bias
+        model(X)
+
+
+@pytest.mark.parametrize(("limit", "kind"), [(64 * 40, LazyLogits), (64 * 40 + 1, Tensor)])
+def test_a_head_of_few_logits_computes_them(
+    limit: int, kind: type[Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(heads, "converted_limit", lambda *_: limit)
+    assert type(converted()(X)) is kind
+
+
+def test_print_does_not_compute_logits() -> None:
+    model = converted()
+    logits = model(X)
+    shown = "LazyLogits(shape=(4, 16, 40), dtype=torch.float32, device=cpu, not computed)"
+    assert repr(logits) == str(logits) == f"{logits}" == shown
+    name = "torch.nn.modules.linear.Linear (converted by pyfused)"
+    assert str(type(model.head)) == f"<class '{name}'>"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that the logits are read
+        logits.sum()
+    assert repr(logits) == repr(pyfused.revert(model) and model(X).detach())
+
+
+def test_converting_again_changes_the_options() -> None:
+    model: Any = Model()
+    with pytest.raises(ValueError, match=r"head: expected the name .* one of \['head'\], got 'x'"):
+        pyfused.convert(model, head="x")
+    with pytest.raises(ValueError, match=r"got 'emb', a torch\.nn\.modules\.sparse\.Embedding$"):
+        pyfused.convert(model, head="emb")
+    assert pyfused.plan_conversion(model, head="head").swapped == (".",)
+    pyfused.convert(model, head="head")
+    pyfused.convert(model)
+    pyfused.convert(model, evaluation=True, metrics=True)
+    assert type(model.eval()(X, TARGET)[0]) is LazyLogits
+    assert model.pyfused_metrics is not None
+    plan = pyfused.plan_conversion(model, head="head")
+    assert plan.left[0] == (".", "Model", "is already converted")
+    assert "head  Linear  left: is already fused with its loss: linear_cross" in str(plan)
+    pyfused.convert(model)
+    assert type(model(X, TARGET)[0]) is Tensor
+    assert pyfused.revert(model) == (".",)
+    assert type(model.head) is nn.Linear
+    assert vars(model.head).keys() == vars(Model().head).keys()
+
+
+def test_heads_that_cannot_be_converted() -> None:
+    model = Model()
+    register_parametrization(model.head, "weight", nn.Identity())
+    with pytest.raises(ValueError, match=r"but Model has none, got 'head', a subclass, torch"):
+        pyfused.convert(model, head="head")
+
+
+def test_a_report_names_heads_that_were_never_called() -> None:
+    class Uncalled(Model):
+        def forward(self, x: Tensor) -> Any:  # type: ignore[override]
+            return F.linear(self.emb(x), self.head.weight)
+
+    model = pyfused.convert(Uncalled(), head="head")
+    with pyfused.report() as report:
+        model(X)
+    assert "never called, unless by compiled programs: head of Uncalled" in str(report)
+    pyfused.revert(model)
+    assert "never called" not in str(report)
+    pyfused.convert(model, head="head").head(model.emb(X))
+    assert "never called" not in str(report)
+
+
+def test_a_head_that_was_replaced_after_the_conversion() -> None:
+    model: Any = converted()
+    base = model.head
+    model.head = nn.Linear(8, 40)
+    assert pyfused.plan_conversion(model).swapped == (".",)
+    pyfused.convert(model)
+    assert type(model(X)) is LazyLogits
+    model.head = nn.Sequential(base)
+    model.head.base_layer = base  # as an adapter of PEFT
+    with pytest.warns(RuntimeWarning, match="Model computes all of its logits: its head has an ad"):
+        pyfused.convert(model)
+    assert type(model.head) is nn.Sequential
+
+
+@pytest.mark.thresholds
+@pytest.mark.parametrize("kind", [Model, converted])
+def test_a_parametrized_weight_is_read_as_often_as_by_torch(kind: Any) -> None:
+    reads = list[Tensor]()
+    parametrization = nn.Identity()
+    parametrization.register_forward_hook(lambda *a: reads.append(a[-1]))
+    model = kind()
+    register_parametrization(model.head, "weight", parametrization)
+    reads.clear()
+    model(X, TARGET)
+    assert len(reads) == 1
+
+
+@pytest.mark.parametrize("copied", [nn.Module.train, copy.copy, *COPIES.values()])
+def test_steps_of_a_model_and_of_copies(copied: Any, losses: list[Tensor]) -> None:
+    plain, model = Model(), copied(converted())
+    assert_close(results(model), results(plain))
+    assert losses
+    losses.clear()
+    assert model.state_dict().keys() == plain.state_dict().keys()
+    assert pyfused.revert(model) == (".",)
+    assert_close(results(model), results(plain), rtol=0, atol=0)
+    assert not losses
+
+
+def test_a_checkpointed_head(losses: list[Tensor]) -> None:
+    """Head and loss are recomputed in the backward pass; test_lazy_logits.py checkpoints models."""
+    plain, model = Model(), converted()
+    for each in (plain, model):
+        loss_of = lambda x, head=each.head: F.cross_entropy(head(x).flatten(0, 1), TARGET)  # noqa: E731
+        checkpoint(loss_of, each.emb(X), use_reentrant=True).backward()
+    assert_close([p.grad for p in model.parameters()], [p.grad for p in plain.parameters()])
+    assert losses
+
+
+class Finalised(Model):
+    """A model that pickles and copies itself, and whose deletion closes its file."""
+
+    used: Any = None
+    fused, closed = 0, False
+
+    def __reduce__(self) -> Any:
+        self.used(X, TARGET)  # as another thread may do meanwhile
+        self.fused += self.used.pyfused_metrics is not None
+        return type(self), (), self.state_dict()
+
+    def __setstate__(self, state: Any) -> None:
+        self.load_state_dict(state)
+
+    def __del__(self) -> None:
+        self.closed = True
+
+
+def test_a_model_that_is_used_while_it_is_copied(monkeypatch: pytest.MonkeyPatch) -> None:
+    model: Any = pyfused.convert(Finalised(), head="head", metrics=True)
+    monkeypatch.setattr(Finalised, "used", model)
+    copies = copy.copy(model), copy.deepcopy(model), pickle.loads(pickle.dumps(model))
+    assert (model.fused, model.closed) == (3, False)
+    assert {*map(type, copies)} == {type(model)}
+
+
+@pytest.mark.filterwarnings("ignore:pyfused.convert")
+@pytest.mark.usefixtures("switching")
+def test_threads_that_read_the_logits_of_one_call() -> None:
+    model = converted()
+    readers: list[Callable[[Tensor], Tensor]] = [
+        lambda x: x.argmax(-1),
+        lambda x: (2.0 * x).view(-1, 40).sum(0),
+        lambda x: F.cross_entropy(x.flatten(0, 1), TARGET),
+        lambda x: x.transpose(0, 1).float().max(-1).values,
+    ]
+    expected = [read(Model()(X)) for read in readers]
+    with ThreadPoolExecutor(len(readers)) as threads:
+        for _ in range(50):
+            logits = model(X)
+            assert_close([*threads.map(lambda read, x=logits: read(x), readers)], expected)
+
+
+# Calls of pyfused that receive lazy logits.
+RECEIVERS: dict[str, Callable[..., Any]] = {
+    "cross_entropy": lambda x: F.cross_entropy(x, TARGET),
+    "nll_loss of log_softmax": lambda x: F.nll_loss(F.log_softmax(x, -1), TARGET),
+    "modules": lambda x: pyfused.nn.NLLLoss()(pyfused.nn.LogSoftmax(-1)(x), TARGET),
+}
+
+
+@pytest.mark.parametrize("patched", [False, True])
+@pytest.mark.parametrize("name", RECEIVERS)
+def test_reports_of_fused_losses(name: str, patched: bool) -> None:
+    model = converted()
+    with pyfused.patch() if patched else contextlib.nullcontext(), pyfused.report() as report:
+        RECEIVERS[name](model(X).flatten(0, 1))
+    assert report.to_dict()["left_to_torch"] == {}
+    assert [*report.to_dict()["operators"]] == ["linear_cross_entropy"]
+    explanation = pyfused.explain("cross_entropy", model(X).flatten(0, 1), TARGET)
+    assert explanation.op == "linear_cross_entropy"
+
+
+@pytest.mark.filterwarnings("ignore:pyfused.convert")
+def test_reports_of_calls_that_are_left_to_torch() -> None:
+    """A call under a mode counts once, and one of an operator that torch lacks has its reason."""
+    model = converted()
+    logits = model(X).flatten(0, 1)
+    with Recording(), pyfused.report() as report:
+        pyfused.functional.cross_entropy(logits, TARGET)
+    (counts,) = report.to_dict()["left_to_torch"].values()
+    assert [*counts.values()] == [1]
+    explanation = pyfused.explain("softcap", model(X), 3.0)
+    assert explanation.reason == "input is a LazyLogits"
+
+
+def test_a_call_keeps_no_references() -> None:
+    """Logits, hidden states and the model are freed without garbage collection."""
+    model: Any = converted()
+    gc.disable()
+    try:
+        logits, loss = model(X, TARGET)
+        references = [weakref.ref(x) for x in (logits, model.hidden, logits.value.call, model)]
+        loss.backward()
+        del logits, model.hidden
+        assert [each() for each in references[:3]] == [None] * 3  # the loss keeps nothing
+        del model, loss
+        assert references[3]() is None
+    finally:
+        gc.enable()
+
+
+# ---- modes, metrics and warnings -----------------------------------------------------------------
+
+MODES = {"grad": torch.enable_grad, "no_grad": torch.no_grad, "inference": torch.inference_mode}
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("mode", [*MODES, "frozen"])
+@pytest.mark.parametrize("evaluation", [False, True])
+def test_evaluation(mode: str, evaluation: bool, training: bool, losses: list[Tensor]) -> None:
+    """Without evaluation=True, logits without a gradient are constants, also after a step."""
+    model = converted(evaluation=evaluation).train(training)
+    model.requires_grad_(mode != "frozen")
+    with MODES.get(mode, torch.enable_grad)(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        expected, (logits, loss) = Model()(X, TARGET), model(X, TARGET)
+        assert bool(losses) == (evaluation or (training and mode == "grad"))
+        assert loss.requires_grad == (mode == "grad")
+        assert_close(loss, expected[1])
+        if mode == "inference":  # its tensors have no version
+            model.hidden.zero_()
+        if losses:
+            logits = logits + 0
+        for p in model.parameters():
+            p.data = 0.9 * p.data
+        assert_close(logits, expected[0])
+
+
+@pytest.mark.parametrize("options", [{}, {"evaluation": True, "metrics": True}])
+@pytest.mark.parametrize("mode", [*MODES, "eval"])
+def test_meta(mode: str, options: dict[str, bool]) -> None:
+    model = converted(**options).to("meta").train(mode != "eval")
+    with MODES.get(mode, torch.enable_grad)(), torch.autocast("cpu", torch.bfloat16):
+        logits, loss = model(X.to("meta"), TARGET.to("meta"))
+    assert (logits.device, logits.shape) == (loss.device, (4, 16, 40))
+    assert (loss.is_meta, loss.shape) == (True, ())
+    if loss.requires_grad:
+        loss.backward()
+        assert model.head.weight.grad.shape == (40, 8)
+
+
+@pytest.mark.parametrize("changed", [nn.Module.train, copy.deepcopy, nn.Module.eval])
+def test_metrics(changed: Callable[[Any], Any]) -> None:
+    """The metrics equal the function's, for the model's last call."""
+    plain, model = Model(), changed(converted(evaluation=True, metrics=True))
+    _, expected = pyfused.functional.linear_cross_entropy_with_metrics(
+        plain.emb(X).flatten(0, 1), plain.head.weight, TARGET, linear_bias=plain.head.bias
+    )
+    with torch.set_grad_enabled(model.training):
+        model(X, TARGET)
+    assert_close(model.pyfused_metrics, expected)
+    assert not any(x.requires_grad for x in model.pyfused_metrics)
+    assert_close(results(model), results(plain))
+    logits = model(X)
+    assert model.pyfused_metrics is None  # without a loss
+    F.cross_entropy(logits.flatten(0, 1), TARGET)
+    assert_close(model.pyfused_metrics, expected)
+    assert model.state_dict().keys() == plain.state_dict().keys()
+    pyfused.revert(model)
+    assert not hasattr(model, "pyfused_metrics")
+
+
+@pytest.mark.thresholds
+def test_metrics_of_few_logits() -> None:
+    """A loss with metrics is fused at every size, also of a few rows; others have no metrics."""
+    model: Any = converted(metrics=True)
+    assert_close(results(model), results(Model()))
+    assert model.pyfused_metrics is not None
+    logits = model(X).flatten(0, 1)
+    F.cross_entropy(logits[:2], TARGET[:2])
+    assert len(model.pyfused_metrics[0]) == 2
+    with pytest.warns(RuntimeWarning, match="an earlier loss of the same rows"):
+        F.cross_entropy(logits, TARGET)
+    assert model.pyfused_metrics is None
+
+
+@pytest.mark.parametrize("budget", [1000, 1, None])
+def test_memory_budget(budget: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The budget of the last call of convert reaches the loss, and changes no results."""
+    run = Mock(wraps=lazy_logits.run)
+    monkeypatch.setattr(lazy_logits, "run", run)
+    model = pyfused.convert(converted(memory_budget=7), memory_budget=budget)
+    assert_close(results(model), results(Model()))
+    run.assert_called_once()
+    assert run.call_args.args[2].memory_budget == budget
+
+
+@pytest.mark.parametrize(("budget", "error"), [(1.5, TypeError), (0, ValueError)])
+def test_invalid_memory_budgets(budget: Any, error: type[Exception]) -> None:
+    with pytest.raises(error, match="memory_budget: expected"):
+        converted(memory_budget=budget)
+
+
+# ---- torch.compile -------------------------------------------------------------------------------
+
+
+class BrokenBody(Model):
+    """A model whose graph breaks before the head, whose forward is then compiled separately."""
+
+    def forward(self, x: Tensor, target: Tensor) -> Any:  # type: ignore[override]
+        hidden = self.emb(x)
+        torch._dynamo.graph_break()
+        logits = self.head(hidden)
+        return logits, F.cross_entropy(logits.flatten(0, 1), target)
+
+
+@pytest.mark.filterwarnings("ignore")  # raised by Dynamo
+@pytest.mark.parametrize("kind", [Model, BrokenBody])
+def test_a_compiled_model_is_that_of_torch(kind: type[Model]) -> None:
+    """Conversion does not change the graphs, logits, loss and gradients of a compiled model."""
+    found: list[Any] = []
+    plain, model = kind(), pyfused.convert(kind(), head="head", metrics=True)
+    model(X, TARGET)
+    assert model.pyfused_metrics is not None
+    for each in (plain, model):
+        torch.compiler.reset()
+        graphs = EagerAndRecordGraphs()
+        logits, loss = torch.compile(each, backend=graphs, fullgraph=kind is Model)(X, TARGET)
+        assert type(logits) is Tensor
+        gradients = torch.autograd.grad(loss, [*each.parameters()])
+        sizes = [len(graph.graph.nodes) for graph in graphs.graphs]
+        found.append((logits.detach(), loss.detach(), gradients, sizes))
+    assert model.pyfused_metrics is None
+    assert_close(found[1], found[0], rtol=0, atol=0)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")  # of the attribute `hidden`
+@pytest.mark.parametrize("strict", [False, True])
+def test_an_exported_model_is_that_of_torch(strict: bool) -> None:
+    plain, model = Model(), converted()
+    programs = [torch.export.export(m, (X, TARGET), strict=strict) for m in (plain, model)]
+    assert programs[0].graph_module.code == programs[1].graph_module.code
+    found = [program.module()(X, TARGET) for program in programs]
+    assert_close(found[1], found[0], rtol=0, atol=0)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_torch_jit_trace() -> None:
+    traced = torch.jit.trace(converted(), (X,))
+    assert_close(traced(X), Model()(X))

@@ -16,15 +16,14 @@ import warnings
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import language_models
 import pytest
 import torch
 from conftest import KernelCalls
-from language_models import are_computed
-from torch import Tensor
+from language_models import are_computed, assert_same_steps, batch, step
+from torch._dynamo.utils import counters
 
 import pyfused
 import pyfused.nn
@@ -44,8 +43,22 @@ def examples_offline(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(logging.getLogger("lightning.pytorch"), "disabled", True)
 
 
-def example(name: str) -> ModuleType:
+def example(name: str) -> Any:
     return importlib.import_module(name)
+
+
+def trained_by_transformers(name: str, fused: bool) -> list[float]:
+    with pyfused.patch() if fused else contextlib.nullcontext():
+        return example("with_transformers").train(name, STEPS)
+
+
+# Returns the losses of a trainer with or without pyfused.
+TRAINERS: dict[str, Callable[[bool], list[float]]] = {
+    "GPT-2": partial(trained_by_transformers, "GPT-2"),
+    "BERT": partial(trained_by_transformers, "BERT"),
+    "Lightning": lambda fused: example("with_lightning").train(fused, STEPS),
+    "skorch": lambda fused: example("with_skorch").train(pyfused.nn if fused else torch.nn, 2),
+}
 
 
 def assert_equal_and_falling(losses: list[float], expected: list[float]) -> None:
@@ -54,32 +67,22 @@ def assert_equal_and_falling(losses: list[float], expected: list[float]) -> None
     assert losses[-1] < losses[0]
 
 
-@pytest.mark.parametrize("name", ["GPT-2", "BERT"])
-def test_transformers_trainer(name: str, kernel_calls: KernelCalls) -> None:
+@pytest.mark.parametrize("name", TRAINERS)
+def test_trainers(name: str, kernel_calls: KernelCalls) -> None:
+    expected = TRAINERS[name](False)
+    assert not kernel_calls
+    assert_equal_and_falling(TRAINERS[name](True), expected)
+    assert kernel_calls["cross_entropy"] >= STEPS
+    assert name != "Lightning" or kernel_calls["relu"] >= STEPS
+
+
+def test_gradient_accumulation_with_a_fused_head() -> None:
+    """Trainer passes the number of targets of all micro-batches."""
     train = example("with_transformers").train
-    expected = train(name, STEPS)
-    assert not kernel_calls
-    with pyfused.patch():
-        losses = train(name, STEPS)
+    expected = train("Llama", STEPS, accumulate=4)
+    losses = train("Llama", STEPS, accumulate=4, convert=True)
     assert_equal_and_falling(losses, expected)
-    assert kernel_calls["cross_entropy"] >= STEPS
-
-
-def test_lightning_trainer(kernel_calls: KernelCalls) -> None:
-    train = example("with_lightning").train
-    expected = train(False, STEPS)
-    assert not kernel_calls
-    assert_equal_and_falling(train(True, STEPS), expected)
-    assert kernel_calls["cross_entropy"] >= STEPS
-    assert kernel_calls["relu"] >= STEPS
-
-
-def test_skorch_net(kernel_calls: KernelCalls) -> None:
-    train = example("with_skorch").train
-    expected = train(torch.nn, 2)
-    assert not kernel_calls
-    assert_equal_and_falling(train(pyfused.nn, 2), expected)
-    assert kernel_calls["cross_entropy"] >= STEPS
+    assert losses == pytest.approx(train("Llama", STEPS), rel=1e-3)
 
 
 # ---- language models with a fused head -----------------------------------------------------------
@@ -91,17 +94,9 @@ NO_DROPOUT = dict.fromkeys(DROPOUTS.split(), 0.0)
 llama = partial(language_models.tiny, "LlamaForCausalLM")
 
 
-def batch() -> dict[str, Tensor]:
-    generator = torch.Generator().manual_seed(1)
-    tokens = torch.randint(1, 300, (8, 40), generator=generator)  # above the size limit
-    labels = tokens.clone()
-    labels[:, ::4] = -100
-    return {"input_ids": tokens, "labels": labels}
-
-
 def bert_pretraining() -> tuple[Any, dict[str, Any]]:
     model = language_models.tiny("BertForPreTraining", **NO_DROPOUT)
-    return model, batch() | {"next_sentence_label": torch.arange(8) % 2}
+    return model, {"next_sentence_label": torch.arange(2)}
 
 
 def bert_to_bert() -> tuple[Any, dict[str, Any]]:
@@ -113,15 +108,15 @@ def bert_to_bert() -> tuple[Any, dict[str, Any]]:
         transformers.BertConfig(**sizes, is_decoder=True, add_cross_attention=True),
     )
     both.pad_token_id, both.decoder_start_token_id = 0, 1
-    return transformers.EncoderDecoderModel(both).train(), batch()
+    return transformers.EncoderDecoderModel(both).train(), {}
 
 
-def causal(name: str, items: Any = None, **more: Any) -> tuple[Any, dict[str, Any]]:
-    inputs = batch() if items is None else batch() | {"num_items_in_batch": items}
-    return language_models.tiny(name, **more), inputs
+def causal(name: str, items: Any, **options: Any) -> tuple[Any, dict[str, Any]]:
+    return language_models.tiny(name, **options), {"num_items_in_batch": items}
 
 
 GEMMA: dict[str, Any] = {"final_logit_softcapping": 2.0, "tie_word_embeddings": True}
+# Models, and inputs in addition to those of `batch`.
 LANGUAGE_MODELS: dict[str, Callable[[], tuple[Any, dict[str, Any]]]] = {
     "Llama": partial(causal, "LlamaForCausalLM", torch.tensor(9)),
     "Mixtral": partial(causal, "MixtralForCausalLM", 7, output_router_logits=True),
@@ -129,26 +124,6 @@ LANGUAGE_MODELS: dict[str, Callable[[], tuple[Any, dict[str, Any]]]] = {
     "BERT": bert_pretraining,
     "two BERTs": bert_to_bert,
 }
-
-
-def step(model: Any, **inputs: Any) -> tuple[Tensor, dict[str, Tensor], bool]:
-    """Returns the loss, the gradients by name, and whether the logits were computed."""
-    model.zero_grad()
-    torch.manual_seed(0)  # for dropout
-    output = model(**inputs or batch())
-    output.loss.backward()
-    named = model.named_parameters()
-    gradients = {name: p.grad.clone() for name, p in named if p.grad is not None}
-    logits = getattr(output, "logits", None)
-    logits = output.prediction_logits if logits is None else logits
-    return output.loss.detach(), gradients, are_computed(logits)
-
-
-def assert_same_steps(found: Any, expected: Any, logits: bool = False) -> None:
-    assert found[2] == logits
-    assert found[0].dtype == torch.float32
-    torch.testing.assert_close(found[0], expected[0])
-    torch.testing.assert_close(found[1], expected[1], rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", LANGUAGE_MODELS)
@@ -160,29 +135,28 @@ def test_language_models(name: str, kernel_calls: KernelCalls) -> None:
     assert_same_steps(step(model, **inputs), expected)
     assert kernel_calls["cross_entropy"] > 0
     pyfused.revert(model)
-    assert_same_steps(step(model, **inputs), expected, logits=True)
+    assert_same_steps(step(model, **inputs), expected, computed=True)
 
 
 def test_language_models_that_return_logits() -> None:
-    model = llama()
-    pyfused.convert(model)
-    assert not are_computed(model(input_ids=batch()["input_ids"]).logits)  # without a loss
-    assert model(batch()["input_ids"], logits_to_keep=2).logits.shape[1] == 2
-    output = model(batch()["input_ids"], None, None, None, None, batch()["labels"])
+    model, (tokens, labels) = pyfused.convert(llama()), batch().values()
+    assert not are_computed(model(tokens).logits)  # without a loss
+    assert model(tokens, logits_to_keep=2).logits.shape[1] == 2
+    output = model(tokens, None, None, None, None, labels)
     assert not are_computed(output.logits)
-    assert output.logits.argmax(-1).shape == batch()["labels"].shape
-    assert model(**batch(), return_dict=False)[1].argmax(-1).shape == batch()["labels"].shape
+    assert output.logits.argmax(-1).shape == labels.shape
+    assert model(**batch(), return_dict=False)[1].argmax(-1).shape == labels.shape
     hook = model.lm_head.register_forward_hook(lambda *_: None)
-    assert are_computed(model(**batch()).logits)
+    assert step(model)[2]
     hook.remove()
-    assert not are_computed(model(**batch()).logits)
-    assert model.generate(batch()["input_ids"], max_new_tokens=2, do_sample=False).shape == (8, 42)
-    model.eval()
-    assert are_computed(model(**batch()).logits)
+    assert not step(model)[2]
+    assert model.generate(tokens, max_new_tokens=2, do_sample=False).shape == (2, 14)
+    assert step(model.eval())[2]
 
 
 def offloaded(whole: bool, folder: Path, model: Any) -> Any:
-    accelerate = pytest.importorskip("accelerate")
+    import accelerate
+
     if whole:
         return accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
     places = {"model": "cpu", "lm_head": "disk"}
@@ -220,28 +194,21 @@ def test_outputs_of_language_models() -> None:
     torch.testing.assert_close(pickle.loads(pickle.dumps(output)).logits, expected.logits)
 
 
-COMPILED = "LlamaForCausalLM", "BertForMaskedLM"
-
-
-@pytest.mark.parametrize("name", COMPILED)
+@pytest.mark.parametrize("name", ["LlamaForCausalLM", "BertForMaskedLM"])
 def test_compiled_language_models(name: str) -> None:
     """A compiled model computes its logits, with as many graphs as before its conversion."""
-    from torch._dynamo.utils import counters
-
     found = []
     for convert in (False, True):
-        model = language_models.tiny(name, dropout_rate=0.0, **NO_DROPOUT)
+        model = language_models.tiny(name, **NO_DROPOUT)
         model = pyfused.convert(model) if convert else model
         torch.compiler.reset()
         counters.clear()
-        with warnings.catch_warnings(record=True) as warned:
-            warnings.simplefilter("always")
-            result = language_models.step(torch.compile(model, backend="aot_eager"))
-        assert "pyfused" not in str([str(w.message) for w in warned])
-        found.append((*result, len(counters["graph_break"]), counters["stats"]["unique_graphs"]))
-    assert found[1][2:] == found[0][2:]
-    assert found[1][2]
-    torch.testing.assert_close(found[1][:2], found[0][:2], rtol=1e-4, atol=1e-5)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", "pyfused")
+            found.append(step(torch.compile(model, backend="aot_eager"), use_cache=False))
+        found[-1] += len(counters["graph_break"]), counters["stats"]["unique_graphs"]
+    assert_same_steps(*found[::-1], computed=True)
+    assert found[1][3:] == found[0][3:]
 
 
 def test_a_converted_language_model_is_saved_under_its_own_name(tmp_path: Path) -> None:
@@ -252,35 +219,23 @@ def test_a_converted_language_model_is_saved_under_its_own_name(tmp_path: Path) 
     assert inspect.signature(model.forward) == inspect.signature(again.forward)
 
 
-def test_calls_with_shifted_labels_and_kept_logits() -> None:
+LABELS = batch()["labels"]
+SHIFTED = torch.nn.functional.pad(LABELS, (0, 1), value=-100)[:, 1:].contiguous()
+KEPT: dict[str, dict[str, Any]] = {
+    "all": {"shift_labels": SHIFTED},
+    "last": {
+        "labels": LABELS[:, -9:],
+        "shift_labels": SHIFTED[:, -9:].contiguous(),
+        "logits_to_keep": 9,
+    },
+    "some": {"labels": LABELS[:, :7], "logits_to_keep": torch.arange(7)},
+}
+
+
+@pytest.mark.parametrize("inputs", KEPT.values(), ids=KEPT)
+def test_calls_with_shifted_labels_and_kept_logits(inputs: dict[str, Any]) -> None:
     plain, model = llama(), pyfused.convert(llama())
-    tokens, labels = batch().values()
-    shifted = torch.nn.functional.pad(labels, (0, 1), value=-100)[:, 1:].contiguous()
-    last, keep = shifted[:, -9:].contiguous(), {"logits_to_keep": 9}
-    for options in (
-        {"labels": labels, "shift_labels": shifted},
-        {"labels": labels[:, -9:], "shift_labels": last, **keep},
-        {"labels": labels[:, :7], "logits_to_keep": torch.arange(7)},
-    ):
-        options["input_ids"] = tokens
-        assert_same_steps(step(model, **options), step(plain, **options))
-
-
-def trainer(model: Any = None, kind: Any = None, **options: Any) -> Any:
-    import transformers
-
-    model = llama(vocab_size=512) if model is None else model
-    texts = example("with_transformers").Texts()
-    arguments = transformers.TrainingArguments(
-        "unused", max_steps=3, logging_steps=1, use_cpu=True, report_to=[], save_strategy="no",
-        disable_tqdm=True, per_device_eval_batch_size=8, **options,
-    )  # fmt: skip
-    return (kind or transformers.Trainer)(model, arguments, train_dataset=texts, eval_dataset=texts)
-
-
-def losses(train: Any) -> list[float]:
-    train.train()
-    return [entry["loss"] for entry in train.state.log_history if "loss" in entry]
+    assert_same_steps(step(model, **inputs), step(plain, **inputs))
 
 
 def test_evaluation_and_metrics_with_trainer() -> None:
@@ -294,38 +249,35 @@ def test_evaluation_and_metrics_with_trainer() -> None:
                 logs["accuracy"] = float(metrics.correct.sum() / valid.sum())
             super().log(logs, *args)
 
-    plain = trainer()
-    expected = plain.evaluate()["eval_loss"]
-    train = trainer(pyfused.convert(plain.model, evaluation=True, metrics=True), Accuracy)
-    assert train.evaluate()["eval_loss"] == pytest.approx(expected, rel=1e-5)
-    assert train.model.pyfused_metrics.correct.shape == (8 * 32,)
-    assert len(losses(train)) == 3
-    found = [entry["accuracy"] for entry in train.state.log_history if "loss" in entry]
+    model, texts = llama(vocab_size=512), example("with_transformers").Texts()
+    arguments = transformers.TrainingArguments(
+        "unused", max_steps=3, logging_steps=1, use_cpu=True, report_to=[], save_strategy="no",
+        disable_tqdm=True, per_device_eval_batch_size=8,
+    )  # fmt: skip
+    data = {"train_dataset": texts, "eval_dataset": texts}
+    expected = transformers.Trainer(model, arguments, **data).evaluate()["eval_loss"]
+    pyfused.convert(model, evaluation=True, metrics=True)
+    trainer = Accuracy(model, arguments, **data)
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(expected, rel=1e-5)
+    assert model.pyfused_metrics.correct.shape == (8 * 32,)
+    trainer.train()
+    found = [entry["accuracy"] for entry in trainer.state.log_history if "loss" in entry]
     assert [0 <= accuracy <= 1 for accuracy in found] == [True] * 3
 
 
-@pytest.mark.parametrize("part", range(4))
-def test_every_causal_language_model_of_the_list(part: int) -> None:
-    """The list of converted models is correct, and gradients are equal."""
-    results = Path(__file__).parents[2] / "benchmarks" / "results"
-    page = (results / "transformers-5.23" / "classes.md").read_text()
-    listed = {
-        name: reason.strip()
-        for name, reason in re.findall(r"^\| `(\w+)` \| (.*) \|$", page, re.MULTILINE)
-    }
-    assert set(listed) == set(language_models.names())
-    assert sum(reason == "converted" for reason in listed.values()) >= 240
-    for name in sorted(listed)[part::4]:
-        assert language_models.conversion(name) == listed[name], name
+RESULTS = Path(__file__).parents[2] / "benchmarks" / "results" / "transformers-5.23" / "classes.md"
+LISTED = dict(re.findall(r"^\| `(\w+)` \| (.*?) *\|$", RESULTS.read_text("utf-8"), re.MULTILINE))
 
 
-def test_gradient_accumulation_with_a_fused_head() -> None:
-    """Trainer passes the number of targets of all micro-batches."""
-    train = example("with_transformers").train
-    expected = train("Llama", STEPS, accumulate=4)
-    losses = train("Llama", STEPS, accumulate=4, convert=True)
-    assert_equal_and_falling(losses, expected)
-    assert losses == pytest.approx(train("Llama", STEPS), rel=1e-3)
+def test_the_list_of_language_models_is_complete() -> None:
+    assert {*LISTED} == {*language_models.names()}
+    assert [*LISTED.values()].count("converted") >= 240
+
+
+@pytest.mark.parametrize("name", LISTED)
+def test_every_language_model_of_the_list(name: str) -> None:
+    """The result of its conversion is correct, and gradients are equal."""
+    assert language_models.conversion(name) == LISTED[name]
 
 
 # ---- wrappers that register hooks on a model's outputs -------------------------------------------
@@ -335,16 +287,14 @@ def in_fabric(model: Any, optimizer: Any, **options: Any) -> Any:
     from lightning import Fabric
 
     fabric = Fabric(accelerator="cpu", devices=1, **options)
-    model, optimizer = fabric.setup(model, optimizer)
-    return model, fabric.backward, optimizer
+    return *fabric.setup(model, optimizer), fabric.backward
 
 
 def in_accelerate(model: Any, optimizer: Any) -> Any:
     from accelerate import Accelerator
 
     accelerator = Accelerator(cpu=True)
-    model, optimizer = accelerator.prepare(model, optimizer)
-    return model, accelerator.backward, optimizer
+    return *accelerator.prepare(model, optimizer), accelerator.backward
 
 
 WRAPPERS: dict[str, Any] = {
@@ -361,7 +311,7 @@ def test_wrappers_that_register_hooks(name: str) -> None:
     for convert in (False, True):
         model = llama(vocab_size=512)
         model = pyfused.convert(model) if convert else model
-        call, backward, optimizer = WRAPPERS[name](model, torch.optim.SGD(model.parameters(), 0.1))
+        call, optimizer, backward = WRAPPERS[name](model, torch.optim.SGD(model.parameters(), 0.1))
         found.append([])
         for _ in range(3):
             output = call(**batch())
@@ -390,7 +340,6 @@ def with_adapters(model: Any, **options: Any) -> Any:
 
 @pytest.mark.parametrize("when", ["the PEFT model", "the model inside", "before get_peft_model"])
 def test_a_trained_copy_of_the_head(when: str) -> None:
-    pytest.importorskip("peft")
     options: Any = {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}
     expected, inner, plain = step(with_adapters(llama(), **options)), llama(), "before" in when
     model = with_adapters(pyfused.convert(inner) if plain else inner, **options)
@@ -403,7 +352,6 @@ def test_a_trained_copy_of_the_head(when: str) -> None:
 
 @pytest.mark.parametrize("when", ["before", "after"])
 def test_torch_computes_the_logits_of_a_head_with_an_adapter(when: str) -> None:
-    pytest.importorskip("peft")
     options = {"target_modules": ["q_proj", "lm_head"]}
     expected = step(with_adapters(llama(), **options))
     reason = "its head has an adapter, peft.tuners.lora.layer.Linear"
@@ -420,9 +368,7 @@ def test_torch_computes_the_logits_of_a_head_with_an_adapter(when: str) -> None:
             pyfused.convert(inner)
     with warnings.catch_warnings():
         warnings.simplefilter("error", RuntimeWarning)
-        found = step(model)
-    assert found[2]
-    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+        assert_same_steps(step(model), expected, computed=True)
     if when == "before":  # without its adapter, the head is fused again
         plain = model.merge_and_unload()
         assert not step(plain.requires_grad_())[2]
@@ -431,9 +377,7 @@ def test_torch_computes_the_logits_of_a_head_with_an_adapter(when: str) -> None:
 @pytest.mark.filterwarnings("ignore::FutureWarning")
 def test_a_head_whose_trained_copy_is_disabled() -> None:
     """PEFT then calls the original head, whose logits are lazy, too."""
-    peft = pytest.importorskip("peft")
-    config = peft.LoraConfig(target_modules=["q_proj"], modules_to_save=["lm_head"])
-    model = peft.get_peft_model(llama(), config)
+    model = with_adapters(llama(), target_modules=["q_proj"], modules_to_save=["lm_head"])
     pyfused.convert(model.eval(), evaluation=True)
     copied = model.base_model.model.lm_head.modules_to_save["default"]
     tokens, losses = torch.arange(24).view(2, 12), []
