@@ -138,7 +138,6 @@ FALLBACKS: dict[str, tuple[str, Any, tuple[Any, ...]]] = {
     "two dtypes": (TWO_DTYPES, lambda x: x.__setitem__(1, bfloat16(x[1])), OPTIONS["plain"]),
     "subclass": ("input is a Buffer", lambda x: x.__setitem__(0, subclass(x[0])), OPTIONS["plain"]),
     "zero scale": (NOT_POSITIVE, lambda _: None, (1.0, 3.0, 0.0)),
-    "negative scale": (NOT_POSITIVE, lambda _: None, (1.0, 3.0, -0.5)),
 }
 
 

@@ -1,4 +1,4 @@
-"""Converted heads in wrappers of torch and other libraries train like unconverted ones.
+"""Converted heads in wrappers of torch train like unconverted ones.
 
 Two processes train a tiny language model in each wrapper, and compare losses, the gradient of an
 input, parameters after the steps and collectives.
@@ -26,9 +26,8 @@ from torch.distributed.fsdp import (
     MixedPrecisionPolicy,
     fully_shard,
 )
-from torch.distributed.tensor import Replicate, Shard, distribute_tensor
-from torch.distributed.tensor.parallel import ColwiseParallel, loss_parallel, parallelize_module
-from torch.utils.checkpoint import checkpoint
+from torch.distributed.tensor import Replicate
+from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 
 import pyfused
 from pyfused.dispatch import reasons, sizes
@@ -54,15 +53,13 @@ class Model(nn.Module):
 
     Args:
         tied: Whether the embedding and the head share a parameter.
-        checkpoints: Whether the blocks are checkpointed.
-        reads: What the forward does in addition: "maximum" reads the logits, "twice" calls the head
-            for a second loss, and "DTensor" needs DTensor logits; "later" computes no loss.
+        has_loss: Whether the forward computes the loss.
     """
 
-    def __init__(self, tied: bool = False, checkpoints: bool = False, reads: str = "") -> None:
+    def __init__(self, tied: bool = False, has_loss: bool = True) -> None:
         super().__init__()
         torch.manual_seed(1)
-        self.checkpoints, self.reads = checkpoints, reads
+        self.has_loss = has_loss
         self.embedding = nn.Embedding(VOCABULARY, FEATURES)
         self.blocks = nn.ModuleList(block() for _ in range(2))
         self.norm = nn.LayerNorm(FEATURES)
@@ -73,21 +70,9 @@ class Model(nn.Module):
     def forward(self, tokens: Tensor, targets: Tensor, shift: Tensor) -> Any:
         x = self.embedding(tokens) + shift
         for block in self.blocks:
-            change = checkpoint(block, x, use_reentrant=False) if self.checkpoints else block(x)
-            x = x + change
-        x = self.norm(x)
-        logits = self.lm_head(x)
-        if self.reads == "DTensor":
-            targets = distribute_tensor(targets, logits.device_mesh, [Replicate()])
-        if self.reads == "later":
-            return logits, None
-        loss = loss_of(logits, targets)
-        if self.reads == "maximum":
-            loss = loss + 0.01 * logits.max()
-        if self.reads == "twice":
-            logits = self.lm_head(x.roll(1, 1))
-            loss = loss + loss_of(logits, targets)
-        return logits, loss
+            x = x + block(x)
+        logits = self.lm_head(self.norm(x))
+        return logits, loss_of(logits, targets) if self.has_loss else None
 
 
 def loss_of(logits: Tensor, targets: Tensor) -> Tensor:
@@ -142,35 +127,9 @@ def fsdp2(units: str = "head", **policy: Any) -> Any:
     return wrap
 
 
-def tensor_parallel(before: str, options: Any = {}, **style: Any) -> Wrapper:  # noqa: B006
-    def wrap(model: Any) -> Any:
-        mesh = dist.init_device_mesh("cpu", (2,))
-        plan = ColwiseParallel(**{"output_layouts": Replicate()} | style)
-        return parallelize_module(model, mesh, {"lm_head": plan})
-
-    return Wrapper(wrap, before, "left", options, same_batch=True)
-
-
-def zero3(model: Any) -> Any:
-    """Partitions the head's weight like ZeRO-3 of DeepSpeed: hooks gather and release it."""
-    weight, parts = model.lm_head.weight, [Tensor()] * 2
-
-    def gather(*_: Any) -> None:
-        mine = parts[dist.get_rank()]
-        found = [torch.empty(part.shape) for part in parts]
-        dist.all_gather(found, mine)
-        weight.data = torch.cat(found).view(VOCABULARY, FEATURES)
-
-    def release(*_: Any) -> None:
-        parts[:] = weight.detach().flatten().tensor_split(2)
-        weight.data = torch.empty(0)
-
-    model.lm_head.register_forward_pre_hook(gather)
-    model.lm_head.register_forward_hook(release)
-    model.lm_head.register_full_backward_pre_hook(gather)
-    model.gather, model.release = gather, release
-    release()
-    return model
+def tensor_parallel(model: Any) -> Any:
+    plan = {"lm_head": ColwiseParallel(output_layouts=Replicate())}
+    return parallelize_module(model, dist.init_device_mesh("cpu", (2,)), plan)
 
 
 def same(model: Any) -> Any:
@@ -191,7 +150,6 @@ def compiled(wrap: Callable[[Any], Any] = same, from_elements: int = 0) -> Any:
 HALF = {"param_dtype": torch.bfloat16, "reduce_dtype": torch.float32}
 WRAPPERS = {
     "plain": Wrapper(same, "fused", "fused"),
-    "checkpointing": Wrapper(same, "fused", "fused", {"checkpoints": True}),
     "compiled": Wrapper(compiled(), "fused", "fused"),
     "compiled, small": Wrapper(compiled(from_elements=sys.maxsize), "left", "left"),
     "DDP, compiled": Wrapper(compiled(ddp), "fused", "fused"),
@@ -199,21 +157,15 @@ WRAPPERS = {
     "DDP": Wrapper(ddp, "fused", "fused"),
     "DDP, unused": Wrapper(partial(ddp, find_unused_parameters=True), "fused", "fused"),
     "DDP, tied": Wrapper(ddp, "fused", "fused", {"tied": True}),
-    "DDP, loss outside": Wrapper(ddp, "fused", "fused", {"reads": "later"}),
+    "DDP, loss outside": Wrapper(ddp, "fused", "fused", {"has_loss": False}),
     "FSDP1": Wrapper(fsdp1(False), "fused", "fused"),
     "FSDP1, flat": Wrapper(fsdp1(True), "fused", "fused"),
-    "FSDP1, loss outside": Wrapper(fsdp1(False), "warned", "warned", {"reads": "later"}),
+    "FSDP1, loss outside": Wrapper(fsdp1(False), "warned", "warned", {"has_loss": False}),
     "root unit, tied": Wrapper(fsdp2(""), "fused", "refused", {"tied": True}),
     "root unit, bf16": Wrapper(fsdp2("", **HALF), "fused", "refused", {}, 2e-2),
     "unit": Wrapper(fsdp2(), "warned", "refused"),
     "unit of norm and head": Wrapper(fsdp2("group"), "warned", "refused"),
-    "TP": tensor_parallel("warned"),
-    "TP, loss_parallel": tensor_parallel(
-        "warned", {"reads": "DTensor"}, output_layouts=Shard(-1), use_local_output=False
-    ),
-    "read": Wrapper(same, "warned", "warned", {"reads": "maximum"}),
-    "two calls": Wrapper(same, "fused", "fused", {"reads": "twice"}),
-    "ZeRO-3": Wrapper(zero3, "warned", "left"),
+    "TP": Wrapper(tensor_parallel, "warned", "left", same_batch=True),
 }
 
 # ---- training ------------------------------------------------------------------------------------
@@ -270,8 +222,8 @@ def parameters(wrapped: Any) -> list[Tensor]:
         return [getattr(p, "full_tensor", p.clone)().detach().clone() for p in wrapped.parameters()]
 
 
-def build(wrapper: Wrapper, when: str) -> tuple[Any, Any]:
-    """Returns a model and its wrapper.
+def build(wrapper: Wrapper, when: str) -> Any:
+    """Returns a wrapped model.
 
     Args:
         when: Whether the model is converted "before" or "after" it is wrapped, or "" for never.
@@ -285,27 +237,21 @@ def build(wrapper: Wrapper, when: str) -> tuple[Any, Any]:
             with pytest.raises(ValueError, match="expected"):
                 pyfused.convert(wrapped, head="lm_head")
         pyfused.convert(model, head="lm_head")
-    return model, wrapped
+    return wrapped
 
 
 def train(wrapper: Wrapper, when: str, accumulates: bool) -> Trained:
     """Trains a model; a step has two batches if `accumulates`, whose gradients are reduced once."""
-    model, wrapped = build(wrapper, when)
-    partitioned = hasattr(model, "gather")
-    if partitioned:
-        model.gather()
+    wrapped = build(wrapper, when)
     reasons._reported.clear()
     initial, values = parameters(wrapped), list[Tensor]()
     rank = 0 if wrapper.same_batch else dist.get_rank()
-    parallel = loss_parallel if model.reads == "DTensor" else nullcontext
     collectives, computed = list[tuple[str, int]](), False
     optimizer = torch.optim.SGD(wrapped.parameters(), lr=0.5)
-    with warnings.catch_warnings(record=True) as caught, recorded(collectives), parallel():
+    with warnings.catch_warnings(record=True) as caught, recorded(collectives):
         warnings.simplefilter("always")
         for step in range(STEPS):
             optimizer.zero_grad()
-            if partitioned:
-                model.release()
             for part in range(1 + accumulates):
                 tokens, targets, shift = batch(2 * step + part, rank)
                 with without_sync(wrapped, accumulates and part == 0):
