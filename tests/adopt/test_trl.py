@@ -52,37 +52,17 @@ def draw(dtype: torch.dtype, bias: bool = True) -> list[Any]:
     return [*[x.requires_grad_() for x in tensors[: 2 + bias]], *[None] * (not bias), target]
 
 
-def exact(tensors: list[Any], options: tuple[Any, ...]) -> tuple[Tensor, Tensor, Tensor]:
-    """Computes log-probabilities, entropies and mean logits in float64 from all logits."""
-    hidden, weight, bias, target = tensors
-    temperature, softcap, scale = options
-    logits = (hidden @ weight.t() + (0 if bias is None else bias)) * scale
-    logits = logits if softcap is None else softcap * (logits / softcap).tanh()
-    log_p = (logits / temperature).log_softmax(1)
-    entropy = -(log_p.exp() * log_p).sum(1)
-    return log_p[range(TOKENS), target], entropy, (logits / temperature).mean(1)
-
-
 def apply(function: Any, tensors: list[Any], options: tuple[Any, ...] = OPTIONS["plain"]) -> Any:
     temperature, softcap, scale = options
     return function.apply(*tensors, temperature, CHUNK, softcap, scale, KNOWN)
 
 
-def gradients(results: Any, tensors: list[Any]) -> tuple[Tensor, ...]:
-    leaves = [x for x in tensors[:3] if x is not None]
-    total = (results[0] * torch.linspace(-1, 1, TOKENS)).sum() + results[1].sum()
-    return torch.autograd.grad(total, leaves)
-
-
 def evaluate(function: Any, tensors: list[Any], options: tuple[Any, ...]) -> list[Any]:
     """Returns all results of a function, and the gradients of two of them."""
     results = apply(function, tensors, options)
-    return [*results, *gradients(results, tensors)]
-
-
-def error(found: Tensor, expected: Tensor) -> float:
-    difference = found.detach().double() - expected.detach()
-    return float(difference.norm() / expected.detach().norm())
+    total = (results[0] * torch.linspace(-1, 1, TOKENS)).sum() + results[1].sum()
+    leaves = [x for x in tensors[:3] if x is not None]
+    return [*results, *torch.autograd.grad(total, leaves)]
 
 
 @grid(
@@ -94,28 +74,24 @@ def error(found: Tensor, expected: Tensor) -> float:
 def test_values_and_gradients(
     options: str, dtype: Any, bias: bool, autocast: bool, utils: Any, kernel_calls: KernelCalls
 ) -> None:
-    """Results have TRL's dtypes, and are as accurate as TRL's."""
+    """Results equal TRL's; test_accuracy.py compares linear_log_probs with exact results."""
     tensors, original = draw(dtype, bias), getattr(utils, NAME)
-    wide = [x if x is None else x.detach().double().requires_grad_() for x in tensors[:3]]
-    wide.append(tensors[3])
     pyfused.patch_trl()
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         expected = evaluate(original, tensors, OPTIONS[options])
         assert not kernel_calls
         found = evaluate(getattr(utils, NAME), tensors, OPTIONS[options])
     assert kernel_calls["row_state"] >= 1
-    log_p, entropy, mean = exact(wide, OPTIONS[options])
-    best = [log_p, entropy, None, mean, None, *gradients((log_p, entropy), wide)]
     is_half = autocast or dtype is torch.bfloat16
-    for ours, theirs, true in zip(found, expected, best, strict=True):
+    for ours, theirs in zip(found, expected, strict=True):
         if theirs is None:
             assert ours is None
             continue
         assert (ours.dtype, ours.shape) == (theirs.dtype, theirs.shape)
         assert ours.requires_grad == theirs.requires_grad
-        if true is not None:
-            assert error(ours, true) <= 1.2 * error(theirs, true) + (2e-3 if is_half else 1e-6)
-            assert error(ours, theirs.double()) < (0.05 if is_half else 1e-5)
+        if theirs.is_floating_point():
+            error = (ours.double() - theirs.double()).norm()
+            assert error < (0.05 if is_half else 1e-5) * theirs.double().norm()
         elif not is_half:  # logits are rounded to half precision
             assert torch.equal(ours, theirs)
             assert ours.any()
