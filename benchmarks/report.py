@@ -1,6 +1,6 @@
 """Writes tables from the results of pytest-benchmark and of the GPU suite.
 
-The output folder is benchmarks/results/<machine>, whose files the pages of docs/ show.
+The pages of docs/ show files of benchmarks/results/<machine>.
 """
 
 from __future__ import annotations
@@ -117,7 +117,6 @@ def load(files: Sequence[Path]) -> Found:
         if other["machine_info"] != first["machine_info"]:
             sys.exit("the files come from different machines")
         first["benchmarks"] += other["benchmarks"]
-        first["memory"] += other["memory"]
     return first
 
 
@@ -179,13 +178,9 @@ def read_csv(file: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(opened))
 
 
-def peers_of(rows: Sequence[Row]) -> list[str]:
-    return list(dict.fromkeys(name for row in rows for name in row.peers))
-
-
-def markdown(rows: Sequence[Row], peers: Sequence[str] = ()) -> str:
+def markdown(rows: Sequence[Row]) -> str:
     """Returns a table with the times of pyfused and of the first peer, and ratios."""
-    peers = peers or peers_of(rows)
+    peers = list(dict.fromkeys(name for row in rows for name in row.peers))
     first = peers[0]
     several = len({row.mode for row in rows}) > 1
     columns = ["case", *["mode"] * several, "pyfused, ms", f"{first}, ms"]
@@ -226,17 +221,15 @@ def spread(ratio: Sequence[float]) -> str:
 # ---- the report ----------------------------------------------------------------------------------
 
 
-def write(files: Sequence[Path], results: Path) -> None:
-    """Writes the results of pytest-benchmark, and prints them as a table."""
+def write(files: Sequence[Path], results: Path) -> Path:
+    """Prints the results of pytest-benchmark, and writes them into a folder, which is returned."""
     found = load(files)
     rows = rows_of(found)
     if not rows:
         sys.exit("no benchmark has succeeded")
     folder = save(rows, found, results)
-    if found["memory"]:
-        where = {"machine": machine(found)}
-        write_csv(folder / "memory.csv", [each | where for each in found["memory"]])
     print(markdown(rows), f"written to {folder}", sep="\n\n")
+    return folder
 
 
 def save(rows: Sequence[Row], found: Found, results: Path) -> Path:

@@ -44,6 +44,8 @@ Call = tuple[Case, dict[str, Any]]  # a case, and further options
 
 SMALL, LARGE = 1 << 12, 1 << 17
 ROWS = tuple((LARGE // classes, classes) for classes in (8, 512, 1 << 15))
+OF_METRICS = (1024, 10_000), (65_536, 10), (8192, 100), (16_384, 64)
+TRANSPOSED = "transposed", ""  # the input, and other tensors
 SATURATED = 20.0  # the standard deviation of the input
 
 GATED = cases.of_family("Gated")
@@ -60,13 +62,17 @@ NUMBERS = {"sigmoid_focal_loss": {"gamma": (2.0, 3.0)}, "triplet_margin_loss": {
 def cases_of(op: str) -> Iterator[Case]:
     if op in ELEMENTWISE:
         yield from (Case(op, (SMALL,)), Case(op, (LARGE,)), Case(op, (LARGE,), spread=SATURATED))
-        if op in POINTWISE and any(operand.optional for operand in OPERATORS[op].operands):
-            yield Case(op, (LARGE,), optional=True)
+        if op in POINTWISE:
+            yield Case(op, ROWS[1], layouts=TRANSPOSED)
+            if any(operand.optional for operand in OPERATORS[op].operands):
+                yield Case(op, (LARGE,), optional=True)
     elif op in EMBEDDINGS:
         yield from (Case(op, (n // 128, 128)) for n in (SMALL, LARGE))
     else:
-        yield Case(op, (8, 512))
+        yield from (Case(op, (8, 512)), Case(op, ROWS[1], layouts=TRANSPOSED))
         yield from (Case(op, shape, spread=s) for shape in ROWS for s in (1.0, SATURATED))
+    if op == "cross_entropy_with_metrics":
+        yield from (Case(op, shape) for shape in OF_METRICS)
     if op in SOFTMAX:
         yield from (Case(op, (4, 64, 256), dim=1), Case(op, (LARGE // 16, 16), dim=0))
         yield Case(op, ROWS[1], masked=float("-inf"))

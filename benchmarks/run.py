@@ -15,9 +15,8 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent
@@ -44,31 +43,20 @@ def report(options: argparse.Namespace) -> None:
             files.append(OUTPUT / f"{name}.json")
             pytest = [sys.executable, "-m", "pytest", HERE, "--benchmark-json", files[-1], *chosen]
             subprocess.run(pytest, env=default | count | added, cwd=ROOT, check=True)
-        write(files, OUTPUT if chosen else options.results)
+        folder = write(files, OUTPUT)
+    if not chosen and sys.platform == "linux":
+        importlib.import_module("peaks").write(folder)
 
 
 # ---- gpu-check -----------------------------------------------------------------------------------
 
 MINUTES = 9.5  # the default time limit of gpu-check
-TEST_PACKAGES = ("hypothesis", "mpmath", "numpy", "pytest")
 
 
-@dataclass(frozen=True)
-class Step:
+class Step(NamedTuple):
     name: str
     command: Sequence[str | Path]
     seconds: float  # the time limit
-    needed: bool = False  # whether a failure ends the run
-    packages: Sequence[str] = ()  # required by the step
-
-
-def without_gpu() -> str | None:
-    """Returns why the GPU kernels cannot be tested on this machine, or None."""
-    try:
-        import torch
-    except ImportError:
-        return "torch is not installed"
-    return None if torch.cuda.is_available() else "torch sees no GPU"
 
 
 def environment(out: Path, site: Path) -> dict[str, str]:
@@ -86,19 +74,20 @@ def environment(out: Path, site: Path) -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": joined, "PYFUSED_TEST_DEVICE": "cuda"}
 
 
-def steps(out: Path, built: bool = False) -> list[Step]:
-    """Returns the steps, the most valuable first, because the time limit may skip later ones.
+def build(site: Path) -> Step:
+    pip = (sys.executable, "-m", "pip", "install", "--no-index", "--no-deps")
+    command = (*pip, "--no-build-isolation", "--upgrade", "--target", site, ROOT)
+    return Step("build", command, 150)
 
-    Args:
-        built: Whether the package has been built.
-    """
+
+def steps(out: Path) -> list[Step]:
+    """Returns the steps, the most valuable first, because the time limit may skip later ones."""
     sys.path.append(str(ROOT / "tests"))
     from shared import SHARED
 
-    python, run = sys.executable, (sys.executable, __file__)
-    pip = (python, "-m", "pip", "install", "--no-index", "--no-deps", "--no-build-isolation")
+    run = sys.executable, __file__
     plugins = ["-p", "no:cacheprovider", "-p", "no:randomly", "-p", "no:benchmark"]
-    pytest = (python, "-m", "pytest", "-q", *plugins)
+    pytest = (sys.executable, "-m", "pytest", "-q", *plugins)
     # Triton's compiler takes most of a test's time.
     workers = ("-n", str(min(12, os.cpu_count() or 1)))
     parallel = (*pytest, *workers) if importlib.util.find_spec("xdist") else pytest
@@ -110,32 +99,24 @@ def steps(out: Path, built: bool = False) -> list[Step]:
         command = *run, "gpu", measurement, out / file, "--seconds", str(seconds)
         return Step(name, command, seconds + 30)
 
-    build = Step("build", (*pip, "--upgrade", "--target", out / "site", ROOT), 150, needed=True)
     training = "--only", "GPT-2 small bfloat16"
     chosen = [
-        *([] if built else [build]),
-        measured("smoke", "smoke", "smoke.md", 60),
-        Step("gpu tests", (*parallel, ROOT / "tests/gpu/test_cuda.py"), 120, False, TEST_PACKAGES),
-        measured("kernels", "kernels", "kernels.md", 60),
+        Step("gpu tests", (*parallel, ROOT / "tests/gpu/test_cuda.py"), 120),
         measured("heads", "heads", "heads.md", 60),
+        measured("benchmarks", "report", "results", 180),
         Step("training", (*run, "steps", out / "steps.csv", *training), 150),
         measured("sizes", "sizes", "sizes.md", 45),
-        measured("host time", "host", "host.md", 20),
-        Step("shared tests", (*parallel, *shared), 240, False, TEST_PACKAGES),
-        measured("benchmarks", "report", "results", 180),
-        measured("launch choices", "launch", "launch.md", 100),
+        Step("shared tests", (*parallel, *shared), 240),
     ]
     if sanitizer := shutil.which("compute-sanitizer"):
         one = ROOT / "tests/gpu/test_cuda.py::test_every_kernel_runs"
         command = (sanitizer, "--error-exitcode", "9", *pytest, one)
-        chosen.append(Step("compute-sanitizer", command, 90, False, TEST_PACKAGES))
+        chosen.append(Step("compute-sanitizer", command, 90))
     return chosen
 
 
 def run_step(step: Step, out: Path, seconds: float, variables: dict[str, str]) -> str:
     """Runs a step; returns its outcome. Its output is written to a log file with its name."""
-    if missing := [name for name in step.packages if not importlib.util.find_spec(name)]:
-        return f"not run: {', '.join(missing)} missing; pip install {' '.join(missing)}"
     if seconds < 5:
         return "not run: out of time"
     log = out / f"{step.name.replace(' ', '-')}.log"
@@ -162,24 +143,25 @@ def run_step(step: Step, out: Path, seconds: float, variables: dict[str, str]) -
 def gpu_check(options: argparse.Namespace) -> None:
     """Builds, tests and times the Triton kernels on this machine's GPU.
 
-    Needs torch, Triton, setuptools, a C++ compiler, and for tests TEST_PACKAGES, but no network.
-    Each step writes its results when it ends. If a step other than the build fails, the others run.
+    Needs torch, Triton, setuptools, a C++ compiler, and for tests the packages that docs/gpu.md
+    lists, but no network. If a step other than the build fails, the others run.
     """
-    if reason := without_gpu():
-        sys.exit(f"gpu-check needs a GPU: {reason}")
+    import torch
+
+    if not torch.cuda.is_available():
+        sys.exit("gpu-check needs a GPU: torch sees none")
     out = options.out.resolve()
     out.mkdir(parents=True, exist_ok=True)
     until = time.perf_counter() + 60 * options.minutes
-    variables = environment(out, (options.site or out / "site").resolve())
-    results: list[str] = []
-    for step in steps(out, options.site is not None):
-        if not step.needed and options.steps and step.name not in options.steps:
-            continue
+    site = (options.site or out / "site").resolve()
+    chosen = [step for step in steps(out) if step.name in (options.steps or step.name)]
+    variables, results = environment(out, site), list[str]()
+    for step in [*([] if options.site else [build(site)]), *chosen]:
         result = run_step(step, out, until - time.perf_counter(), variables)
         results.append(f"- {step.name}: {result}")
         print(results[-1], flush=True)
         (out / "summary.md").write_text("\n".join(["# gpu-check", "", *results, ""]))
-        if step.needed and not result.startswith("passed"):
+        if step.name == "build" and not result.startswith("passed"):
             break
     sys.exit(not all(": passed" in result for result in results))
 
@@ -198,21 +180,19 @@ def parser() -> argparse.ArgumentParser:
         made.set_defaults(function=function)
         return made.add_argument
 
-    add = command("report", report, "time all cases, and write benchmarks/results")
-    add("--quick", action="store_true", help="only the headline cases; writes .benchmarks/")
-    add("-k", metavar="EXPRESSION", help="select cases, as in pytest; writes .benchmarks/")
+    add = command("report", report, "time all cases, and write a folder of .benchmarks/")
+    add("--quick", action="store_true", help="only the headline cases")
+    add("-k", metavar="EXPRESSION", help="select cases, as in pytest")
     add("--threads", type=int, nargs="+", help="the numbers of threads, each with its report")
-    add("--results", type=Path, default=HERE / "results", help="the output folder")
 
     words = "time training steps of several models: torch, compiled, and with pyfused"
     add = command("steps", "steps.steps", words)
-    add("file", type=Path, nargs="?", help="the output file; by default in benchmarks/results/")
+    add("file", type=Path, nargs="?", help="the output file; by default in .benchmarks/")
     add("--rounds", type=int, default=5, help="steps per model and way")
     add("--cpu", action="store_true", help="measure CPU time on one thread, for a busy machine")
-    add("--only", default="", help="models whose name contains this; writes no file")
-    add("--ways", nargs="+", help="only these ways; writes no file")
+    add("--only", default="", help="models whose name contains this")
+    add("--ways", nargs="+", help="only these ways")
     add("--seconds", type=float, default=3600, help="start no new model after this time")
-    add("--trial", action="store_true", help="run tiny models, to test the command")
 
     words = "compare the kernels of a revision and of the working tree"
     add = command("compare", "revisions.compare", words)
@@ -234,12 +214,10 @@ def parser() -> argparse.ArgumentParser:
     add("--seed", type=int, help="the seed of another run, to repeat its shapes")
 
     add = command("gpu", "gpu.gpu", "measure the kernels on a GPU")
-    names = "smoke", "kernels", "heads", "sizes", "host", "report", "launch"
-    add("name", choices=names, help="what is measured")
+    add("name", choices=("report", "heads", "sizes"), help="what is measured")
     add("file", type=Path, help="the output file; for report, the output folder")
     add("-k", nargs="+", default=[""], help="select cases by parts of names")
     add("--seconds", type=float, default=240, help="start no new case after this time")
-    add("--trial", action="store_true", help="run tiny cases, to test the command")
 
     add = command("gpu-check", gpu_check, "build, test and time the kernels on a GPU")
     add("out", type=Path, help="the output folder")

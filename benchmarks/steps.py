@@ -11,20 +11,19 @@ import contextlib
 import itertools
 import json
 import math
-import os
 import subprocess
 import sys
 import time
 from argparse import Namespace
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
 
 import report
 import torch
-from report import RESULTS, ROOT, spread, tabulated
+from report import ROOT, spread, tabulated
+from run import OUTPUT
 from timing import Worker, interleaved, ratios, status
 from torch import Tensor, nn
 
@@ -170,7 +169,7 @@ class Case(NamedTuple):
 
     Attributes:
         sizes: The model's sizes, and below, the batch on a CPU and on a GPU.
-        dtype: float32, or bfloat16 for autocast; with ``weights``, the weights are bfloat16.
+        dtype: float32, or bfloat16 for autocast.
     """
 
     name: str
@@ -180,40 +179,32 @@ class Case(NamedTuple):
     on_gpu: tuple[int, ...]
     unit: str
     dtype: str = "float32"
-    weights: bool = False
 
     def batch(self) -> tuple[int, ...]:
         return self.on_gpu if torch.cuda.is_available() else self.on_cpu
 
 
 GPT2, BERT = (50_257, 768, 12, False), (30_522, 768, 12, True)
-LLAMA = "one layer and the head of Llama 3.2 1B", language_model, (128_256, 2048, 1, False)
-ITEMS = "recommender, 100,000 items", recommender, (100_000, 64)
 CASES = (
     Case("GPT-2 small", language_model, GPT2, (2, 128), (8, 1024), "tokens"),
     Case("GPT-2 small", language_model, GPT2, (2, 128), (8, 1024), "tokens", "bfloat16"),
-    Case(*LLAMA, (2, 128), (4, 2048), "tokens", "bfloat16", weights=True),
     Case("BERT, masked tokens", language_model, BERT, (2, 128), (32, 512), "tokens"),
     Case("U-Net, 21 classes", unet, (32, 4), (2, 128), (16, 256), "images"),
     Case("ResNet-20, 10 classes", resnet, (3,), (128, 64), (512, 64), "images"),
-    Case(*ITEMS, (1024,), (8192,), "samples"),
-)
-TRIAL = (
-    Case("GPT", language_model, (300, 64, 1, False), (2, 8), (2, 8), "tokens"),
-    Case("U-Net", unet, (4, 2), (1, 16), (1, 16), "images"),
+    Case("recommender, 100,000 items", recommender, (100_000, 64), (1024,), (8192,), "samples"),
 )
 
 
 # ---- one way, in its own process -----------------------------------------------------------------
 
 
-def work(trial: bool, index: int, way: str, cpu: bool) -> None:
+def work(index: int, way: str, cpu: bool) -> None:
     """Reads a number of training steps per line, and prints their time in seconds.
 
     For the line "loss", it prints the last loss; for "peak", the peak memory in bytes of model,
     optimizer and steps, without the libraries.
     """
-    case = (TRIAL if trial else CASES)[index]
+    case = CASES[index]
     device = "cuda" if torch.cuda.is_available() else "cpu"
     clock = time.process_time if cpu else time.perf_counter
     before = 0 if device == "cuda" else status("VmRSS")
@@ -222,18 +213,13 @@ def work(trial: bool, index: int, way: str, cpu: bool) -> None:
     torch.manual_seed(0)
     model, *drawn = case.prepare(*case.sizes, *case.batch())
     input, target = (tensor.to(device) for tensor in drawn)
-    model.to(device, torch.bfloat16 if case.weights else None)
+    model.to(device)
     model.linear = way.startswith("linear_cross_entropy")
     if way.startswith("convert"):
         pyfused.convert(model, head="head" if isinstance(model.head, nn.Linear) else None)
-    # SGD for bfloat16 weights, because AdamW would need more memory than the model.
-    optimizer = (
-        torch.optim.SGD(model.parameters(), lr=1e-3)
-        if case.weights
-        else torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
-    )
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
     forward = torch.compile(model) if "torch.compile" in way else model
-    autocast = torch.autocast(device, torch.bfloat16, case.dtype == "bfloat16" and not case.weights)
+    autocast = torch.autocast(device, torch.bfloat16, case.dtype == "bfloat16")
     loss = torch.zeros(())
 
     with pyfused.patch() if way.startswith("patch") else contextlib.nullcontext():
@@ -261,13 +247,11 @@ def work(trial: bool, index: int, way: str, cpu: bool) -> None:
 # ---- comparison ----------------------------------------------------------------------------------
 
 
-def compare(
-    trial: bool, index: int, ways: Sequence[str], rounds: int, cpu: bool
-) -> list[dict[str, Any]]:
+def compare(index: int, ways: Sequence[str], rounds: int, cpu: bool) -> list[dict[str, Any]]:
     """Returns times, their ratios and peak memory of torch and of each way that does not fail."""
     one_thread = {"OMP_NUM_THREADS": "1"} if cpu else {}
     workers = {
-        way: Worker(__file__, json.dumps([trial, index, way, cpu]), **one_thread)
+        way: Worker(__file__, json.dumps([index, way, cpu]), **one_thread)
         for way in ("torch", *ways)
     }
     with ThreadPoolExecutor() as pool:  # models are compiled at the same time
@@ -280,7 +264,7 @@ def compare(
     for way, loss in losses.items():
         assert math.isclose(loss, losses["torch"], rel_tol=0.01), (way, loss, losses)
     timers = [worker.ask for worker in workers.values()]
-    calls = 1 if trial else math.ceil(SECONDS / timers[0](1))
+    calls = math.ceil(SECONDS / timers[0](1))
     all_times = dict(zip(workers, interleaved(timers, rounds, calls), strict=True))
     peaks = {way: worker.ask("peak") for way, worker in workers.items()}
     for worker in workers.values():
@@ -297,30 +281,6 @@ def compare(
         }
         for way, times in all_times.items()
     ]
-
-
-def measure(options: Namespace, machine: str, file: Path | None) -> None:
-    """Prints the rows of each case, and writes those of all cases so far."""
-    started, on_gpu = time.perf_counter(), torch.cuda.is_available()
-    rows: list[dict[str, Any]] = []
-    for index, case in enumerate(TRIAL if options.trial else CASES):
-        name = f"{case.name} {case.dtype}"
-        if options.only not in name or time.perf_counter() - started > options.seconds:
-            continue
-        on_cpu = OF_IMAGES if case.unit == "images" else OF_HEADS
-        ways = options.ways or (WAYS if on_gpu else on_cpu)
-        described = {
-            "model": case.name,
-            "batch": " x ".join(map(str, case.batch())),
-            "dtype": f"{case.dtype} weights" if case.weights else case.dtype,
-            "count": math.prod(case.batch()[: 2 if case.unit == "tokens" else 1]),
-            "unit": case.unit,
-        }
-        found = compare(options.trial, index, ways, options.rounds, options.cpu)
-        rows += [{**described, **row, "machine": machine} for row in found]
-        print(table(rows[-len(found) :]), flush=True)
-        if file is not None:
-            report.write_csv(file, rows)
 
 
 def revision() -> str:
@@ -345,19 +305,34 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def steps(options: Namespace) -> None:
-    info = report.machine_info()
-    if options.cpu:
-        info["threads"] = 1
-    if torch.cuda.is_available():
+    """Prints the rows of each case, and writes those of all cases so far."""
+    started, on_gpu = time.perf_counter(), torch.cuda.is_available()
+    info = report.machine_info() | ({"threads": 1} if options.cpu else {})
+    if on_gpu:
         info = {"gpu": torch.cuda.get_device_name(), **info}
     how = "CPU time on one thread, while other programs ran" if options.cpu else "idle machine"
     machine = f"{report.machine(report.measured(info))}, revision {revision()}; {how}"
-    file = options.file
-    if file is None and not (options.trial or options.only or options.ways):
-        whole = {**info, "threads": os.cpu_count()}  # the folder of the machine's other results
-        file = RESULTS / report.slug({"machine_info": whole}) / "steps.csv"
+    file = options.file or OUTPUT / report.slug({"machine_info": info}) / "steps.csv"
     print(f"{machine}.\n")
-    measure(options, machine, file)
+    rows: list[dict[str, Any]] = []
+    for index, case in enumerate(CASES):
+        name = f"{case.name} {case.dtype}"
+        if options.only not in name or time.perf_counter() - started > options.seconds:
+            continue
+        on_cpu = OF_IMAGES if case.unit == "images" else OF_HEADS
+        ways = options.ways or (WAYS if on_gpu else on_cpu)
+        described = {
+            "model": case.name,
+            "batch": " x ".join(map(str, case.batch())),
+            "dtype": case.dtype,
+            "count": math.prod(case.batch()[: 2 if case.unit == "tokens" else 1]),
+            "unit": case.unit,
+        }
+        found = compare(index, ways, options.rounds, options.cpu)
+        rows += [{**described, **row, "machine": machine} for row in found]
+        print(table(rows[-len(found) :]), flush=True)
+        report.write_csv(file, rows)
+    print(f"\nwritten to {file}")
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@ of them run under ``pyfused.memory.keep()``; both in forward+backward.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
 from dataclasses import asdict
 from functools import lru_cache, partial
 from itertools import product
@@ -53,12 +52,7 @@ def parameters() -> list[object]:
 
 
 @pytest.mark.parametrize(("case", "mode"), parameters())
-def test_speed(
-    benchmark: BenchmarkFixture,
-    record_property: Callable[[str, object], None],
-    case: Case,
-    mode: str,
-) -> None:
+def test_speed(benchmark: BenchmarkFixture, case: Case, mode: str) -> None:
     arguments = checked(case)
     ours = step(pyfused.functional, case, arguments, mode)
     peers = {name: step(operators, case, arguments, mode) for name, operators in PEERS.items()}
@@ -90,6 +84,4 @@ def test_speed(
         name: peer(*([1e3 * t / calls for t in of[name][WARM_UP:]] for of in (times, beside)))
         for name in peers
     }
-    found = row(case, mode, compared)
-    benchmark.extra_info.update(asdict(found))
-    record_property("row", found)
+    benchmark.extra_info.update(asdict(row(case, mode, compared)))

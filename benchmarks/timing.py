@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import json
 import math
 import os
@@ -17,8 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-
-import pyfused.memory
 
 Step = Callable[[], object]
 Timer = Callable[[int], float]  # makes a number of calls, and returns their time in seconds
@@ -105,15 +102,3 @@ def status(key: str) -> int:
     match = re.search(rf"{key}:\s+(\d+)", Path("/proc/self/status").read_text(encoding="utf-8"))
     assert match
     return int(match[1]) << 10
-
-
-def peak_growth(call: Callable[[Any], object], argument: Callable[[], Any]) -> int:
-    """Returns by how many bytes the second of two calls raises the peak memory of this process."""
-    call(argument())
-    gc.collect()
-    pyfused.memory.release()  # reused memory would not be counted
-    prepared = argument()
-    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
-    before = status("VmRSS")
-    call(prepared)
-    return status("VmHWM") - before

@@ -1,7 +1,7 @@
 """Chooses block sizes and warps from the number of classes and the element size; launches kernels.
 
 Choices with a time were measured on an H100 (80 GB HBM3). `make gpu-compile` checks that no kernel
-spills registers, and `make gpu-check` times neighbouring choices on a GPU.
+spills registers.
 """
 
 from __future__ import annotations
