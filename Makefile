@@ -22,6 +22,7 @@ setup: $(TOOLS) ## create the development environment in .venv (PYTHON=python3.1
 build: $(BUILD) ## compile the kernels (CXX=g++-13 selects a compiler, PYFUSED_ISAS=all compiles for every instruction set)
 
 demo: $(BUILD) ## train with torch's losses and with pyfused's, compare and plot: six minutes on two cores (QUICK=1: three)
+	@echo 'Loading torch, scikit-learn and matplotlib: half a minute the first time'
 	$(BIN)/python examples/demo.py $(QUICK:%=--quick)
 	$(BIN)/python examples/losses.py $(QUICK:%=--quick)
 	$(BIN)/python examples/gradient_descent.py
@@ -60,7 +61,7 @@ TIDY_FLAGS = -std=c++17 $(if $(filter x86_64,$(shell uname -m)),-mavx2 -mfma -mf
 
 formulas: $(if $(and $(OP),$(wildcard $(BUILD))),,$(BUILD)) $(TOOLS) ## generate C++ from the declarations, and rebuild (OP=mse_loss: try one formula, 1 minute)
 ifdef OP # for the oldest instruction set, which compiles in a third of the time of the newest
-	$(BIN)/python tools/formulas.py csrc
+	$(BIN)/python tools/formulas.py
 	PYFUSED_ISAS=$(OLDEST) $(BIN)/python setup.py --quiet build_ext --inplace
 	PYFUSED_CPU_CAPABILITY=$(OLDEST) $(BIN)/python -m pytest -n 0 -p no:randomly $(FORMULA_TESTS) -k "$(OP)"
 else

@@ -39,7 +39,6 @@ def evaluate(name: str, entry: Entry, curve: Curve) -> tuple[Tensor, Tensor, Ten
     x = torch.linspace(*entry.axis[1:], POINTS).requires_grad_()
     others = [torch.full((POINTS,), other) for other in curve.others]
     input = torch.stack([x, *others], 1) if others else x
-    input = input[:, None] if "linear_weight" in curve.options else input
     rest = [
         torch.full((POINTS,) if isinstance(value, int) else input.shape, value)
         for value in curve.arguments

@@ -46,8 +46,8 @@ nitpick_ignore = [
     ("py:class", "pyfused.adopt.convert.Model"),  # type variables
     ("py:class", "pyfused.formula.Function"),
 ]
-# The inventory has the names of torch that pages link to, in the first format, which is plain text.
-intersphinx_mapping = {"torch": ("https://docs.pytorch.org/docs/stable/", "torch-objects.inv")}
+pages.write()
+intersphinx_mapping = {"torch": ("https://docs.pytorch.org/docs/stable/", pages.INVENTORY)}
 html_theme = "furo"
 html_theme_options = {
     "source_repository": pages.HOMEPAGE,  # links to the repository and to each page
@@ -125,7 +125,5 @@ def setup(app: Sphinx) -> None:
     app.add_html_math_renderer("mathml", (formula, None), (formula, None))
     app.connect("source-read", pages.fill)
     app.connect("builder-inited", check_pages)
-    app.connect("builder-inited", pages.write)
     app.connect("doctree-resolved", prepare_tables)
-    app.connect("autodoc-process-docstring", pages.arguments, priority=400)  # Napoleon has 500
-    app.connect("autodoc-process-docstring", pages.returns, priority=400)
+    app.connect("autodoc-process-docstring", pages.returns, priority=400)  # Napoleon has 500

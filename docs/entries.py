@@ -42,6 +42,7 @@ class Entry:
     Attributes:
         formula: LaTeX, with the input x and the target t; empty if only the docstring has it.
         use: A sentence about when to choose the operator.
+        curves: Empty for heads, whose curves are those of their losses.
         axis: The label of the x axis, and its lowest and highest value.
     """
 
@@ -53,25 +54,6 @@ class Entry:
 
 WIDE, GATE = ("input", -6.0, 6.0), ("gate", -3.0, 3.0)
 LOGIT = "logit of the first class of three", -6.0, 6.0
-NEAR = LOGIT[0], -5.0, 5.0
-FEATURE = "feature that is the first class's logit", -6.0, 6.0
-HEAD = {"linear_weight": torch.tensor([[1.0], [0.0], [0.0]])}
-TEACHER_HEAD = {
-    **HEAD,
-    "teacher_input": torch.zeros(401, 1),
-    "teacher_linear_weight": torch.ones(3, 1),
-}
-TOP_1 = {
-    **HEAD,
-    "teacher_indices": torch.zeros(401, 1, dtype=torch.int64),
-    "teacher_log_probs": torch.full((401, 1), 0.6).log(),
-}
-FIRST_CLASS = {"target": torch.zeros(401, dtype=torch.int64)}
-HEAD_CURVES = (
-    Curve("the target", (), HEAD | FIRST_CLASS),
-    Curve("another class", (), HEAD | {"target": torch.ones(401, dtype=torch.int64)}),
-    Curve("the target, softcap 2", (), HEAD | FIRST_CLASS | {"softcap": 2.0}),
-)
 LOGIT_CURVES = (
     Curve("the target", (0,), others=(0.0, 0.0)),
     Curve("another class", (1,), others=(0.0, 0.0)),
@@ -142,21 +124,19 @@ GALLERY["Distributions"] = {
         "For distillation from logits: the student's softmax p approaches the teacher's q."
         " With beta 0 the loss is KL(q || p), and with beta 1 KL(p || q).",
         tuple(Curve(f"beta {b:g}", (0.0,), {"beta": b}, (0.0, 0.0)) for b in (0.0, 0.5, 1.0)),
-        axis=NEAR,
+        axis=(LOGIT[0], -5.0, 5.0),
     ),
     "linear_kl_div": Entry(
         r"\mathrm{kl\_div\_with\_logits}(W x + b, \; V y + c)",
         "For distillation of language models from the inputs of their last layers, without"
         " holding all logits.",
-        tuple(Curve(f"beta {b:g}", (), {"beta": b, **TEACHER_HEAD}) for b in (0.0, 0.5, 1.0)),
-        axis=NEAR,
+        (),
     ),
     "linear_topk_kl_div": Entry(
         r"\sum_{c \in K} q_c (\log\, q_c - \log\, p_c) + q_r (\log\, q_r - \log\, p_r)",
         "For distillation if only the k largest probabilities of the teacher were saved; r"
         " stands for the rest.",
-        tuple(Curve(f"remainder {r}", (), {"remainder": r, **TOP_1}) for r in ("bucket", "ignore")),
-        axis=NEAR,
+        (),
     ),
 }
 GALLERY["Binary and multi-label classification"] = {
@@ -250,8 +230,7 @@ GALLERY["Classification"] = {
         r"\log\, \sum_c e^{w_c \cdot x} - w_t \cdot x",
         "For many classes, such as the tokens of a language model: takes blocks of logits, not"
         " all of them.",
-        (*HEAD_CURVES, Curve("the target, z_loss 0.1", (), HEAD | FIRST_CLASS | {"z_loss": 0.1})),
-        axis=FEATURE,
+        (),
     ),
     "log_probs": Entry(
         r"x_t - \log\, \sum_c e^{x_c}",
@@ -264,8 +243,7 @@ GALLERY["Classification"] = {
         r"w_t \cdot x - \log\, \sum_c e^{w_c \cdot x}",
         "For log-probabilities of a language model from the input of its last layer, without"
         " holding all logits.",
-        HEAD_CURVES,
-        axis=FEATURE,
+        (),
     ),
     "nll_loss": Entry(
         r"-w_t \, x_t",
@@ -373,11 +351,6 @@ mean, log_variance = torch.randn(2, 64, requires_grad=True)
 target = torch.randn(64)
 loss = F.gaussian_nll_loss(mean, target, log_variance.exp())
 """,
-    "poisson_nll_loss": """
-log_rate = torch.randn(64, requires_grad=True)
-counts = torch.poisson(torch.full((64,), 3.0))
-loss = F.poisson_nll_loss(log_rate, counts)
-""",
     "kl_div": """
 student, teacher = torch.randn(64, 10, requires_grad=True), torch.randn(64, 10)
 log_probabilities = F.log_softmax(student, dim=1)
@@ -393,11 +366,6 @@ loss = F.binary_cross_entropy_with_logits(logits, target, pos_weight=rare)
 logits = torch.randn(64, 100, requires_grad=True)
 target = (torch.rand(64, 100) < 0.01).float()  # nearly all are 0
 loss = F.sigmoid_focal_loss(logits, target, alpha=0.25, gamma=2.0, reduction="mean")
-""",
-    "hinge_embedding_loss": """
-left, right = torch.randn(64, 10, requires_grad=True), torch.randn(64, 10)
-similar = torch.randn(64).sign()  # 1 for similar pairs, -1 for others
-loss = F.hinge_embedding_loss((left - right).norm(dim=1), similar, margin=2.0)
 """,
     "triplet_margin_loss": """
 anchor, positive, negative = torch.randn(3, 64, 128, requires_grad=True)
@@ -470,15 +438,6 @@ logits = torch.randn(64, 10)
 log_probabilities = F.log_softmax(logits, dim=1)
 assert (log_probabilities <= 0).all()
 """,
-    "silu": """
-gate, x = torch.randn(2, 64, 10, requires_grad=True)
-y = F.silu(gate) * x
-""",
-    "softcap": """
-logits = torch.randn(64, 1000, requires_grad=True)
-target = torch.randint(1000, (64,))
-loss = F.cross_entropy(F.softcap(logits, cap=30.0), target)
-""",
 }
 # The options of examples that follow from declarations.
 OPTIONS = {
@@ -491,6 +450,7 @@ OPTIONS = {
     "elu": "alpha=0.5",
     "celu": "alpha=0.5",
     "softplus": "beta=2.0",
+    "softcap": "cap=2.0",
 }
 
 

@@ -1,10 +1,9 @@
 """Writes parts of the pages: `python docs/pages.py` writes tables and charts into docs/*.md and
-README.md, and Sphinx, by conf.py, writes pages of operators and groups.
+README.md, and conf.py writes pages of operators and groups for Sphinx.
 """
 
 from __future__ import annotations
 
-import inspect
 import json
 import re
 from collections.abc import Iterable
@@ -97,6 +96,7 @@ def folded(title: str, *parts: str) -> str:
 
 def page(name: str) -> str:
     entry, module = ENTRIES[name], OPERATORS[name].module
+    picture = charts.picture(name, entry)
     functions = [n for n in (name, f"{name}_with_metrics") if n in pyfused.functional.__all__]
     documented = [f".. autofunction:: pyfused.functional.{n}" for n in functions]
     documented.append(f".. autoclass:: pyfused.nn.{module}")
@@ -105,7 +105,7 @@ def page(name: str) -> str:
             f"# {name}\n",
             f"{entry.use}\n",
             entry.formula and f"```{{math}}\n{entry.formula}\n```\n",
-            f'<div class="picture">\n{charts.picture(name, entry)}\n</div>\n',
+            picture and f'<div class="picture">\n{picture}\n</div>\n',
             f"{in_torch(name)}\n",
             f"## Example\n\n```python\n{example(name)}```\n",
             f"[Download this example]({name}.py)\n",
@@ -162,8 +162,8 @@ def slug(group: str) -> str:
     return group.lower().replace(" ", "-")
 
 
-def write(_app: Any) -> None:
-    """Writes the pages before Sphinx looks for them, and deletes pages of removed operators."""
+def write() -> None:
+    """Writes pages and the inventory before Sphinx reads them; deletes pages of lost operators."""
     groups = {slug(group): group_page(group) for group in tables.groups()}
     for name, texts in (("operators", {op: page(op) for op in OPERATORS}), ("groups", groups)):
         folder = DOCS / name
@@ -175,6 +175,33 @@ def write(_app: Any) -> None:
             (folder / f"{stem}.md").write_text(text, encoding="utf-8")
             if stem in OPERATORS:
                 (folder / f"{stem}.py").write_text(example(stem), encoding="utf-8")
+    (DOCS / INVENTORY).write_text(inventory(), encoding="utf-8")
+
+
+# Other torch objects that pages link to: the name, its kind and its page.
+LINKED = """
+torch mod torch
+torch.Tensor class tensors
+torch.distributed mod distributed
+torch.dtype class tensor_attributes
+torch.maximum function generated/torch.maximum
+torch.nn.Linear class generated/torch.nn.Linear
+torch.nn.Module class generated/torch.nn.Module
+torch.nn.functional mod nn.functional
+torch.nn.modules.module.Module class generated/torch.nn.Module
+"""
+INVENTORY = "operators/torch.inv"
+
+
+def inventory() -> str:
+    """Returns the torch objects that pages link to, as Sphinx's first format, which is text."""
+    rows = LINKED.split("\n")[1:-1]
+    for op in OPERATORS.values():
+        if op.name == "linear_cross_entropy" or hasattr(torch.nn.functional, op.name):
+            for kind, name in ("function", f"functional.{op.name}"), ("class", op.module):
+                rows.append(f"torch.nn.{name} {kind} generated/torch.nn.{name}")
+    header = ["# Sphinx inventory version 1", "# Project: PyTorch", "# Version: stable"]
+    return "\n".join([*header, *(f"{row}.html" for row in sorted(rows)), ""])
 
 
 # ---- pages as Sphinx reads them ------------------------------------------------------------------
@@ -215,38 +242,6 @@ def _toctree(pages: Iterable[str], caption: str = "") -> str:
 
 # ---- docstrings ----------------------------------------------------------------------------------
 
-ARGUMENT = re.compile(r"    (\w+(?:, \w+)*): (.*)")
-
-
-def arguments(
-    _app: Any, _what: str, _name: str, documented: Any, _options: Any, lines: list[str]
-) -> None:
-    """Turns the section "Args:" into a table with the defaults, before Napoleon makes it a list."""
-    if "Args:" not in lines:
-        return
-    start = lines.index("Args:")
-    rest = range(start + 1, len(lines))
-    end = next((n for n in rest if lines[n] and not lines[n].startswith(" ")), len(lines))
-    parameters = inspect.signature(documented).parameters
-    table = [".. list-table::", "   :header-rows: 1", "   :widths: 22 13 65", ""]
-    table += ["   * - argument", "     - default", "     - meaning"]
-    for line in lines[start + 1 : end]:
-        if match := ARGUMENT.fullmatch(line):
-            names = match[1].split(", ")
-            table.append(f"   * - {', '.join(f'``{name}``' for name in names)}")
-            table.append(f"     - {_default(parameters, names)}")
-            table.append(f"     - {match[2]}")
-        else:  # continues the previous row; the docstring indents it by 8
-            table.append(line and f"       {line[8:]}")
-    lines[start:end] = [*table, ""]
-
-
-def _default(parameters: Any, names: list[str]) -> str:
-    defaults = {parameters[name].default for name in names if name in parameters}
-    if len(defaults) != 1 or inspect.Parameter.empty in defaults:
-        return ""
-    return f"``{defaults.pop()!r}``"
-
 
 def returns(_app: Any, _what: str, _name: str, _object: Any, _: Any, lines: list[str]) -> None:
     """Keeps Napoleon from taking words before a colon, below "Returns:", for a type."""
@@ -284,21 +279,13 @@ def notebook(page: str) -> str:
     return json.dumps(found, indent=1) + "\n"
 
 
-LEGEND_OF_SIZES = (
-    "The smallest inputs that run a kernel on CPUs with one or two threads, in float32"
-    ' elements. "Few classes" are contiguous, and at most 15, without AVX-512 at most 7.'
-)
-
-
 def files() -> dict[Path, str]:
     """Returns the text of each committed file that is written, with its parts up to date."""
 
     def current(match: re.Match[str]) -> str:
         return f"{match[1]}\n{tables.WRITTEN[match[2]]()}\n\n"
 
-    found = {page: PART.sub(current, page.read_text("utf-8")) for page in PAGES}
-    sizes = report.RESULTS / "smallest-inputs.md"
-    return {**found, sizes: f"{LEGEND_OF_SIZES}\n\n{tables.sizes()}\n"}
+    return {page: PART.sub(current, page.read_text("utf-8")) for page in PAGES}
 
 
 def outdated() -> list[str]:

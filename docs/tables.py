@@ -161,13 +161,12 @@ def smallest() -> str:
     return tabulated(["elements", "operators"], rows, names=2)
 
 
-def sizes(*operators: str) -> str:
+def sizes(operator: str) -> str:
     """Returns the smallest inputs that run a kernel on CPUs, in float32 and with two threads."""
     columns = ["elements", "few classes", "without gradient", "unreduced"]
-    found = {f"`{name}`": limits_on_cpu(OPERATORS[name]) for name in operators or OPERATORS}
-    used = [i for i in range(4) if any(row[i] for row in found.values())]
-    rows = [[name, *[words(row[i]) for i in used]] for name, row in found.items()]
-    return tabulated(["operator", *[columns[i] for i in used]], rows, names=1)
+    limits = zip(columns, limits_on_cpu(OPERATORS[operator]), strict=False)
+    known = {column: words(limit) for column, limit in limits if limit}
+    return tabulated([*known], [[*known.values()]], names=0)
 
 
 def words(limit: int) -> str:
