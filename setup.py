@@ -97,22 +97,21 @@ def say(line: str) -> None:
 
 
 def cost(source: str) -> int:
-    """Returns the seconds that a source takes to compile for x86-64-v3."""
+    """Returns the seconds that a source took to compile for x86-64-v3."""
     return SECONDS.get(Path(source).stem, 4)
 
 
-def wait_for(costs: dict[Future[tuple[str, float]], int], jobs: int) -> None:
-    """Waits for the object files, and prints a line every 15 seconds."""
+def wait_for(costs: dict[Future[str], int]) -> None:
+    """Waits for the object files, and prints every 15 seconds how much of the work is done."""
     start, pending = time.monotonic(), {*costs}
     while pending:
-        _, pending = wait(pending, timeout=15, return_when=FIRST_EXCEPTION)
-        took = {x: x.result()[1] for x in costs if x not in pending}  # raises a compiler's error
-        compiled = [x for x, duration in took.items() if duration]  # others were up to date
-        pace = sum(took.values()) / sum(costs[x] for x in compiled) if compiled else 1.0
-        each, seconds = [costs[x] for x in (*compiled, *pending)], time.monotonic() - start
-        left = max(0, pace * max(sum(each) / jobs, *each, 0) - seconds)
-        done = f"{len(took)} of {len(costs)} files in {seconds:.0f} s"
-        say(f"Compiled {done}, about {left:.0f} s left")
+        done, pending = wait(pending, timeout=15, return_when=FIRST_EXCEPTION)
+        for future in done:
+            future.result()  # raises a compiler's error
+        compiled = [each for future, each in costs.items() if future not in pending]
+        share, seconds = sum(compiled) / sum(costs.values()), time.monotonic() - start
+        files = f"{len(compiled)} of {len(costs)} files"
+        say(f"Compiled {files}, {share:.0%} of the work, in {seconds:.0f} s")
 
 
 class BuildKernels(build_ext):
@@ -147,10 +146,10 @@ class BuildKernels(build_ext):
             futures = [pool.submit(self.compile_source, *file) for file in files]
             try:
                 costs = (cost(source) for _, source in files)
-                wait_for(dict(zip(futures, costs, strict=True)), jobs)
+                wait_for(dict(zip(futures, costs, strict=True)))
             finally:  # after an error, the rest is not compiled
                 pool.shutdown(cancel_futures=True)
-        objects = [(*file, x.result()[0]) for file, x in zip(files, futures, strict=True)]
+        objects = [(*file, x.result()) for file, x in zip(files, futures, strict=True)]
         for extension in self.extensions:
             made = [x for by, source, x in objects if by is extension or source in SHARED]
             extension.sources, extension.extra_objects, extension.depends = [], made, made
@@ -169,8 +168,8 @@ class BuildKernels(build_ext):
             f"pyfused needs {missing}. Set PYFUSED_NO_EXTENSION=1 to install without CPU kernels."
         )
 
-    def compile_source(self, extension: Extension, source: str) -> tuple[str, float]:
-        """Compiles a source if necessary; returns the object file, and the seconds it took.
+    def compile_source(self, extension: Extension, source: str) -> str:
+        """Compiles a source if necessary; returns the object file.
 
         Object files are in separate folders for each instruction set, compiler and set of flags.
         """
@@ -180,16 +179,14 @@ class BuildKernels(build_ext):
         command = [*getattr(self.compiler, "compiler_so_cxx", ()), *flags]
         folder = Path(self.build_temp, f"{extension.name}-{zlib.crc32(repr(command).encode()):08x}")
         (object_file,) = self.compiler.object_filenames([source], output_dir=str(folder))
-        if not outdated(Path(object_file)):
-            return object_file, 0.0
-        start = time.monotonic()
-        self.compiler.compile(
-            [source],
-            output_dir=str(folder),
-            include_dirs=extension.include_dirs,
-            extra_postargs=flags,
-        )
-        return object_file, time.monotonic() - start
+        if outdated(Path(object_file)):
+            self.compiler.compile(
+                [source],
+                output_dir=str(folder),
+                include_dirs=extension.include_dirs,
+                extra_postargs=flags,
+            )
+        return object_file
 
 
 # With `pip install -v`, only the lines above are shown, not 400 commands and names of copied files.

@@ -19,7 +19,7 @@ from rich.progress import (
     Progress,
     Task,
     TextColumn,
-    TimeRemainingColumn,
+    TimeElapsedColumn,
 )
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ def announce(parser: ArgumentParser) -> None:
 
 
 def track(items: Iterable[T], title: str, total: int | None = None) -> Iterator[T]:
-    """Yields the items, and shows how many are done and about how long the others will take.
+    """Yields the items, and shows how many are done, and for how long.
 
     If the output is not a terminal, lines replace the bar: after a second, then regularly.
 
@@ -47,9 +47,8 @@ def track(items: Iterable[T], title: str, total: int | None = None) -> Iterator[
         assert isinstance(items, Sized)
         total = len(items)
     columns = TextColumn("{task.description:<26}"), BarColumn(), MofNCompleteColumn()
-    output, done = console(), threading.Event()
-    left = TimeRemainingColumn(elapsed_when_finished=True)
-    with Progress(*columns, left, console=output, auto_refresh=output.is_terminal) as progress:
+    elapsed, output, done = TimeElapsedColumn(), console(), threading.Event()
+    with Progress(*columns, elapsed, console=output, auto_refresh=output.is_terminal) as progress:
         bar = progress.add_task(title, total=total)
         lines = threading.Thread(target=_print_lines, args=(progress.tasks[0], done), daemon=True)
         if not output.is_terminal:
@@ -65,10 +64,8 @@ def track(items: Iterable[T], title: str, total: int | None = None) -> Iterator[
 def _print_lines(task: Task, done: threading.Event) -> None:
     seconds = 1
     while not done.wait(seconds):
-        seconds, completed, total, elapsed = SECONDS, task.completed, task.total, task.elapsed
-        left = f", about {elapsed * (total / completed - 1):.0f} s left" if completed else ""
-        steps = f"{completed:,.0f} of {total:,.0f}"
-        print(f"{task.description}: {steps}, {elapsed:.0f} s{left}", flush=True)
+        seconds, steps = SECONDS, f"{task.completed:,.0f} of {task.total:,.0f}"
+        print(f"{task.description}: {steps}, {task.elapsed:.0f} s", flush=True)
 
 
 def largest_difference(losses: Sequence[float], others: Sequence[float]) -> float:
@@ -83,6 +80,11 @@ def require_equal(losses: Sequence[float], others: Sequence[float], tolerance: f
     print(f"largest difference between the loss curves: {difference:.1e} of the largest loss")
     if not difference <= tolerance:
         sys.exit(f"the loss curves differ by more than the tolerance, {tolerance:.0e}")
+
+
+def threads() -> str:
+    count = torch.get_num_threads()
+    return "1 thread" if count == 1 else f"{count} threads"
 
 
 def peak_memory() -> float | None:

@@ -17,7 +17,7 @@ os.environ.setdefault("PYFUSED_BACKEND", "cpu")
 
 import torch
 from common import announce, require_equal, track
-from regression import STEPS, TOLERANCE, load_diabetes, train, variance_explained
+from small_models import STEPS, TOLERANCE, diabetes
 from torch import Tensor
 
 import pyfused
@@ -46,7 +46,8 @@ def main() -> None:
     torch.set_num_threads(1)  # a second thread slows down steps this short
 
     print(swish.explain(), end="\n\n")
-    patients, test_patients, targets, test_targets = load_diabetes()
+    task = diabetes(steps)
+    targets = task.data[2]
     print(squared_error.explain(targets, targets), end="\n\n")
     curves = []
     for name, activation, criterion in (
@@ -54,9 +55,8 @@ def main() -> None:
         ("custom", swish.module(), squared_error.module(reduction="mean")),
     ):
         model = build(activation)
-        training = train(model, criterion, patients, targets, steps)
-        losses = list(track(training, f"Diabetes, {name}", steps))
-        explained = variance_explained(model, test_patients, test_targets)
+        losses = list(track(task.train(model, criterion), f"Diabetes, {name}", steps))
+        explained = task.test(model)["test R squared"]
         print(f"{name:<10}  last loss {losses[-1]:.6f}  test R squared {explained:.4f}")
         curves.append(losses)
     require_equal(*curves, TOLERANCE)

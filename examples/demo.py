@@ -9,7 +9,6 @@ Exits with 1 if the loss curves of an example differ by more than its tolerance.
 from __future__ import annotations
 
 import argparse
-import math
 import statistics
 import sys
 import tempfile
@@ -20,15 +19,15 @@ from pathlib import Path
 from typing import TypeVar
 
 import common
-import digits
 import gpt
-import regression
+import small_models
 import torch
 from common import announce, draw_bars, largest_difference, track
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from palette import STYLES
 from rich.table import Table
+from small_models import Task
 
 import pyfused.nn
 
@@ -56,6 +55,7 @@ class Job:
     losses: dict[str, list[float]]
     tolerance: float
     rows: list[Row]
+    note: str = ""
 
     @property
     def difference(self) -> float:
@@ -85,58 +85,19 @@ def take_turns(title: str, runs: dict[str, Iterator[T]], steps: int) -> dict[str
     return taken
 
 
-def small_job(title: str, runs: dict[str, Iterator[float]], steps: int, tolerance: float) -> Job:
-    taken = take_turns(title, {name: timed(run) for name, run in runs.items()}, steps)
-    losses = {name: [loss for loss, _ in run] for name, run in taken.items()}
+def train_small(task: Task) -> Job:
+    models = {name: task.build(nn) for name, nn in MODULES.items()}
+    losses = {name: getattr(nn, task.loss)() for name, nn in MODULES.items()}
+    runs = {name: timed(task.train(models[name], losses[name])) for name in MODULES}
+    taken = take_turns(task.title, runs, task.steps)
+    curves = {name: [loss for loss, _ in run] for name, run in taken.items()}
     step_ms = {name: statistics.median(ms for _, ms in run) for name, run in taken.items()}
-    return Job(title, losses, tolerance, [Row("whole step", step_ms, "{:.3f} ms", ratio=True)])
-
-
-def train_digits(epochs: int) -> Job:
-    images, test_images, labels, test_labels = digits.load()
-    models = {name: digits.build(nn) for name, nn in MODULES.items()}
-    runs = {
-        name: digits.train(models[name], nn.CrossEntropyLoss(), images, labels, epochs)
-        for name, nn in MODULES.items()
-    }
-    steps = epochs * math.ceil(len(images) / digits.BATCH)
-    job = small_job("Digits", runs, steps, digits.TOLERANCE)
-    accuracy = {
-        name: digits.accuracy(model, test_images, test_labels) for name, model in models.items()
-    }
-    job.rows.append(Row("test accuracy", accuracy, "{:.2%}"))
-    return job
-
-
-def train_diabetes(steps: int) -> Job:
-    patients, test_patients, targets, test_targets = regression.load_diabetes()
-    models = {name: regression.build(nn, inputs=10) for name, nn in MODULES.items()}
-    runs = {
-        name: regression.train(models[name], nn.MSELoss(), patients, targets, steps)
-        for name, nn in MODULES.items()
-    }
-    job = small_job("Diabetes", runs, steps, regression.TOLERANCE)
-    explained = {
-        name: regression.variance_explained(model, test_patients, test_targets)
-        for name, model in models.items()
-    }
-    job.rows.append(Row("test R squared", explained, "{:.4f}"))
-    return job
-
-
-def train_sum(steps: int) -> Job:
-    models = {name: regression.build(nn, inputs=2) for name, nn in MODULES.items()}
-    inputs, targets = regression.SUM_INPUTS, regression.SUM_TARGETS
-    runs = {
-        name: regression.train(models[name], nn.MSELoss(), inputs, targets, steps)
-        for name, nn in MODULES.items()
-    }
-    job = small_job("Sum of two", runs, steps, regression.TOLERANCE)
-    for (first, second), (target,) in zip(inputs.tolist(), targets.tolist(), strict=True):
-        row = torch.tensor([first, second])
-        predictions = {name: model(row).item() for name, model in models.items()}
-        job.rows.append(Row(f"{first:g} + {second:g} = {target:g}", predictions, "{:.4f}"))
-    return job
+    rows = [Row("whole step", step_ms, "{:.3f} ms", ratio=True)]
+    scores = {name: task.test(model) for name, model in models.items()}
+    for label, (form, _) in task.scores.items():
+        rows.append(Row(label, {name: known[label] for name, known in scores.items()}, form))
+    note = "so small that torch's operators run"
+    return Job(task.title, curves, small_models.TOLERANCE, rows, note)
 
 
 def train_gpt(steps: int) -> list[tuple[Job, dict[str, list[gpt.Step]]]]:
@@ -191,7 +152,7 @@ def tabulate(jobs: list[Job]) -> Table:
         column.justify = "right"
     for job in jobs:
         steps = len(job.losses["torch"])
-        table.add_row(f"[bold]{job.title}[/], {steps:,} steps")
+        table.add_row(f"[bold]{job.title}[/], {steps:,} steps{job.note and ','} {job.note}")
         last = [f"{job.losses[name][-1]:.6f}" if name in job.losses else "" for name in COLOURS]
         verdict = "[green]yes[/]" if job.equal else "[bold red]NO[/]"
         table.add_row("last loss", *last, "", f"{verdict}, {job.difference:.0e}")
@@ -236,7 +197,7 @@ def draw(small_jobs: list[Job], gpt_runs: list[tuple[Job, dict[str, list[gpt.Ste
     upper = ["gpt"] * 4 + ["digits"] * 2 + ["diabetes"] * 2
     panels = figure.subplot_mosaic([upper, ["time"] * 5 + ["memory"] * 3])
     versions = f"torch {torch.__version__} and pyfused {pyfused.__version__}"
-    figure.suptitle(f"{versions}, from the same seeds, on {torch.get_num_threads()} CPU threads")
+    figure.suptitle(f"{versions}, from the same seeds, on {common.threads()}")
     digits_job, diabetes_job, _ = small_jobs
     (gpt_job, gpt_steps), (_, kept_steps) = gpt_runs
 
@@ -303,11 +264,9 @@ def main() -> None:
     announce(parser)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # a second thread slows down steps this short
-    small_jobs = [
-        train_digits(5 if arguments.quick else digits.EPOCHS),
-        train_diabetes(regression.STEPS),
-        train_sum(regression.STEPS),
-    ]
+    epochs = 5 if arguments.quick else small_models.EPOCHS
+    tasks = small_models.digits(epochs), small_models.diabetes(), small_models.sum_of_two()
+    small_jobs = [train_small(task) for task in tasks]
     torch.set_num_threads(threads)
     gpt_runs = train_gpt(8 if arguments.quick else gpt.STEPS)
 

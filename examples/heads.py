@@ -22,7 +22,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from common import announce, draw_bars, peak_memory, resident_memory, track
+from common import announce, draw_bars, peak_memory, resident_memory, threads, track
 from matplotlib.figure import Figure
 from torch import Tensor
 from torch.nn import functional as F
@@ -131,7 +131,7 @@ def draw(results: dict[str, dict[str, list[Measurement]]]) -> Figure:
     figure = Figure(figsize=(12, 4.8), layout="constrained")
     figure.suptitle(
         f"A head of {CLASSES:,} classes and its loss, {TOKENS:,} tokens of {FEATURES} features, "
-        f"forward and backward in float32, {torch.get_num_threads()} threads"
+        f"forward and backward in float32, {threads()}"
     )
     titles = {
         "ms": "Milliseconds, medians and quartiles (ratio: torch / pyfused)",

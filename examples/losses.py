@@ -407,7 +407,7 @@ def draw(found: list[tuple[Experiment, list[Result]]]) -> Figure:
             if result.torch_losses is not None:
                 curves.plot(result.torch_losses, color=colour, linewidth=6, alpha=0.3)
             curves.plot(result.losses, color=colour, linewidth=1.2)
-        curves.set(xlabel="step", ylabel="training loss: torch broad, pyfused thin")
+        curves.set(xlabel="step", ylabel="training loss")
         for axes in (learnt, curves):
             axes.spines[["top", "right"]].set_visible(False)
     return figure

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import math
 import re
 import sys
 from collections.abc import Iterator
@@ -94,22 +95,15 @@ def recommender() -> ModuleType:
     return example("recommender")
 
 
-def test_candidates_and_blocks_of_a_recommender(recommender: ModuleType) -> None:
-    """Candidates are the distinct targets, and recall needs no scores of all items."""
+def test_recall_needs_no_scores_of_all_items(recommender: ModuleType) -> None:
     data, model = recommender.Data(1000), recommender.Recommender(1000)
-    (history, target), popularity = data.draw(64), data.popularity()
-    scores = model(history)
-    found = (scores.topk(recommender.K).indices == target[:, None]).any(1).float().mean()
-    users = model.users(history)
-    assert recommender.recall(users, model.head.weight, target, block=64) == found.item()
-    candidates, index = target.unique(return_inverse=True)
-    log_q = (1 - (1 - popularity[candidates]) ** len(target)).log()  # to be drawn once or more
-    expected = torch.nn.functional.cross_entropy(scores[:, candidates] - log_q, index)
-    loss = recommender.of_candidates(model, history, target, popularity)
-    assert loss.item() == pytest.approx(expected.item(), rel=0.01)
+    torch.nn.init.normal_(model.head.weight)
+    history, target = data.draw(64)
+    found = (model(history).topk(recommender.K).indices == target[:, None]).any(1).float().mean()
+    assert recommender.recall(model.users(history), model.head, target, block=64) == found.item()
 
 
-@pytest.mark.parametrize("way", ["torch", "pyfused", "in-batch", "sampled"])
+@pytest.mark.parametrize("way", ["torch", "pyfused"])
 def test_a_recommender_learns(
     recommender: Any, way: str, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
@@ -117,5 +111,5 @@ def test_a_recommender_learns(
     recommender.work(way, 1000)
     results = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert results[0]["steps"] == 1 < results[-1]["steps"]
-    assert results[-1]["loss"] < results[0]["loss"]
-    assert 0 <= results[-1]["recall"] <= 1
+    assert results[-1]["loss"] < math.log(1000) - 2  # that of guessing
+    assert 0.3 < results[-1]["recall"] <= 1
