@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
 from types import FunctionType
@@ -179,11 +179,6 @@ CASES = (
     *(Case(op, (32 * M,), BF16) for op in ACTIVATIONS),
 )
 OPS = tuple(dict.fromkeys(case.op for case in CASES))
-
-
-def chosen(cases: Sequence[Case], parts: Sequence[str]) -> list[Case]:
-    """Returns the cases whose name contains one of the parts."""
-    return [case for case in cases if any(part in case.name for part in parts)]
 
 
 # ---- arguments -----------------------------------------------------------------------------------

@@ -25,7 +25,7 @@ from timing import Quartiles, Times, ratios
 from pyfused.backends import cpu
 
 ROOT = Path(__file__).parents[1]
-RESULTS = ROOT / "benchmarks" / "results"
+RESULTS, OUTPUT = ROOT / "benchmarks" / "results", ROOT / ".benchmarks"
 Found = dict[str, Any]  # the JSON output of pytest-benchmark
 
 

@@ -28,7 +28,7 @@ from typing import Any
 import cases
 import torch
 from cases import ACTIVATIONS, BF16, EMBEDDINGS, F32, MODES, POINTWISE, SOFTMAX, TRAINING, Case
-from report import ROOT, tabulated
+from report import OUTPUT, ROOT, tabulated
 from rich.progress import track
 from timing import Step, Worker, settle_allocator
 
@@ -191,7 +191,7 @@ def built(revision: str) -> Path:
     verify = ["git", "rev-parse", "--verify", f"{revision}^{{commit}}"]
     done = subprocess.run(verify, cwd=ROOT, stdout=subprocess.PIPE, text=True)
     commit = done.stdout.strip() or sys.exit(f"{revision} is no revision")
-    folder = ROOT / ".benchmarks" / "revisions" / commit
+    folder = OUTPUT / "revisions" / commit
     if not (folder / ".built").exists():
         folder.mkdir(parents=True, exist_ok=True)
         archive = folder / "sources.tar"

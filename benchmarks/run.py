@@ -20,7 +20,6 @@ from typing import Any, NamedTuple
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent
-OUTPUT = ROOT / ".benchmarks"
 # A function of this file, or the "module.name" of a function that needs torch and pyfused.
 Command = Callable[[argparse.Namespace], None] | str
 
@@ -30,9 +29,9 @@ Command = Callable[[argparse.Namespace], None] | str
 
 def report(options: argparse.Namespace) -> None:
     """Times the cases with torch's default, with huge pages, and with `memory.keep`."""
-    write = importlib.import_module("report").write
+    module = importlib.import_module("report")
     chosen = ["-k", options.k] if options.k else ["-m", "quick"] if options.quick else []
-    OUTPUT.mkdir(exist_ok=True)
+    module.OUTPUT.mkdir(exist_ok=True)
     default = {k: v for k, v in os.environ.items() if k != "THP_MEM_ALLOC_ENABLE"}
     variables = {"default": {}, "huge-pages": {"THP_MEM_ALLOC_ENABLE": "1"}}
     variables["keep"] = {"BENCHMARK_KEEP": "1"}
@@ -40,10 +39,10 @@ def report(options: argparse.Namespace) -> None:
         files = []
         count = {"OMP_NUM_THREADS": str(threads)} if threads else {}
         for name, added in variables.items():
-            files.append(OUTPUT / f"{name}.json")
+            files.append(module.OUTPUT / f"{name}.json")
             pytest = [sys.executable, "-m", "pytest", HERE, "--benchmark-json", files[-1], *chosen]
             subprocess.run(pytest, env=default | count | added, cwd=ROOT, check=True)
-        folder = write(files, OUTPUT)
+        folder = module.write(files, module.OUTPUT)
     if not chosen and sys.platform == "linux":
         importlib.import_module("peaks").write(folder)
 

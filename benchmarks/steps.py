@@ -22,8 +22,7 @@ from typing import Any, NamedTuple
 
 import report
 import torch
-from report import ROOT, spread, tabulated
-from run import OUTPUT
+from report import OUTPUT, ROOT, spread, tabulated
 from timing import Worker, interleaved, ratios, status
 from torch import Tensor, nn
 
