@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import sys
 from pathlib import Path
 from typing import Unpack
@@ -72,49 +71,6 @@ def formula(translator: HTML5Translator, node: nodes.math | nodes.math_block) ->
     raise nodes.SkipNode
 
 
-MOST_COLUMNS = 5  # that a phone shows as a table
-QUARTILES = re.compile(r"([\d.]+) \(([\d.]+) to ([\d.]+)\)")
-
-
-def label_cells(table: nodes.tgroup) -> None:
-    """Gives each cell the heading of its column, which pages.css shows on narrow screens.
-
-    Such tables have sentences or many columns. Empty cells, in which Sphinx writes a space, get a
-    class, and are hidden there.
-    """
-    (head,), (body,) = table.findall(nodes.thead), table.findall(nodes.tbody)
-    headings = [*head.findall(nodes.entry)]
-    has_numbers = any("text-right" in heading["classes"] for heading in headings)
-    if has_numbers and len(headings) <= MOST_COLUMNS:
-        return
-    table.parent["classes"].append("listed")
-    for row in body.findall(nodes.row):
-        for k, (heading, entry) in enumerate(zip(headings, row.children, strict=True)):
-            if not entry.astext():
-                entry["classes"].append("empty")
-            elif k and heading.astext():
-                entry.insert(0, nodes.inline("", heading.astext(), classes=["label"]))
-
-
-def prepare_tables(_app: Sphinx, doctree: nodes.document, _page: str) -> None:
-    """Labels cells, and allows line breaks in them between the parts of names and of ratios."""
-    for table in doctree.findall(nodes.tgroup):
-        if [*table.findall(nodes.thead)]:
-            label_cells(table)
-        for text in [
-            text for entry in table.findall(nodes.entry) for text in entry.findall(nodes.Text)
-        ]:
-            first, *others = re.split(r"(?<=_)|(?<=\.)(?=[a-z])", text)
-            if match := QUARTILES.fullmatch(text):
-                ratio, low, high = match.groups()
-                text.parent.replace(text, nodes.Text(f"{ratio} ({low}\u00a0to\u00a0{high})"))
-            elif others and not isinstance(text.parent, nodes.literal_block):
-                pieces: list[nodes.Node] = [nodes.Text(first)]
-                for piece in others:  # not a zero-width space, which would be copied with the name
-                    pieces += [nodes.raw("", "<wbr>", format="html"), nodes.Text(piece)]
-                text.parent.replace(text, pieces)
-
-
 def check_pages(_app: Sphinx) -> None:
     """Warns of parts that `python docs/pages.py` has to write again."""
     for file in pages.outdated():
@@ -125,5 +81,4 @@ def setup(app: Sphinx) -> None:
     app.add_html_math_renderer("mathml", (formula, None), (formula, None))
     app.connect("source-read", pages.fill)
     app.connect("builder-inited", check_pages)
-    app.connect("doctree-resolved", prepare_tables)
     app.connect("autodoc-process-docstring", pages.returns, priority=400)  # Napoleon has 500

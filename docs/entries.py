@@ -13,10 +13,11 @@ from typing import Any
 import torch
 
 from pyfused import functional
-from pyfused.dispatch.operator import Operand
+from pyfused.dispatch.operator import Operand, Operator
 from pyfused.ops.activation import Activation
 from pyfused.ops.operators import OPERATORS
 from pyfused.ops.pointwise_loss import PointwiseLoss
+from pyfused.ops.softmax import Softmax
 
 
 @dataclass(frozen=True)
@@ -346,11 +347,6 @@ target = torch.randn(64)
 loss = F.quantile_loss(low, target, quantile=0.1)
 loss = loss + F.quantile_loss(high, target, quantile=0.9)
 """,
-    "gaussian_nll_loss": """
-mean, log_variance = torch.randn(2, 64, requires_grad=True)
-target = torch.randn(64)
-loss = F.gaussian_nll_loss(mean, target, log_variance.exp())
-""",
     "kl_div": """
 student, teacher = torch.randn(64, 10, requires_grad=True), torch.randn(64, 10)
 log_probabilities = F.log_softmax(student, dim=1)
@@ -428,16 +424,6 @@ hidden, head = torch.randn(32, 64, requires_grad=True), torch.nn.Linear(64, 1000
 log_probs, indices = torch.randn(32, 1000).log_softmax(-1).topk(20)
 loss = F.linear_topk_kl_div(hidden, head.weight, indices, log_probs)
 """,
-    "softmax": """
-scores = torch.randn(8, 64, 64)
-attention = F.softmax(scores, dim=-1)
-assert torch.allclose(attention.sum(-1), torch.ones(8, 64))
-""",
-    "log_softmax": """
-logits = torch.randn(64, 10)
-log_probabilities = F.log_softmax(logits, dim=1)
-assert (log_probabilities <= 0).all()
-""",
 }
 # The options of examples that follow from declarations.
 OPTIONS = {
@@ -451,6 +437,7 @@ OPTIONS = {
     "celu": "alpha=0.5",
     "softplus": "beta=2.0",
     "softcap": "cap=2.0",
+    **dict.fromkeys(("softmax", "log_softmax"), "dim=1"),
 }
 
 
@@ -464,7 +451,7 @@ def drawn(operand: Operand) -> str:
     return "torch.randn(64, 10)" if operand.low < 0 else "torch.rand(64, 10)"
 
 
-def example(op: Activation | PointwiseLoss) -> str:
+def example(op: Operator) -> str:
     first, *others = (operand for operand in op.operands if not operand.optional)
     given = [first.name, *(operand.name for operand in others)]
     given += [OPTIONS[op.name]] if op.name in OPTIONS else []
@@ -490,7 +477,7 @@ def entry(op: Activation | PointwiseLoss) -> Entry:
 
 _WRITTEN = {name for group in GALLERY.values() for name in group}
 for _op in OPERATORS.values():
-    if isinstance(_op, (Activation, PointwiseLoss)) and hasattr(functional, _op.name):
+    if isinstance(_op, (Activation, PointwiseLoss, Softmax)) and hasattr(functional, _op.name):
         EXAMPLES.setdefault(_op.name, example(_op))
         if _op.name not in _WRITTEN:
             _loss = "reduction" in _op.names

@@ -18,10 +18,8 @@ import tables
 import torch
 from charts import CELL, DOCS
 from entries import ENTRIES, EXAMPLES
-from report import Row
 
 import pyfused.functional
-from pyfused.dispatch.sizes import ALWAYS
 from pyfused.ops.operators import OPERATORS
 
 README = DOCS.parent / "README.md"
@@ -121,14 +119,12 @@ def page(name: str) -> str:
 
 LEGEND = (
     "In the formulas, x is the input and t the target. The pictures show the output of the kernels."
-    " Speed-ups are forward and backward, for the largest size that was"
-    " [measured](../is-it-for-you.md) on CPUs; smaller inputs gain less."
 )
 
 
 def group_page(group: str) -> str:
     """Returns the page of a group, below which the sidebar lists the pages of its operators."""
-    parts = [f"# {group}\n\n{LEGEND}\n\n{tables.machines()}\n"]
+    parts = [f"# {group}\n\n{LEGEND}\n"]
     for name in tables.groups()[group]:
         entry = ENTRIES[name]
         parts += [
@@ -136,26 +132,9 @@ def group_page(group: str) -> str:
             entry.formula and f"```{{math}}\n{entry.formula}\n```\n",
             f"{entry.use}\n",
             f"[`F.{name}`, `nn.{OPERATORS[name].module}`](../operators/{name}.md)\n",
-            f"{speed_up(*tables.largest_cases().get(name, (None,)))}\n",
             f"</div>\n{charts.picture(name, entry)}\n</div>\n",
         ]
     return "\n".join([*parts, _toctree(f"../operators/{name}" for name in tables.groups()[group])])
-
-
-def speed_up(row: Row | None, _machine: str = "") -> str:
-    """Returns a sentence with the speed-ups of a case, and the size from which a kernel runs."""
-    if row is None:
-        return ""
-    text = f"**{tables.certain(*row.peers['torch'].ratio):.1f} times** as fast as eager torch"
-    others = ("torch, keep", "if both run with `keep`"), ("torch.compile", "as compiled torch")
-    for peer, name in others:
-        if peer in tables.compared(row):
-            text += f", {tables.certain(*row.peers[peer].ratio):.1f} times {name}"
-    text += f", for {row.case.removeprefix(row.op).strip()}"
-    smallest = tables.limits_on_cpu(OPERATORS[row.op]).from_elements
-    if smallest > ALWAYS:
-        text += f". Kernels run from {tables.words(smallest)} elements on"
-    return f"{text}."
 
 
 def slug(group: str) -> str:

@@ -6,7 +6,6 @@ import math
 import re
 import sys
 from collections.abc import Sequence
-from functools import cache
 from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
@@ -53,26 +52,17 @@ def short(machine: str) -> str:
     return f"{', '.join([first, *filter(known.match, words)])}."
 
 
-@cache
-def largest_cases() -> dict[str, tuple[Row, str]]:
-    """Returns the largest case of each operator in its newest report, and the machine.
-
-    Cases are forward and backward.
-    """
-    found: dict[str, tuple[Row, str]] = {}
+def largest_cases() -> dict[str, Row]:
+    """Returns the largest case, forward and backward, of each operator in its newest report."""
+    found: dict[str, Row] = {}
     for table in cpu_tables("results"):
         newer: dict[str, Row] = {}
         for row in map(row_of, table):
             if row.op in OPERATORS and row.mode == "forward+backward" and "torch" in row.peers:
                 first = newer.setdefault(row.op, row)
                 newer[row.op] = max(first, row, key=lambda row: (row.headline, row.elements))
-        found |= {name: (row, table[0]["machine"]) for name, row in newer.items()}
+        found |= newer
     return found
-
-
-def machines() -> str:
-    """Returns the machines and versions of these measurements."""
-    return " ".join({short(machine): None for _, machine in largest_cases().values()})
 
 
 def compared(row: Row) -> list[str]:
