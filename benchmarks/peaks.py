@@ -33,14 +33,14 @@ IMPLEMENTATIONS: dict[str, Any] = {
 
 def write(folder: Path) -> None:
     """Writes the peaks of forward and backward into memory.csv of a folder, and prints them."""
-    rows, where = list[dict[str, Any]](), machine(measured(machine_info()))
+    rows, where = [], {"machine": machine(measured(machine_info()))}
     for index, case in enumerate(CASES):
         for name in IMPLEMENTATIONS:
             command = [sys.executable, __file__, name, str(index)]
             found = int(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout)
             print(f"{case.name}, {name}: {found / 2**20:,.0f} MiB at the peak", flush=True)
             row = {"case": case.name, "implementation": name, "bytes": found}
-            rows.append({**row, "input_bytes": case.bytes, "machine": where})
+            rows.append(row | {"input_bytes": case.bytes} | where)
     write_csv(folder / "memory.csv", rows)
 
 

@@ -184,8 +184,7 @@ def parser() -> argparse.ArgumentParser:
     add("-k", metavar="EXPRESSION", help="select cases, as in pytest")
     add("--threads", type=int, nargs="+", help="the numbers of threads, each with its report")
 
-    words = "time training steps of several models: torch, compiled, and with pyfused"
-    add = command("steps", "steps.steps", words)
+    add = command("steps", "steps.steps", "time training steps of models, with torch and pyfused")
     add("file", type=Path, nargs="?", help="the output file; by default in .benchmarks/")
     add("--rounds", type=int, default=5, help="steps per model and way")
     add("--cpu", action="store_true", help="measure CPU time on one thread, for a busy machine")
@@ -193,15 +192,13 @@ def parser() -> argparse.ArgumentParser:
     add("--ways", nargs="+", help="only these ways")
     add("--seconds", type=float, default=3600, help="start no new model after this time")
 
-    words = "compare the kernels of a revision and of the working tree"
-    add = command("compare", "revisions.compare", words)
+    add = command("compare", "revisions.compare", "compare a revision with the working tree")
     add("base", help="a git revision, or a folder with its build")
     add("-k", nargs="+", default=[""], help="select by parts of names")
     add("--all", action="store_true", help="time and list all calls, to see which are faster")
     add("--minutes", type=float, default=5, help="the time limit, without the build")
 
-    words = "time calls of random shapes; exit with 1 if any is slower than in torch"
-    add = command("sweep", "sweep.sweep", words)
+    add = command("sweep", "sweep.sweep", "find random calls that are slower than torch's")
     add("--op", nargs="+", help="select operators")
     add("--dtype", nargs="+", help="select dtypes")
     add("--threads", nargs="+", type=int, default=[1, 2], help="the numbers of threads")

@@ -15,7 +15,6 @@ from entries import Curve, Entry
 from formulas import FORMULAS
 from matplotlib import rc_context, rcParams
 from matplotlib.figure import Figure
-from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.text import Text
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 from palette import SERIES, STYLES
@@ -29,6 +28,7 @@ COLOURS = [colour for colour, _ in SERIES]
 DOCS = Path(__file__).parent
 INK, INK_ON_BLACK = "#0d0e0f", "#e8e8e8"  # colours of text and axes
 WIDTH = 5.2  # of charts, in inches: their text is readable on a phone
+MARGIN = 0.15  # beside long labels, which may be wider in a browser than in matplotlib
 
 
 # ---- operators -----------------------------------------------------------------------------------
@@ -81,12 +81,6 @@ def picture(name: str, entry: Entry) -> str:
 
 # ---- charts --------------------------------------------------------------------------------------
 
-
-def with_margins() -> ConstrainedLayoutEngine:
-    """Returns a layout for long labels, which are wider in a browser than in matplotlib."""
-    return ConstrainedLayoutEngine(w_pad=0.15)
-
-
 # Formulas with a target other than 0 or a bounded input: the target, the lowest and highest x.
 DOMAINS: dict[str, tuple[Any, float, float]] = {
     "tweedie": (1.0, -3.0, 3.0),
@@ -117,7 +111,8 @@ def ratios() -> Figure:
     """Draws the speed-up of each operator over torch, in descending order."""
     rows = tables.largest_cases()
     names = sorted(rows, key=lambda name: rows[name].peers["torch"].ratio[1])
-    figure = Figure(figsize=(WIDTH, 1.2 + 0.15 * len(names)), layout=with_margins())
+    figure = Figure(figsize=(WIDTH, 1.2 + 0.15 * len(names)))
+    figure.set_layout_engine("constrained", w_pad=MARGIN)
     axes = figure.subplots()
     for peer, label in (
         ("torch", "eager torch"),
@@ -167,7 +162,8 @@ def gpu() -> Figure:
     medians = [middle for middle, *_ in quartiles]
     errors = [[mid - low for mid, low, _ in quartiles], [high - mid for mid, _, high in quartiles]]
     peaks = [float(cells[1]) for cells in shown.values()]
-    figure = Figure(figsize=(WIDTH, 2 * (0.9 + 0.25 * len(shown))), layout=with_margins())
+    figure = Figure(figsize=(WIDTH, 2 * (0.9 + 0.25 * len(shown))))
+    figure.set_layout_engine("constrained", w_pad=MARGIN)
     colours = [STYLES[name.removeprefix("eager ").partition(",")[0]][0] for name in shown]
     for axes, title, values, spread in zip(
         figure.subplots(2),

@@ -480,8 +480,6 @@ for _op in OPERATORS.values():
     if isinstance(_op, (Activation, PointwiseLoss, Softmax)) and hasattr(functional, _op.name):
         EXAMPLES.setdefault(_op.name, example(_op))
         if _op.name not in _WRITTEN:
-            _loss = "reduction" in _op.names
-            GALLERY.setdefault("Other losses" if _loss else "Activations", {})[_op.name] = entry(
-                _op
-            )
+            _group = "Other losses" if "reduction" in _op.names else "Activations"
+            GALLERY.setdefault(_group, {})[_op.name] = entry(_op)
 ENTRIES = {name: entry for group in GALLERY.values() for name, entry in group.items()}

@@ -89,7 +89,7 @@ def work(way: str, items: int) -> None:
     torch.sparse.check_sparse_tensor_invariants.disable()  # as by default, without a warning
     data, model = Data(items), Recommender(items)
     head, (held_out, next_item) = model.head, data.draw(BATCH)
-    optimizer = torch.optim.Adagrad(model.parameters(), lr=0.03)
+    optimizer = torch.optim.Adagrad(model.parameters(), lr=0.015)
     if way == "pyfused":
         pyfused.convert(model, head="head")
     times: list[float] = []

@@ -43,6 +43,10 @@ def example(name: str) -> ModuleType:
     return importlib.import_module(name)
 
 
+def test_pictures_name_one_thread() -> None:
+    assert example("common").threads() == "1 thread"  # the tests' number
+
+
 def test_gpt_trains_with_equal_losses(tmp_path: Path) -> None:
     gpt = example("gpt")
     path = tmp_path / "tokens.pt"
