@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import cache
 from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
@@ -23,6 +24,7 @@ from report import RESULTS, Row, read_csv, row_of, tabulated
 from steps import KEEP, RATIO
 
 Cells = dict[str, str]  # a row of a CSV file
+Measured = dict[str, dict[str, Cells]]  # by processor and way
 H100 = RESULTS / "nvidia-h100-80gb-hbm3"
 
 
@@ -45,10 +47,14 @@ def date(machine: str) -> str:
     return re.findall(r"\d{4}-\d\d-\d\d", machine)[0]
 
 
+def processor_of(row: Cells) -> str:
+    return row["machine"].partition(",")[0]
+
+
 def short(machine: str) -> str:
     """Returns processor, cores, threads, version of torch and date of a machine."""
     first, *words = re.split("[,;.] ", machine)
-    known = re.compile(r"torch |CPU time|\d{4}-|\d+ (cores|threads?)")
+    known = re.compile(r"torch |CPU time|while |\d{4}-|\d+ (cores|threads?)")
     return f"{', '.join([first, *filter(known.match, words)])}."
 
 
@@ -71,17 +77,19 @@ def compared(row: Row) -> list[str]:
     return [peer for peer in row.peers if not (by_torch and peer.endswith(KEEP))]
 
 
-def newest_steps() -> dict[str, dict[str, Cells]]:
-    """Returns the newest training steps of each model on a CPU, by way."""
-    found: dict[str, dict[str, Cells]] = {}
+def newest_steps() -> dict[str, Measured]:
+    """Returns the newest training steps of each model on each processor, by way."""
+    found: dict[str, Measured] = {}
     for table in cpu_tables("steps"):
-        newer: dict[str, dict[str, Cells]] = {}
+        processor, newer = processor_of(table[0]), dict[str, dict[str, Cells]]()
         for row in table:
-            newer.setdefault("{model}, {dtype}, {batch}".format_map(row), {})[row["way"]] = row
-        found |= newer
-    # Shorter steps vary more between processes than between ways.
-    kept = {name: ways for name, ways in found.items() if KEPT[0] in ways}
-    return {n: ways for n, ways in kept.items() if float(ways[KEPT[0]]["torch, ms"]) > SHORTEST}
+            way = "convert, torch.compile" if row["way"] == COMPILED_BY_NAME else row["way"]
+            newer.setdefault("{model}, {dtype}, {batch}".format_map(row), {})[way] = row
+        for name, ways in newer.items():
+            # Shorter steps vary more between processes than between ways.
+            if KEPT[0] in ways and float(ways[KEPT[0]]["torch, ms"]) > SHORTEST:
+                found.setdefault(name, {})[processor] = ways
+    return found
 
 
 def h100_heads() -> dict[str, dict[str, list[str]]]:
@@ -99,17 +107,23 @@ def h100_heads() -> dict[str, dict[str, list[str]]]:
 
 # ---- numbers -------------------------------------------------------------------------------------
 
-NOISE = "1.0: no measurable difference."
-
 
 def certain(low: float, middle: float, high: float) -> float:
     """Returns the median of a ratio, 1 if its quartiles lie on both sides of 1."""
     return 1.0 if low < 1 < high else middle
 
 
-def rounded(low: float, middle: float, high: float) -> str:
-    ratio = certain(low, middle, high)
+def rounded(ratio: float) -> str:
     return "1.0" if ratio == 1 else f"{ratio:.2f}"
+
+
+def span(values: dict[str, float], shown: Callable[[float], str] = rounded) -> str:
+    """Returns the range of a number over processors, and the processor if it is the only one."""
+    if not values:
+        return "n/a"
+    low, high = shown(min(values.values())), shown(max(values.values()))
+    (_, name, *_), *others = (processor.split() for processor in values)
+    return (low if low == high else f"{low} to {high}") + f" ({name})" * (not others)
 
 
 def milliseconds(value: float) -> str:
@@ -174,7 +188,7 @@ PEERS = {
 
 def headline() -> str:
     """Returns the speed-up of large losses over each way to run torch, on each processor."""
-    newest = {table[0]["machine"].partition(",")[0]: table for table in cpu_tables("results")}
+    newest = {processor_of(table[0]): table for table in cpu_tables("results")}
     columns, captions = {}, []
     for processor, table in reversed(newest.items()):
         rows = [row for row in map(row_of, table) if row.op in OPERATORS and row.headline]
@@ -214,103 +228,102 @@ GAINS = (
     ("ResNet", *KEPT),
     ("U-Net", *KEPT),
 )
-ON_GPU = "convert", "linear_cross_entropy, torch.compile"
-LINE_ON_GPU = f"{CONVERTED[-1]}; compiled: `linear_cross_entropy`"
-HEAD_ON_GPU = "(8192, 1024, 151936)"
+COMPILED_BY_NAME = "linear_cross_entropy, torch.compile"
+ON_GPU = "linear_cross_entropy", COMPILED_BY_NAME, "`linear_cross_entropy`"
+NOTE = (
+    "Speed-up over eager torch: medians, and their range over the processors; a name if only one"
+    " was measured. 1.0: no measurable difference. Compiled on the Xeon: `linear_cross_entropy`."
+)
 
 
 class Gain(NamedTuple):
-    """A row of README.md.
-
-    Attributes:
-        ms: Times of eager and of compiled torch, then of pyfused; NaN if not measured.
-        gib: Peaks of eager torch, of compiled torch, and of eager pyfused.
-    """
+    """Times and peaks of eager torch, compiled torch and eager pyfused."""
 
     model: str
-    sizes: str
-    line: str
     ms: Sequence[float]
     gib: Sequence[float]
 
 
-def gain(ways: dict[str, Cells], eager: str, compiled: str, line: str, on: str = "") -> Gain:
-    row, by_compiler = ways[eager], ways["torch.compile"]
-    times = row["torch, ms"], by_compiler["ms"], row["ms"], ways[compiled]["ms"]
-    peaks = row["torch, peak"], by_compiler["peak"], row["peak"]
-    sizes = "{dtype}, {batch}".format_map(row)
-    return Gain(row["model"] + on, sizes, line, *numbers(times, [int(x) / 2**30 for x in peaks]))
-
-
-def numbers(*columns: Sequence[Any]) -> list[list[float]]:
-    return [[*map(float, column)] for column in columns]
-
-
 def training_gains() -> list[Gain]:
-    """Returns the training steps of README.md, and a head alone on an H100."""
-    found = newest_steps()
-    models = [
-        (found[name], *ways) for start, *ways in GAINS for name in found if name.startswith(start)
-    ]
+    """Returns what a chart shows: each row of README.md on one processor."""
+    gains = []
+    for found, way, *_ in rows_of_readme():
+        processor, ways = [*found.items()][-1]
+        row, by_compiler = ways[way], ways["torch.compile"]
+        times = [float(x) for x in (row["torch, ms"], by_compiler["ms"], row["ms"])]
+        peaks = row["torch, peak"], by_compiler["peak"], row["peak"]
+        name = row["model"] + ", H100" * ("H100" in processor)
+        gains.append(Gain(name, times, [float(x) / 2**30 for x in peaks]))
+    return gains
+
+
+def rows_of_readme() -> list[tuple[Measured, str, str, str]]:
+    """Returns the measurements of each row of README.md, its ways and its line."""
+    names = newest_steps()
+    found = [(names[x], *ways) for start, *ways in GAINS for x in names if x.startswith(start)]
     on_gpu = {row["way"]: row for row in read_csv(H100 / "steps.csv")}
-    heads = h100_heads()[HEAD_ON_GPU]
-    ms, gib, _ = zip(*(heads[way] for way in ("torch", "torch.compile", "pyfused")), strict=True)
-    tokens, features, classes = map(int, re.findall(r"\d+", HEAD_ON_GPU))
-    head = f"a head alone, {classes:,} classes, H100", f"bfloat16, {tokens} x {features}"
+    return [*found, ({"NVIDIA H100": on_gpu}, *ON_GPU)]
+
+
+def title(row: Cells) -> str:
+    """Returns the model, the dtype and the batch of a step."""
+    batch = f"{row['batch']} {row['unit']}"
+    if row["unit"] == "images":
+        count, size = row["batch"].split(" x ")
+        batch = f"{count} images of {size} x {size} pixels"
+    return f"{row['model']}, {row['dtype']}, {batch}"
+
+
+def speedups(found: Measured, ways: Iterable[str]) -> list[str]:
+    """Returns the speed-up of each way over eager torch."""
+    rows = [{each: x[way] for each, x in found.items() if way in x} for way in ways]
     return [
-        *(gain(*model) for model in models),
-        gain(on_gpu, *ON_GPU, LINE_ON_GPU, ", H100"),
-        Gain(*head, "`linear_cross_entropy`", *numbers([*ms, math.nan], gib)),
+        span({each: certain(*(float(row[x]) for x in RATIO)) for each, row in by_processor.items()})
+        for by_processor in rows
     ]
 
 
-def step_machines(found: dict[str, dict[str, Cells]]) -> str:
-    """Returns the machines of training steps, each once, with its models from the second on."""
-    by_machine: dict[str, list[str]] = {}
-    for name, ways in found.items():
-        by_machine.setdefault(short(ways[KEPT[0]]["machine"]), []).append(name.partition(",")[0])
-    first, *others = by_machine
-    return " ".join([first, *(f"{', '.join(by_machine[each])}: {each}" for each in others)])
+def machines_of_steps() -> str:
+    """Returns the note of a table of training steps."""
+    found = [ways[KEPT[0]] for each in newest_steps().values() for ways in each.values()]
+    return " ".join(sorted({short(row["machine"]) for row in found}))
 
 
 def gains() -> str:
-    """Returns the table of README.md: times and peaks of training steps."""
-    lines = [
-        [
-            *(f"{row.model}, {row.sizes}", row.line),
-            *(milliseconds(row.ms[way]) for way in (0, 2, 1, 3)),
-            *(f"{row.gib[way]:.2f}" for way in (0, 2)),
-        ]
-        for row in training_gains()
-    ]
-    pairs = ("eager step, ms", "compiled step, ms", "eager peak, GiB")
-    columns = [cell for pair in pairs for cell in (f"{pair}: torch", "with pyfused")]
-    table = tabulated(["model, dtype, batch", "line", *columns], lines, names=2)
+    """Returns the table of README.md: speed-ups and peaks of training steps."""
+    lines = []
+    for found, way, compiled, line in rows_of_readme():
+        rows = {processor: ways[way] for processor, ways in found.items()}
+        peaks = {each: float(row["peak"]) / float(row["torch, peak"]) for each, row in rows.items()}
+        speeds = speedups(found, (way, "torch.compile", compiled, KEPT[0]))
+        lines.append([title(next(iter(rows.values()))), line, *speeds, span(peaks)])
+    columns = ["line", "with the line", "`torch.compile`", "both", "torch with `keep`"]
+    columns = ["model, dtype, batch", *columns, "peak / eager torch's"]
     *_, on_gpu, _ = short(read_csv(H100 / "steps.csv")[0]["machine"]).split(", ")
-    batch = "Batch: samples, sequences x tokens, images x width, or tokens x features."
-    _, compiled, _ = training_gains()[-1].gib
-    head = f"For the head alone: without operands; compiled torch {compiled:.2f} GiB."
-    note = f"Medians; peaks without libraries. {head} {batch}"
-    starts = tuple(start for start, *_ in GAINS)
-    shown = {name: ways for name, ways in newest_steps().items() if name.startswith(starts)}
-    return f"{table}\n\n*{note} {step_machines(shown)} H100: {on_gpu}.*"
+    return f"{tabulated(columns, lines, names=2)}\n\n*{NOTE} {machines_of_steps()} H100: {on_gpu}.*"
 
 
 def steps() -> str:
     """Returns all training steps that were measured on a CPU."""
-    found, lines = newest_steps(), []
-    for name, rows in found.items():
-        kept = rows[KEPT[0]]
-        speeds = [
-            rounded(*(float(rows[way][x]) for x in RATIO)) if way in rows else "n/a" for way in WAYS
-        ]
-        peaks = kept["torch, peak"], kept["peak"], rows.get("convert", {}).get("peak")
-        gib = [f"{int(peak) / 2**30:.2f}" if peak else "n/a" for peak in peaks]
-        lines.append([name, f"{float(kept['torch, ms']):,.0f}", *speeds, *gib])
+    lines = []
+    for found in newest_steps().values():
+        kept = {processor: ways[KEPT[0]] for processor, ways in found.items()}
+        converted = {each: ways["convert"] for each, ways in found.items() if "convert" in ways}
+        columns = (kept, "torch, peak"), (kept, "peak"), (converted, "peak")
+        lines.append(
+            [
+                title(next(iter(kept.values()))),
+                span({each: float(row["torch, ms"]) for each, row in kept.items()}, milliseconds),
+                *speedups(found, WAYS),
+                *(
+                    span({each: int(row[name]) / 2**30 for each, row in rows.items()})
+                    for rows, name in columns
+                ),
+            ]
+        )
     columns = ["model, dtype, batch", "eager torch, ms", *WAYS.values()]
     columns += [f"peak, GiB: {way}" for way in ("eager torch", "`keep`", "`convert`")]
-    note = f"Speed-up over eager torch, medians of ratios. {NOISE} {step_machines(found)}"
-    return f"{tabulated(columns, lines, names=1)}\n\n*{note}*"
+    return f"{tabulated(columns, lines, names=1)}\n\n*{NOTE} {machines_of_steps()}*"
 
 
 # ---- on a GPU ------------------------------------------------------------------------------------
