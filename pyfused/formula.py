@@ -554,9 +554,8 @@ class Formula:
         if operands or named:
             with recorded() as calls:
                 self(*operands, **named)
-            return (
-                explanation_of(*calls[-1]) if calls else Explanation(self.op.name, "torch", SMALL)
-            )
+            small = self.op, self._bind(operands, named)[0], (), SMALL
+            return explanation_of(*(calls[-1] if calls else small))
         numbers, _ = self._split(self.defaults)
         if problem := self.op.invalid_options(*numbers, "none"):
             return f"{self.__name__}: torch: {problem}"

@@ -49,12 +49,13 @@ def explain(op: str | Callable[..., Any] | Module, *args: Any, **kwargs: Any) ->
         call(*args, **kwargs)
     if calls:
         return explanation_of(*calls[-1])
-    reason = SMALL  # the only reason of formulas
+    formula = getattr(call, "formula", call)
+    if isinstance(formula, Formula):
+        return explanation_of(formula.op, args or (kwargs[formula.operands[0]],), (), SMALL)
     operator = OPERATORS.get("mse_loss" if name == "rmse_loss" else name)
+    reason = "a composition of torch's operators"
     if operator is not None:
         reason = _reason(operator, _arguments(call, name, args, kwargs))
-    elif not isinstance(call, (Formula, FormulaModule)):
-        reason = "a composition of torch's operators"
     return Explanation(name, "torch", reason)
 
 

@@ -366,6 +366,12 @@ def test_the_size_limit_is_of_the_broadcast_shape(shapes: Any, kernel_calls: Ker
     assert reason is None if shapes in LARGE else "faster at this size" in reason
 
 
+@pytest.mark.parametrize("explain", [wing.explain, partial(pyfused.explain, wing)])
+def test_explain_names_the_device_before_the_size(explain: Any) -> None:
+    x = torch.empty(9, device="meta")
+    assert explain(x, x).reason == "input is on meta"
+
+
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
 def test_nested_tensors() -> None:
     nested = torch.nested.as_nested_tensor([torch.randn(2), torch.randn(3)])
