@@ -25,7 +25,7 @@ from entries import ENTRIES, GALLERY  # noqa: E402
 
 pytestmark = pytest.mark.cpu
 every_operator = pytest.mark.parametrize("op", OPERATORS.values(), ids=OPERATORS)
-PAGES = [(ROOT / page).read_text("utf-8") for page in ("CHANGELOG.md", "docs/losses.md")]
+LOSSES = (ROOT / "docs/losses.md").read_text("utf-8")
 
 
 def missing_steps(op: Operator) -> Iterator[str]:
@@ -47,8 +47,8 @@ def missing_steps(op: Operator) -> Iterator[str]:
         text = (ROOT / file).read_text("utf-8")
         if not all(word in text for word in needed):
             yield f"7. {file}: run make formulas"
-    if not any(f"`{op.name}`" in page for page in PAGES):
-        yield f"8. CHANGELOG.md: add `{op.name}`"
+    if f"`{op.name}`" not in LOSSES:
+        yield f"8. docs/losses.md: run docs/pages.py, and add `{op.name}` to CHANGELOG.md"
 
 
 @every_operator

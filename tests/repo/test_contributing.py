@@ -53,6 +53,7 @@ def test_the_steps_add_operators_and_an_option(tmp_path: Path) -> None:
         apply(dedent(diff), tmp_path)
     run("tools/formulas.py")  # make formulas
     run("setup.py", "--quiet", "build_ext", "--inplace")
+    run("docs/pages.py")
     run("-m", "ruff", "format", "--check")  # make lint
     run("-m", "ruff", "check")
     # make test
