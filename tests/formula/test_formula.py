@@ -742,6 +742,7 @@ NOT_FUSED = (
     ("x if (x > 0).any() else -x", "no kernel supports any; an 'if' cannot depend"),
     ("x * F.dropout(x)", "no kernel supports dropout"),
     ("-F.log_softmax(x, -1)", "no kernel supports log_softmax; for a function of log-prob"),
+    ("F.cross_entropy(x, y)", "no kernel supports cross_entropy; for a function of log-prob"),
     ("x * math.exp(x)", "torch's functions instead of math's"),
     ("x.nan_to_num() * 0.5", "nan_to_num: posinf and neginf depend on the dtype"),
     ("x if k > 1 else -x", "is read, but floats are tensors in a formula"),
