@@ -6,7 +6,6 @@ import math
 import re
 import sys
 from collections.abc import Callable, Iterable, Sequence
-from functools import cache
 from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
