@@ -11,13 +11,13 @@ from typing import Any
 
 import tables
 import torch
+from common import SERIES, STYLES
 from entries import Curve, Entry
 from formulas import FORMULAS
 from matplotlib import rc_context, rcParams
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
-from palette import SERIES, STYLES
 from torch import Tensor
 
 import pyfused

@@ -1,4 +1,4 @@
-"""Functions that the examples share: progress, comparing runs, measuring memory, drawing bars."""
+"""What the examples share: progress, comparing runs, measuring memory, colours, drawing bars."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 import torch
-from palette import STYLES
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -112,6 +111,32 @@ def _status(key: str) -> float | None:
 def console() -> Console:
     """Returns a console that is wide enough for tables if the output is not a terminal."""
     return Console(width=None if sys.stdout.isatty() else 110)
+
+
+# ---- colours -------------------------------------------------------------------------------------
+
+# Each has a contrast of about 3 or more to white and to black, and the first five are
+# distinguishable with colour blindness (adapted from Okabe and Ito). An implementation has the same
+# colour in each plot.
+BLUE, GREEN, ORANGE, PINK, YELLOW = "#2A86C7", "#009E73", "#D55E00", "#CC79A7", "#B8860B"
+PURPLE, GREY = "#7B61C9", "#808080"
+
+# The colour and the marker of each implementation that is compared.
+STYLES = {
+    "torch": (BLUE, "o"),
+    "torch, keep": (PURPLE, "s"),
+    "torch.compile": (GREEN, "D"),
+    "torch.compile, keep": (GREEN, "D"),
+    "pyfused": (ORANGE, "o"),
+    "pyfused, linear": (PINK, "v"),
+    "liger": (YELLOW, "v"),
+    "Liger": (YELLOW, "v"),
+    "cut-cross-entropy": (PINK, "s"),
+    "copy": (GREY, "^"),
+}
+
+# The colours and markers of curves that are not implementations.
+SERIES = ((BLUE, "o"), (ORANGE, "s"), (GREEN, "D"), (PINK, "^"), (YELLOW, "v"), (PURPLE, "P"))
 
 
 def draw_bars(axes: Axes, groups: Mapping[str, Mapping[str, list[float]]]) -> None:

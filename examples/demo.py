@@ -22,10 +22,9 @@ import common
 import gpt
 import small_models
 import torch
-from common import announce, draw_bars, largest_difference, track
+from common import STYLES, announce, draw_bars, largest_difference, track
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from palette import STYLES
 from rich.table import Table
 from small_models import Task
 

@@ -24,10 +24,9 @@ os.environ.setdefault("PYFUSED_BACKEND", "cpu")  # no fallback for small tensors
 
 import common
 import torch
-from common import announce, largest_difference, track
+from common import SERIES, announce, largest_difference, track
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from palette import SERIES
 from rich.table import Table
 from torch import Tensor
 

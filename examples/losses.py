@@ -24,11 +24,10 @@ os.environ.setdefault("PYFUSED_BACKEND", "cpu")
 
 import common
 import torch
-from common import announce, largest_difference, track
+from common import SERIES, announce, largest_difference, track
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
-from palette import SERIES
 from rich.table import Table
 from sklearn import datasets, metrics
 from sklearn.model_selection import train_test_split

@@ -21,9 +21,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import announce, peak_memory, threads, track
+from common import STYLES, announce, peak_memory, threads, track
 from matplotlib.figure import Figure
-from palette import STYLES
 from torch import Tensor, nn
 from torch.nn import functional as F
 
