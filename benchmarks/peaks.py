@@ -14,8 +14,7 @@ from report import machine, machine_info, measured, write_csv
 from timing import status
 from torch import Tensor
 
-import pyfused.functional
-import pyfused.memory
+from pyfused import functional, memory
 
 CASES = (
     Case("cross_entropy", (1024, 32000)),
@@ -27,7 +26,7 @@ CASES = (
 IMPLEMENTATIONS: dict[str, Any] = {
     "torch": TORCH,
     "torch.compile": Compiled(),
-    "pyfused": pyfused.functional,
+    "pyfused": functional,
 }
 
 
@@ -54,7 +53,7 @@ def peak(case: Case, implementation: str) -> int:
 
     call(arguments.input * 1)
     gc.collect()
-    pyfused.memory.release()  # reused memory would not be counted
+    memory.release()  # reused memory would not be counted
     prepared = arguments.input * 1
     Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     before = status("VmRSS")
