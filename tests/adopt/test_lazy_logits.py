@@ -342,14 +342,9 @@ class Other(Tensor):
     """A subclass of another library."""
 
 
-def loss_of_rows(
-    change: Callable[..., Tensor], other_loss: Callable[..., Any] = lambda *_: 0
-) -> Callable[..., Tensor]:
-    def loss_of(model: Any, logits: Tensor) -> Any:
-        loss = F.cross_entropy(change(model, logits).reshape(-1, 40), TARGET)
-        return loss.as_subclass(Tensor) + other_loss(model, logits)
-
-    return loss_of
+def loss_of_rows(change: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Returns the loss of changed logits."""
+    return lambda model, x: F.cross_entropy(change(model, x).reshape(-1, 40), TARGET)
 
 
 def loss_of_parts(split: Callable[[Tensor], Any]) -> Callable[..., Any]:
@@ -393,15 +388,11 @@ OPERATORS: dict[str, tuple[Callable[..., Tensor], str | None]] = {
     "no rows": (lambda m, x: sum([*x[X < 0]], F.cross_entropy(x.mT, PLACES)), None),
     "one row": (lambda m, x: F.cross_entropy(x[:1, -1].view(-1)[None], TARGET[:1]), None),
     "largest": (
-        loss_of_rows(
-            lambda m, x: x + m.bias, lambda m, x: (x + m.bias).max(-1).values.square().mean()
-        ),
+        lambda m, x: F.cross_entropy((x + m.bias).mT, PLACES) + (x + m.bias).max(-1).values.norm(),
         None,
     ),
     "largest, capped": (
-        loss_of_rows(
-            lambda m, x: 3 * torch.tanh(x / 3), lambda m, x: 2 * x[1:, 0].topk(1)[0].sum()
-        ),
+        lambda m, x: F.cross_entropy(3 * (x.mT / 3).tanh(), PLACES) + x[1:, 0].topk(1)[0].norm(),
         None,
     ),
     "rounded": (loss_of_rows(lambda m, x: x.div(2.0, rounding_mode="trunc") + x), "div"),
@@ -414,7 +405,10 @@ OPERATORS: dict[str, tuple[Callable[..., Tensor], str | None]] = {
     "log_softmax of positions": (loss_of_rows(lambda m, x: x.log_softmax(1)), "log_softmax"),
     "view": (loss_of_rows(lambda m, x: x.view(torch.int64).view(torch.float64)), "view"),
     "split of classes": (lambda m, x: x.split(20, -1)[1].sum(), "split"),
-    "as_subclass": (loss_of_rows(lambda m, x: x.as_subclass(Other)), "as_subclass"),
+    "as_subclass": (
+        lambda m, x: F.cross_entropy(x.as_subclass(Other).mT, PLACES).as_subclass(Tensor),
+        "as_subclass",
+    ),
     "index of log_softmax": (
         lambda m, x: x.log_softmax(-1)[ROWS, ROWS.t(), PLACES[:, :4] - 40].square().sum(),
         "index",
