@@ -30,7 +30,7 @@ CAN_KEEP = memory.why_not_kept() is None
 KEPT = "pyfused: freed memory was kept; --no-keep returns it to the system\n" * CAN_KEEP
 
 pytestmark = pytest.mark.thresholds
-plain = partial(process, "-W", "ignore", OMP_NUM_THREADS="1")
+run_in_new_process = partial(process, "-W", "ignore", OMP_NUM_THREADS="1")
 
 
 def counts(stderr: str) -> dict[str, int]:
@@ -39,7 +39,7 @@ def counts(stderr: str) -> dict[str, int]:
     return {name: int(number.replace(",", "")) for name, number in lines}
 
 
-def counted(*arguments: str, folder: Path, code: str = "") -> CompletedProcess[str]:
+def run_program(*arguments: str, folder: Path, code: str = "") -> CompletedProcess[str]:
     """Runs the command, by default on a script with this code, where torch is imported already."""
     (folder / "script.py").write_text(code)
     return python(f"""
@@ -75,7 +75,7 @@ def test_programs_run_as_with_python(command: str, tmp_path: Path) -> None:
     (tmp_path / "link.py").symlink_to("pack/show.py")
     zipapp.create_archive(tmp_path / "app", tmp_path / "app.zip")
     given = command.format(tmp_path).split()
-    expected, got = process(*given, cwd=tmp_path), counted(*given, folder=tmp_path)
+    expected, got = process(*given, cwd=tmp_path), run_program(*given, folder=tmp_path)
     assert expected.returncode == got.returncode == 0, got.stderr
     assert len(expected.stdout.splitlines()) == 1
     assert got.stdout == expected.stdout
@@ -83,7 +83,7 @@ def test_programs_run_as_with_python(command: str, tmp_path: Path) -> None:
 
 
 def test_a_program_that_does_not_exist(tmp_path: Path) -> None:
-    done = counted("a.py", folder=tmp_path)
+    done = run_program("a.py", folder=tmp_path)
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.endswith("error: program: expected a file or folder, got 'a.py'\n")
 
@@ -128,7 +128,7 @@ def test_the_first_rank_prints_the_report_last(
 ) -> None:
     program = PROGRAM.replace("CHILDREN", repr(children)).replace("END", end)
     (tmp_path / "script.py").write_text(program)
-    done = plain("-m", "pyfused", "run", "script.py", cwd=tmp_path, RANK=rank)
+    done = run_in_new_process("-m", "pyfused", "run", "script.py", cwd=tmp_path, RANK=rank)
     errors, _, report = done.stderr.partition("at exit\n")
     assert done.stdout == "True\n" + "False\nTrue\n" * bool(children), done.stderr
     assert (done.returncode, errors.splitlines()[-1:]) == (code, error)
@@ -154,7 +154,7 @@ def double(input): return 2 * input
 double(torch.ones(1 << 20))
 print(report)
 """
-    done = counted(folder=tmp_path, code=code.replace("FOLDER", repr(str(tmp_path))))
+    done = run_program(folder=tmp_path, code=code.replace("FOLDER", repr(str(tmp_path))))
     assert counts(done.stdout) == {"softsign": 1}, done.stderr
     assert counts(done.stderr) == {"softsign": 2, "__main__.double": 1}
 
@@ -164,13 +164,13 @@ KEEPS = "from pyfused import memory; print(memory.stats().keeps); memory.keep(Fa
 
 @pytest.mark.parametrize("options", [(), ("--no-keep",)])
 def test_freed_memory_is_kept_until_the_program_ends_it(options: Any, tmp_path: Path) -> None:
-    done = counted(*options, folder=tmp_path, code=KEEPS)
+    done = run_program(*options, folder=tmp_path, code=KEEPS)
     assert done.stdout == f"{CAN_KEEP and not options}\n", done.stderr
     assert re.fullmatch(NO_KERNEL, done.stderr)
 
 
 def test_nothing_is_printed_to_stdout_if_stderr_is_closed(tmp_path: Path) -> None:
-    done = counted(folder=tmp_path, code="import sys; sys.stderr = None; print(42)")
+    done = run_program(folder=tmp_path, code="import sys; sys.stderr = None; print(42)")
     assert done.stdout == "42\n"
 
 
@@ -236,7 +236,7 @@ with pyfused.report() as report, pyfused.patch():
         torch.compile(lambda x: loss(F.silu(x), x), backend="aot_eager")(torch.ones(1 << 20))
 print(report)
 """
-    done = plain("-c", code, cwd=tmp_path)
+    done = run_in_new_process("-c", code, cwd=tmp_path)
     compiled, bound = done.stdout.splitlines()[2:]
     assert compiled == "so are calls in compiled programs: silu", done.stderr
     assert bound == "so are calls through names bound before the patch: __main__.loss"

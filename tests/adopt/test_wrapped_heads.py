@@ -132,11 +132,11 @@ def tensor_parallel(model: Any) -> Any:
     return parallelize_module(model, dist.init_device_mesh("cpu", (2,)), plan)
 
 
-def same(model: Any) -> Any:
+def not_wrapped(model: Any) -> Any:
     return model
 
 
-def compiled(wrap: Callable[[Any], Any] = same, from_elements: int = 0) -> Any:
+def compiled(wrap: Callable[[Any], Any] = not_wrapped, from_elements: int = 0) -> Any:
     """Compiles a wrapped model whose head is fused from this number of logits on."""
 
     def wrap_and_compile(model: Any) -> Any:
@@ -149,7 +149,7 @@ def compiled(wrap: Callable[[Any], Any] = same, from_elements: int = 0) -> Any:
 
 HALF = {"param_dtype": torch.bfloat16, "reduce_dtype": torch.float32}
 WRAPPERS = {
-    "plain": Wrapper(same, "fused", "fused"),
+    "plain": Wrapper(not_wrapped, "fused", "fused"),
     "compiled": Wrapper(compiled(), "fused", "fused"),
     "compiled, small": Wrapper(compiled(from_elements=sys.maxsize), "left", "left"),
     "DDP, compiled": Wrapper(compiled(ddp), "fused", "fused"),
