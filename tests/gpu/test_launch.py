@@ -126,21 +126,17 @@ def test_kernels_are_chosen_for_the_device_of_the_tensor(
     """Of two kinds of GPU, one has less shared memory and fewer multiprocessors."""
     sizes = {gpu.device: (132, 232_448), gpu.device + 1: (58, 101_376)}
     names = "multi_processor_count", "shared_memory_per_block_optin"
+    properties = {i: SimpleNamespace(**dict(zip(names, sizes[i], strict=True))) for i in sizes}
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(
-        torch.cuda,
-        "get_device_properties",
-        lambda index: SimpleNamespace(**dict(zip(names, sizes[index], strict=True))),
-    )
+    monkeypatch.setattr(torch.cuda, "get_device_properties", properties.get)
     monkeypatch.setattr(Tensor, "get_device", lambda _: gpu.device)
     for gpu.device in (*sizes, *sizes):
         gpu.launched.clear()
         ahead.cases()["cross_entropy bfloat16 4096x32000"].run()
         programs, stages = sizes[gpu.device][0], 1 + sizes[gpu.device][1] // (32_768 * 2)
         (launched,) = [x for name, _, x in gpu.launched if name == row_kernel.fn.__name__]
-        constants = dict(
-            zip(reversed([x.name for x in row_kernel.params]), launched[::-1], strict=False)
-        )
+        names_of_last = [x.name for x in row_kernel.params][::-1]
+        constants = dict(zip(names_of_last, launched[::-1], strict=False))
         assert (launched[0], constants["STAGES"]) == (programs, min(3, stages))
 
 

@@ -135,15 +135,15 @@ def test_calls_of_any_size_keep_torchs_threads() -> None:
     """
     done = python(f"""{IDS}
 import itertools, torch
-from catalogue import EXAMPLES
+from catalogue import OF_FAMILIES
 from conftest import fused_always
 torch_operator, failed = torch.ones(1 << 20).exp, []
 def run(threads_set, *shapes):
     torch.set_num_threads(threads_set)
     torch_operator()  # starts threads or, after a larger number, ends some
     before = threads()
-    for example, shape in itertools.product(EXAMPLES.values(), shapes):
-        if not example.name and not example.op.name.startswith("linear_"):
+    for example, shape in itertools.product(OF_FAMILIES.values(), shapes):
+        if not example.name and not example.op.is_linear:
             example.call(shape=shape).ours().sum().backward()
             torch_operator()
             if threads() - before:
