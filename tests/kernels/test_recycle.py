@@ -277,16 +277,19 @@ FREED = "cpu.empty(x.shape, x.dtype, x).data_ptr()"
 
 @pytest.mark.skipif(not ASAN, reason="make sanitize runs it")
 @pytest.mark.parametrize(
-    ("elements", "address", "error"),
-    [("6", "x.data_ptr()", "heap-buffer-overflow"), ("9 << 20", FREED, "use-after-poison")],
+    ("x", "n", "address", "error"),
+    [
+        ("torch.zeros(5)", 6, "x.data_ptr()", "heap-buffer-overflow"),
+        ("torch.ones(9 << 20)", ELEMENTS, FREED, "use-after-poison"),
+    ],
 )
-def test_errors_are_reported(elements: str, address: str, error: str) -> None:
+def test_errors_are_reported(x: str, n: int, address: str, error: str) -> None:
     """The kernels are instrumented, and free blocks are poisoned."""
     done = process("-c", f"""
 import torch
 from pyfused.backends import cpu
-x = torch.zeros(5 if {elements} == 6 else {elements})
-cpu.native.relu(0, {elements}, {address}, x.data_ptr(), (0.0, 0.0, 0.0), 1, ())
+x = {x}
+cpu.native.relu(0, {n}, {address}, x.data_ptr(), (0.0, 0.0, 0.0), 1, ())
 """)  # fmt: skip
     assert done.returncode != 0
     assert error in done.stderr
