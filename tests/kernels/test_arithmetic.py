@@ -54,6 +54,12 @@ def arithmetic_kernel(x, out, FUNCTION: tl.constexpr, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def inexact_kernel(x, out, FUNCTION: tl.constexpr, BLOCK: tl.constexpr):
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(out + i, FUNCTION(tl.load(x + i), EXACT=False))
+
+
+@triton.jit
 def formula_kernel(x, grad_output, out, FORMULA: tl.constexpr, BLOCK: tl.constexpr):
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     p, scale = tl.full([], 30.0, tl.float64), tl.full([], 1.0, tl.float32)
@@ -69,9 +75,9 @@ def log_float64(x):
     return arithmetic.log(x, tl.float64)
 
 
-def of(function: Any, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+def of(function: Any, x: Tensor, dtype: Any = None, kernel: Any = arithmetic_kernel) -> Tensor:
     out = torch.empty_like(x, dtype=dtype)
-    arithmetic_kernel[(x.numel() // BLOCK,)](x, out, FUNCTION=function, BLOCK=BLOCK)
+    kernel[(x.numel() // BLOCK,)](x, out, FUNCTION=function, BLOCK=BLOCK)
     return out
 
 
@@ -120,22 +126,14 @@ def test_float32(function: Any, of_torch: Function, numbers: Any, most: float) -
     assert ulps(of(function, x), of_torch(x.double())) <= most
 
 
-@triton.jit
-def inexact_kernel(x, out, FUNCTION: tl.constexpr, BLOCK: tl.constexpr):
-    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    tl.store(out + i, FUNCTION(tl.load(x + i), EXACT=False))
-
-
 @pytest.mark.parametrize(
     "name", [name for name, case in CASES.items() if not name.startswith(("reciprocal", "tanh"))]
 )
 def test_functions_for_half_precision(name: str) -> None:
     function, of_torch, numbers, _ = CASES[name]
     x = numbers()
-    out = torch.empty_like(x)
-    inexact_kernel[(x.numel() // BLOCK,)](x, out, FUNCTION=function, BLOCK=BLOCK)
-    exact = of_torch(x.double())
-    torch.testing.assert_close(out.double(), exact, rtol=2e-5, atol=2.0**-126)
+    got = of(function, x, kernel=inexact_kernel)
+    torch.testing.assert_close(got.double(), of_torch(x.double()), rtol=2e-5, atol=2.0**-126)
 
 
 def test_float64_logarithm_of_float32() -> None:

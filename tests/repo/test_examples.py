@@ -10,7 +10,6 @@ import json
 import math
 import re
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -30,13 +29,6 @@ pytest.importorskip("sklearn")
 def on_path(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(Path(__file__).parents[2] / "examples")
     monkeypatch.setenv("PYFUSED_BACKEND", "cpu")  # undone after a test, unlike in the examples
-
-
-@pytest.fixture
-def kernels_forced() -> Iterator[None]:
-    """Forces kernels, like PYFUSED_BACKEND=cpu, which two examples set before importing pyfused."""
-    with fused_always():
-        yield
 
 
 def example(name: str) -> ModuleType:
@@ -71,35 +63,27 @@ def test_grpo_raises_the_reward_with_equal_losses(
     assert "at the end" in capsys.readouterr().out
 
 
-@pytest.fixture
-def distillation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    """Provides a text of few tokens with a learnable order."""
+def test_distillation_has_equal_losses(
+    tmp_path: Path, kernel_calls: KernelCalls, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    """Uses a text of few tokens with a learnable order."""
     tokens, path = torch.arange(1000) % 50, tmp_path / "tokens.pt"
     torch.save({"training": tokens, "held_out": tokens, "vocabulary": 50}, path)
     arguments = ["--tokens", str(path), "--steps", "8", "--teacher-steps", "8"]
     monkeypatch.setattr(sys, "argv", ["distillation.py", *arguments])
-    return example("distillation")
-
-
-def test_distillation_has_equal_losses(
-    distillation: Any, kernels_forced: None, kernel_calls: KernelCalls, capsys: Any
-) -> None:
-    distillation.main()  # exits if losses differ, or the student does not learn
+    distillation, gpt = example("distillation"), example("gpt")
+    with fused_always():  # like PYFUSED_BACKEND=cpu, which it sets before importing pyfused
+        distillation.main()  # exits if losses differ, or the student does not learn
     printed = capsys.readouterr().out
     assert kernel_calls["kl_div_with_logits"] >= 8
-    gpt = example("gpt")
     small, large = (distillation.build(32_000, 0, n) for n in (distillation.WIDTH, gpt.WIDTH))
     assert 3 < distillation.size_of(large) / distillation.size_of(small) < 6
     first, last = map(float, re.findall(r"(?m)^(?:teacher|student): .* loss (\S+)$", printed))
     assert first < last  # the teacher has improved
 
 
-@pytest.fixture
-def recommender() -> ModuleType:
-    return example("recommender")
-
-
-def test_recall_needs_no_scores_of_all_items(recommender: ModuleType) -> None:
+def test_recall_needs_no_scores_of_all_items() -> None:
+    recommender = example("recommender")
     data, model = recommender.Data(1000), recommender.Recommender(1000)
     torch.nn.init.normal_(model.head.weight)
     history, target = data.draw(64)
@@ -108,11 +92,9 @@ def test_recall_needs_no_scores_of_all_items(recommender: ModuleType) -> None:
 
 
 @pytest.mark.parametrize("way", ["torch", "pyfused"])
-def test_a_recommender_learns(
-    recommender: Any, way: str, monkeypatch: pytest.MonkeyPatch, capsys: Any
-) -> None:
+def test_a_recommender_learns(way: str, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     monkeypatch.setattr(sys, "stdin", ["1e-9"] + ["0.5"] * 2)  # the first is one step
-    recommender.work(way, 1000)
+    example("recommender").work(way, 1000)
     results = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert results[0]["steps"] == 1 < results[-1]["steps"]
     assert results[-1]["loss"] < math.log(1000) - 2  # that of guessing
