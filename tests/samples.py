@@ -388,9 +388,8 @@ def transposed(x: Tensor) -> Tensor:
     return x.permute(order).contiguous().permute(order)
 
 
-def classes_innermost(x: Tensor) -> Tensor:
-    """Returns a channels_last tensor, for 2 or more dimensions."""
-    return x if x.dim() < 2 else x.movedim(1, -1).contiguous().movedim(-1, 1)
+def innermost(x: Tensor, dim: int) -> Tensor:
+    return x if x.dim() < 2 else x.movedim(dim, -1).contiguous().movedim(-1, dim)
 
 
 def every_second(x: Tensor) -> Tensor:
@@ -422,26 +421,7 @@ def misaligned(x: Tensor) -> Tensor:
 
 def last_dimensions_swapped(x: Tensor) -> Tensor:
     """Returns (N, C, d1, d2) with d1 innermost: the positions have no common stride."""
-    return x if x.dim() < 3 else x.transpose(-1, -2).contiguous().transpose(-1, -2)
-
-
-def batch_innermost(x: Tensor) -> Tensor:
-    return x if x.dim() < 2 else x.movedim(0, -1).contiguous().movedim(-1, 0)
-
-
-_SAME = (
-    *(contiguous, transposed, classes_innermost, every_second, rows_apart, misaligned),
-    *(last_dimensions_swapped, batch_innermost),
-)
-SAME_VALUES: dict[str, Layout] = {layout.__name__: layout for layout in _SAME}
-
-
-def first_row_expanded(x: Tensor) -> Tensor:
-    return x[:1].expand(x.shape) if x.dim() else x
-
-
-def first_column_expanded(x: Tensor) -> Tensor:
-    return x[..., :1].expand(x.shape) if x.dim() else x
+    return x if x.dim() < 3 else x.mT.contiguous().mT
 
 
 def one_element_expanded(x: Tensor) -> Tensor:
@@ -450,13 +430,25 @@ def one_element_expanded(x: Tensor) -> Tensor:
 
 def overlapping_windows(x: Tensor) -> Tensor:
     """Returns rows that share elements, as unfold returns them."""
-    if x.dim() != 2:
-        return x
-    return torch.cat([x.reshape(-1), x.reshape(-1)]).as_strided(x.shape, (1, 1))
+    return torch.cat([x.reshape(-1)] * 2).as_strided(x.shape, (1, 1)) if x.dim() == 2 else x
 
 
-_REPEATING = first_row_expanded, first_column_expanded, one_element_expanded, overlapping_windows
-REPEATING: dict[str, Layout] = {layout.__name__: layout for layout in _REPEATING}
+SAME_VALUES: dict[str, Layout] = {
+    "contiguous": contiguous,
+    "transposed": transposed,
+    "classes_innermost": lambda x: innermost(x, 1),
+    "every_second": every_second,
+    "rows_apart": rows_apart,
+    "misaligned": misaligned,
+    "last_dimensions_swapped": last_dimensions_swapped,
+    "batch_innermost": lambda x: innermost(x, 0),
+}
+REPEATING: dict[str, Layout] = {
+    "first_row_expanded": lambda x: x[:1].expand(x.shape) if x.dim() else x,
+    "first_column_expanded": lambda x: x[..., :1].expand(x.shape) if x.dim() else x,
+    "one_element_expanded": one_element_expanded,
+    "overlapping_windows": overlapping_windows,
+}
 LAYOUTS = SAME_VALUES | REPEATING
 
 

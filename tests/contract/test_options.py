@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import itertools
 import math
 import os
 from collections.abc import Callable, Iterator
@@ -18,14 +19,26 @@ from typing import Any
 import interpreter
 import pytest
 import torch
-from catalogue import EXAMPLES, OF_ROWS, SHAPE, Call, call_of_rows
-from compare import HALF, assert_accurate, defined_by_torch, flattened, largest
+from catalogue import (
+    EXAMPLES,
+    FACTOR_DTYPES,
+    OF_ROWS,
+    SHAPE,
+    Call,
+    Example,
+    call_of_rows,
+    ours,
+    reference,
+)
+from check_calls import check_call, of_reference, run
+from compare import FLOATS, HALF, assert_accurate, defined_by_torch, flattened, largest, outcome
 from conftest import KernelCalls, fused_always, fused_by_size
-from samples import OPTIONS
+from samples import OPTIONS, declared
 from torch import Tensor
 
 from pyfused import functional as fused
-from pyfused.ops.operators import OPERATORS
+from pyfused.dispatch.operator import Operator
+from pyfused.ops.operators import CROSS_ENTROPY, LINEAR_CROSS_ENTROPY, NLL_LOSS, OPERATORS
 
 INF, NAN = math.inf, math.nan
 SEARCHES = os.environ.get("HYPOTHESIS_PROFILE") == "search"
@@ -206,51 +219,64 @@ def spread(x: Tensor) -> float:
     return largest(x.where(finite, -INF).amax(1) - x.where(finite, INF).amin(1))
 
 
+def closed_form(call: Call) -> tuple[Tensor, list[Tensor], Callable[..., list[Tensor]]]:
+    """Returns the scaled logits, the results, and a function that returns the gradients."""
+    leaves = [x.detach().double() for x in call.leaves.values()]
+    given = {name: x for name, x in call.given.items() if name not in call.leaves}
+    teacher = [x for name, x in given.items() if name in TEACHERS]
+    given |= {"teacher": logits_of(*teacher)} if teacher else {}
+    z = logits_of(*leaves)
+    results, gradient_of = FORMS[call.op.name](z, given)
+
+    def gradients(grad_outputs: list[Tensor]) -> list[Tensor]:
+        of_logits = gradient_of(*[x.double() for x in grad_outputs])
+        if not call.op.is_linear:
+            return [of_logits]
+        input = leaves[0].where((of_logits != 0).any(1, keepdim=True), 0)
+        return [of_logits @ leaves[1], of_logits.T @ input, of_logits.sum(0)]
+
+    return Logits(z, given).x, results, gradients
+
+
+def computed(call: Call, way: str, grad_outputs: list[Tensor]) -> tuple[list[Tensor], ...]:
+    """Returns the results, and the gradients of two backward passes."""
+    arguments = dict(call.given)
+    if len(next(iter(call.leaves.values()))) == 1 and call.seed % 2:  # without a dimension of rows
+        of_rows = *OF_ROWS, call.op.operands[0].name
+        arguments = {name: x[0] if name in of_rows else x for name, x in arguments.items()}
+    context, function_of = WAYS[way]
+    with context():
+        found = flattened(function_of(call.op.name)(**arguments))
+        pairs = zip(found, grad_outputs, strict=True)
+        pairs = [(x, grad.to(x.dtype).view_as(x)) for x, grad in pairs if x.requires_grad]
+        graph = [x for x, _ in pairs], [*call.leaves.values()], [grad for _, grad in pairs]
+        gradients = [torch.autograd.grad(*graph, retain_graph=again) for again in (True, False)]
+    return found, *map(list, gradients)
+
+
 def compare_with_closed_form(call: Call, way: str, rounded: bool = True) -> None:
-    """Compares results, and the gradients of two backward passes.
+    """Compares results and gradients.
 
     Rounding the logits changes their differences to the largest one by a part of the spread. This
     is the absolute error of a logarithm, and the relative error of a probability. The logits
     themselves are rounded, too, unless `rounded` is False.
     """
-    name, given = call.op.name, {n: x for n, x in call.given.items() if n not in call.leaves}
-    leaves = [x.detach().double() for x in call.leaves.values()]
-    teacher = [x for n, x in given.items() if n in TEACHERS]
-    given |= {"teacher": logits_of(*teacher)} if teacher else {}
-    z = logits_of(*leaves)
-    results, gradient_of = FORMS[name](z, given)
-    dtype, rows = next(iter(call.leaves.values())).dtype, len(z)
-    grad_outputs = [torch.randn(x.shape).to(dtype) for x in results]
-    exact = [gradient_of(*[x.double() for x in grad_outputs])]
-    if call.op.is_linear:
-        input = leaves[0].where((exact[0] != 0).any(1, keepdim=True), 0)
-        exact = [exact[0] @ leaves[1], exact[0].T @ input, exact[0].sum(0)]
-    arguments = dict(call.given)
-    if rows == 1 and call.seed % 2:  # without a dimension of rows
-        of_rows = *OF_ROWS, call.op.operands[0].name
-        arguments = {n: x[0] if n in of_rows else x for n, x in arguments.items()}
-    context, function_of = WAYS[way]
-    with context():
-        found = flattened(function_of(name)(**arguments))
-        pairs = [(x, g.to(x.dtype).view_as(x)) for x, g in zip(found, grad_outputs, strict=True)]
-        pairs = [(x, g) for x, g in pairs if x.requires_grad]
-        graph = [x for x, _ in pairs], [*call.leaves.values()], [g for _, g in pairs]
-        gradients = torch.autograd.grad(*graph, retain_graph=True)
-        again = torch.autograd.grad(*graph)
+    dtype = next(iter(call.leaves.values())).dtype
     in_float32 = dtype in HALF and way == "by kernels" and not call.op.is_linear
     eps = torch.finfo(torch.float32 if in_float32 else dtype).eps
-    x, roundings = (
-        Logits(z, given).x,
-        32 if dtype is torch.float64 else 4,
-    )  # no wider dtype for sums
-    size = largest(x) if rounded else 0
+    roundings = 32 if dtype is torch.float64 else 4  # no wider dtype for sums
+    x, results, gradients_of = closed_form(call)
+    size, width = largest(x) if rounded else 0, spread(x)
+    grad_outputs = [torch.randn(y.shape).to(dtype) for y in results]
+    found, *gradients = computed(call, way, grad_outputs)
     for got, best in zip(found, results, strict=True):
         got = got if got.is_floating_point() else got.double()
-        error = roundings * eps * (size + spread(x) + largest(best))
+        error = roundings * eps * (size + width + largest(best))
         assert_accurate(got.reshape(best.shape), best, error, roundings, result=f"{call}: result")
-    for got, best in zip((*gradients, *again), exact * 2, strict=True):
+    exact = gradients_of(grad_outputs)
+    for got, best in zip(sum(gradients, []), exact * 2, strict=True):
         is_free = ~best.to(got.dtype).isfinite() & (~got.isfinite() | (got == 0))
-        error = roundings * eps * (1 + size + min(spread(x), 100)) * (1 + largest(best))
+        error = roundings * eps * (1 + size + min(width, 100)) * (1 + largest(best))
         best = best.where(~is_free, got.double())
         assert_accurate(got, best, error, roundings, result=f"{call}: gradient")
 
@@ -332,3 +358,108 @@ def test_beta_is_not_learned_where_the_divergence_jumps(beta: float) -> None:
     x, learned = torch.zeros(1, 3), torch.tensor(beta, requires_grad=True)
     with pytest.raises(ValueError, match=r"beta: expected a number in \(0.0, 1.0\) to be learned"):
         fused.kl_div_with_logits(x, x, beta=learned)
+
+
+# ---- weights of rows and of elements -------------------------------------------------------------
+
+
+def weights() -> Iterator[Any]:
+    for op in OPERATORS.values():
+        for name in sorted({"token_weight", "weight"} & declared(op).keys()):
+            of_classes = name == "weight" and any(o.indices for o in op.operands)
+            converts = next(o for o in op.all_operands if o.name == name).converts
+            dtypes = FACTOR_DTYPES if converts else FLOATS  # others are torch's
+            for dtype in [torch.float32] if of_classes else dtypes:  # that of the logits
+                yield pytest.param(op, name, dtype, False, id=f"{op.name}-{name}-{dtype}")
+        if op.factors and any(o.indices and o.differentiated for o in op.operands):
+            for dtype in FACTOR_DTYPES:
+                yield pytest.param(op, "token_weight", dtype, True, id=f"{op.name}-soft-{dtype}")
+
+
+@pytest.mark.cpu  # large for the interpreter
+@pytest.mark.parametrize(("op", "name", "dtype", "soft"), [*weights()])
+def test_means_of_many_rows(op: Operator, name: str, dtype: torch.dtype, soft: bool) -> None:
+    """The mean divides by a sum of 70,000 weights, which is infinite or rounded in half precision.
+
+    Half of the weights of rows are 0, others are 1.
+    """
+    call = Example(op, "", {"reduction": "mean"}, (name,), soft).call(torch.float32, (70_000, 3))
+    weight = call.given[name]
+    call.given[name] = (torch.arange(weight.numel()).view(weight.shape) % 2).to(dtype)
+    exact = of_reference(call, torch.float64)
+    functions = [ours, reference] if name == "token_weight" else [ours]  # torch lacks token_weight
+    for function in functions:
+        for got, best in zip(run(call, function), exact, strict=True):
+            assert_accurate(got, best, 1e-5 * largest(best))
+
+
+@pytest.mark.cpu
+@pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
+@pytest.mark.parametrize("softcap", [None, 5.0])
+def test_rows_of_weight_0_may_be_nan_if_metrics_are_computed(
+    softcap: float | None, reduction: str
+) -> None:
+    """Metrics read all rows, but the loss of a row of weight 0 is 0."""
+    logits, weight = torch.randn(5, 7), torch.tensor([0.0, 1, 0, 1, 1])
+    logits[0] = math.nan
+    target, given = torch.arange(5), {"softcap": softcap, "reduction": reduction}
+    loss, _ = fused.cross_entropy_with_metrics(logits, target, token_weight=weight, **given)
+    expected = fused.cross_entropy(logits.nan_to_num(), target, token_weight=weight, **given)
+    torch.testing.assert_close(loss, expected)
+
+
+# ---- dtypes of class weights ---------------------------------------------------------------------
+
+
+every_size = pytest.mark.parametrize(
+    "size", [(60, 30), pytest.param((6, 20), marks=pytest.mark.thresholds, id="small")]
+)
+HEAD_AND_LOSS = CROSS_ENTROPY, LINEAR_CROSS_ENTROPY
+TARGETS = [
+    *itertools.product(HEAD_AND_LOSS, FLOATS),
+    *itertools.product((*HEAD_AND_LOSS, NLL_LOSS), [torch.int64]),
+]
+
+
+def name_of(x: Any) -> str:
+    return getattr(x, "name", str(x))
+
+
+@pytest.mark.cpu
+@every_size
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("of_weight", [*FLOATS, None])
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize(("op", "of_target"), TARGETS, ids=name_of)
+def test_dtypes_of_class_weights(
+    op: Operator, of_target: Any, dtype: Any, of_weight: Any, autocast: bool, size: Any
+) -> None:
+    soft, optional = of_target is not torch.int64, ("weight",) if of_weight else ()
+    call = Example(op, "", {}, optional, soft).call(dtype, size)
+    for name, kind in (("target", of_target), ("weight", of_weight)):
+        if kind is not None:
+            x = call.given[name]
+            call.given[name] = x.detach().to(kind).requires_grad_(x.requires_grad)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        check_call(call)
+
+
+@pytest.mark.cpu
+@every_size
+@pytest.mark.parametrize(
+    ("dtype", "of_weight", "loss_dtype"), [*itertools.product(FLOATS, repeat=3)]
+)
+@pytest.mark.parametrize("op", HEAD_AND_LOSS, ids=name_of)
+def test_class_weights_are_at_most_as_wide_as_the_loss(
+    op: Operator, dtype: Any, of_weight: Any, loss_dtype: Any, size: Any
+) -> None:
+    call = Example(op, "", {"loss_dtype": loss_dtype}, ("weight",)).call(dtype, size)
+    call.given["weight"] = call.given["weight"].to(of_weight)
+    is_between = torch.promote_types(dtype, of_weight) is of_weight
+    is_between &= torch.promote_types(of_weight, loss_dtype) is loss_dtype
+    loss = outcome(call.ours)
+    if dtype is of_weight or is_between:
+        assert loss.dtype is loss_dtype
+    else:
+        assert isinstance(loss, RuntimeError)
+    check_call(call)
