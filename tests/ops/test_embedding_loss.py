@@ -112,8 +112,7 @@ def test_composed_with_cross_entropy(shape: tuple[int, ...], kind: str, dtype: t
     (input, target), errors = cosines(shape, dtype), Errors()
     for options in OPTIONS:
         given = options | {"kind": kind}
-        got = evaluate(composed, input, target, **given)
-        native = evaluate(by_hand, input, target, **given)
+        got, native = (evaluate(f, input, target, **given) for f in (composed, by_hand))
         errors.add_outcome(got, native, evaluate(by_hand, input, target, convert=exactly, **given))
         assert got.value.dtype is dtype
     errors.check(roundings=16 if dtype is torch.float64 else 2)
