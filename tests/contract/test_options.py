@@ -238,7 +238,7 @@ def closed_form(call: Call) -> tuple[Tensor, list[Tensor], Callable[..., list[Te
     return Logits(z, given).x, results, gradients
 
 
-def computed(call: Call, way: str, grad_outputs: list[Tensor]) -> tuple[list[Tensor], ...]:
+def computed(call: Call, way: str, grad_outputs: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
     """Returns the results, and the gradients of two backward passes."""
     arguments = dict(call.given)
     if len(next(iter(call.leaves.values()))) == 1 and call.seed % 2:  # without a dimension of rows
@@ -250,8 +250,8 @@ def computed(call: Call, way: str, grad_outputs: list[Tensor]) -> tuple[list[Ten
         pairs = zip(found, grad_outputs, strict=True)
         pairs = [(x, grad.to(x.dtype).view_as(x)) for x, grad in pairs if x.requires_grad]
         graph = [x for x, _ in pairs], [*call.leaves.values()], [grad for _, grad in pairs]
-        gradients = [torch.autograd.grad(*graph, retain_graph=again) for again in (True, False)]
-    return found, *map(list, gradients)
+        first = torch.autograd.grad(*graph, retain_graph=True)
+        return found, [*first, *torch.autograd.grad(*graph)]
 
 
 def compare_with_closed_form(call: Call, way: str, rounded: bool = True) -> None:
@@ -268,13 +268,13 @@ def compare_with_closed_form(call: Call, way: str, rounded: bool = True) -> None
     x, results, gradients_of = closed_form(call)
     size, width = largest(x) if rounded else 0, spread(x)
     grad_outputs = [torch.randn(y.shape).to(dtype) for y in results]
-    found, *gradients = computed(call, way, grad_outputs)
+    found, gradients = computed(call, way, grad_outputs)
     for got, best in zip(found, results, strict=True):
         got = got if got.is_floating_point() else got.double()
         error = roundings * eps * (size + width + largest(best))
         assert_accurate(got.reshape(best.shape), best, error, roundings, result=f"{call}: result")
     exact = gradients_of(grad_outputs)
-    for got, best in zip(sum(gradients, []), exact * 2, strict=True):
+    for got, best in zip(gradients, exact * 2, strict=True):
         is_free = ~best.to(got.dtype).isfinite() & (~got.isfinite() | (got == 0))
         error = roundings * eps * (1 + size + min(width, 100)) * (1 + largest(best))
         best = best.where(~is_free, got.double())

@@ -44,6 +44,16 @@ def test_results_that_were_not_requested(op: str) -> None:
     assert not found.mean_logit.requires_grad
 
 
+def test_the_dimension_of_the_classes() -> None:
+    """Language models' logits (B, T, C) require dim; the results equal those of rows."""
+    tensors = draw("log_probs")
+    logits, target = tensors["logits"].detach().view(3, 4, 70), tensors["target"].view(3, 4)
+    expected = [x.view(3, 4) for x in all_results("log_probs", **tensors)[:3]]
+    for moved, dim in ((logits, -1), (logits.movedim(-1, 0), 0)):
+        got = all_results("log_probs", logits=moved, target=target, dim=dim)
+        torch.testing.assert_close([*got[:3]], expected)
+
+
 # ---- independence of rows ------------------------------------------------------------------------
 
 ROWS, CLASSES = (9, 150) if interpreter.ON else (9, 3500)
