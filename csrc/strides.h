@@ -109,21 +109,54 @@ template <class T, class To> void gather(const T* from, int64_t step, To* to, in
   }
 }
 
+// Rows of elements, as above. Short rows are read column by column, because a call for each row
+// takes longer than its elements; contiguous columns, because their elements share cache lines.
+template <class T, class To>
+void gather(const T* from, int64_t row_step, int64_t step, To* to, int64_t rows, int64_t columns) {
+  constexpr int64_t kShort = 16;
+  if (columns >= kShort && (row_step != 1 || rows < kShort)) {
+    for (int64_t r = 0; r < rows; ++r) gather(from + r * row_step, step, to + r * columns, columns);
+    return;
+  }
+  for (int64_t c = 0; c < columns; ++c) {
+    for (int64_t r = 0; r < rows; ++r) {
+      const T& element = from[c * step + r * row_step];
+      if constexpr (std::is_same_v<T, To>) to[r * columns + c] = element;
+      else to[r * columns + c] = widen(element);
+    }
+  }
+}
+
+// Calls body(address, buffer, rows, columns) for rows that differ in the last outer index only; the
+// first and the last row may be parts of rows.
+template <class T, class To, class Body>
+void for_rows(const Operand<T>& o, const Order& order, int64_t first, int64_t n, To* to,
+              const Body& body) {
+  for (int64_t m; n > 0; first += m, to += m, n -= m) {
+    const int64_t row = first / order.columns, column = first % order.columns;
+    const bool whole = column == 0 && n >= order.columns;
+    const int64_t following = order.outer.back() - row % order.outer.back();
+    const int64_t rows = whole ? std::min(n / order.columns, following) : 1;
+    const int64_t columns = whole ? order.columns : std::min(n, order.columns - column);
+    body(o.row(order, row) + column * o.step, to, rows, columns);
+    m = rows * columns;
+  }
+}
+
 // n elements of an operand from `first` on, in the buffer or, if they are contiguous, in place.
 template <class T, class To>
 const To* gather(const Operand<T>& o, const Order& order, int64_t first, int64_t n, To* buffer) {
   const T* from = o.data + first * o.step;
   if (o.in_rows()) {
-    int64_t row = first / order.columns, column = first % order.columns;
+    const int64_t column = first % order.columns;
     if (column + n > order.columns) {  // several rows
-      for (int64_t k = 0; k < n; ++row, column = 0) {
-        const int64_t m = std::min(n - k, order.columns - column);
-        gather(o.row(order, row) + column * o.step, o.step, buffer + k, m);
-        k += m;
-      }
+      const int64_t row_step = o.row_steps.back();
+      for_rows(o, order, first, n, buffer, [&](const T* at, To* to, int64_t rows, int64_t columns) {
+        gather(at, row_step, o.step, to, rows, columns);
+      });
       return buffer;
     }
-    from = o.row(order, row) + column * o.step;
+    from = o.row(order, first / order.columns) + column * o.step;
   }
   if constexpr (std::is_same_v<T, To>) {
     if (o.step == 1) return from;
@@ -132,32 +165,19 @@ const To* gather(const Operand<T>& o, const Order& order, int64_t first, int64_t
   return buffer;
 }
 
-// The same for an operand in columns. Rows that follow each other are read together, because lines
-// of the cache hold elements of several rows.
+// The same for an operand in columns.
 template <class T>
 void gather_columns(const Operand<T>& o, const Order& order, int64_t first, int64_t n,
                     Accumulate<T>* to) {
-  const int64_t columns = order.columns;
-  for (int64_t m; n > 0; first += m, to += m, n -= m) {
-    const int64_t row = first / columns, column = first % columns;
-    const T* const from = o.row(order, row) + column * o.step;
-    const int64_t rows = std::min(n / columns, order.outer.back() - row % order.outer.back());
-    if (column > 0 || rows < 2) {
-      m = std::min(n, columns - column);
-      gather(from, o.step, to, m);
-      continue;
-    }
-    m = rows * columns;
+  using A = Accumulate<T>;
+  for_rows(o, order, first, n, to, [&](const T* from, A* out, int64_t rows, int64_t columns) {
 #ifdef PYFUSED_HAS_REGISTERS
     if constexpr (kTransposes<T>) {
-      load_transposed<true>(from, o.step, to, columns, rows, columns);
-      continue;
+      if (rows > 1) return load_transposed<true>(from, o.step, out, columns, rows, columns);
     }
 #endif
-    for (int64_t c = 0; c < columns; ++c) {
-      for (int64_t r = 0; r < rows; ++r) to[r * columns + c] = widen(from[c * o.step + r]);
-    }
-  }
+    gather(from, 1, o.step, out, rows, columns);
+  });
 }
 
 // The same as `gather`, without a call for the elements of a contiguous tensor.
