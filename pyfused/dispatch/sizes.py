@@ -89,7 +89,7 @@ ON_CPU: dict[str, Limits] = {
     "cosine_embedding_loss": Limits(ALWAYS, without_gradient=4 * SMALL, unreduced=4 * SMALL),
     "gaussian_nll_loss": Limits(2 * TINY, unreduced=SMALL),
     "hinge_embedding_loss": Limits(ALWAYS, without_gradient=2 * TINY, unreduced=2 * TINY),
-    "hinge_loss": Limits(ALWAYS, unreduced=SMALL),
+    "hinge_loss": Limits(ALWAYS, without_gradient=SMALL, unreduced=2 * SMALL),
     "kl_div_with_logits": Limits(ALWAYS),
     "log_cosh_loss": Limits(ALWAYS),
     "log_probs": Limits(ALWAYS),
