@@ -65,10 +65,11 @@ inline auto fields(CrossEntropyOptions& o) {
 struct CrossEntropyOutputs {
   int64_t loss;
   ViewTuple grad_logits, grad_probabilities;
-  int64_t prediction, results;
+  int64_t prediction;
+  std::array<int64_t, 5> metrics;
 };
 inline auto fields(CrossEntropyOutputs& o) {
-  return std::tie(o.loss, o.grad_logits, o.grad_probabilities, o.prediction, o.results);
+  return std::tie(o.loss, o.grad_logits, o.grad_probabilities, o.prediction, o.metrics);
 }
 
 struct KlDivInputs {
@@ -173,6 +174,7 @@ int64_t run_cross_entropy(int dtype, const ClassSizes& sizes, const CrossEntropy
     const auto& [outer, inner, classes] = sizes;
     const auto grad_logits = view<T>(outputs.grad_logits);
     const auto grad_probabilities = view<T>(outputs.grad_probabilities);
+    const auto& [log_p, lse, prediction, correct, entropy] = outputs.metrics;
     const int64_t positions = outer * inner, elements = positions * classes;
     const size_t bytes = size_t(elements) * sizeof(T);
     prefer_huge_pages(grad_logits.data, bytes);
@@ -191,7 +193,8 @@ int64_t run_cross_entropy(int dtype, const ClassSizes& sizes, const CrossEntropy
                              threads_for(reads_few ? positions : elements, threads),
                              pointer<const A>(inputs.token_weight),
                              pointer<double>(outputs.prediction),
-                             pointer<A>(outputs.results)};
+                             {pointer<A>(log_p), pointer<A>(lse), pointer<int64_t>(prediction),
+                              pointer<bool>(correct), pointer<A>(entropy)}};
     return options.normalized ? nll_loss(ce) : cross_entropy(ce);
   });
 }

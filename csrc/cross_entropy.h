@@ -34,6 +34,17 @@ struct CrossEntropyOptions {
   std::optional<double> denominator;  // by default, the summed weight of valid targets
 };
 
+// One of each for each position, for class indices and a scale of 1: the results of row_terms.h,
+// the first class with the largest logit, and whether it is the target. Where the position is
+// ignored, they are 0, ignore_index and false. Where no logit is above -inf, or one is NaN or inf,
+// lse is NaN and the others are undefined.
+template <class A> struct Metrics {
+  A *log_p, *lse;  // null if no metrics are computed
+  int64_t* prediction;
+  bool* correct;
+  A* entropy;
+};
+
 template <class T> struct CrossEntropy : Positions, CrossEntropyOptions {
   using A = Accumulate<T>;
   View<const T> logits;
@@ -50,11 +61,7 @@ template <class T> struct CrossEntropy : Positions, CrossEntropyOptions {
   // the scale, then its first class, where NaN is the largest; the class is -1 where the position
   // is ignored. Only for rows of row_classes() contiguous classes.
   double* prediction = nullptr;
-  // Four numbers for each position, null if not computed: the log-probability, the entropy and the
-  // log-sum-exp of all positions, as in row_terms.h, and the first class with the largest logit,
-  // for class indices and a scale of 1. They are 0 where the position is ignored. The class is -1
-  // and the others are undefined where no logit is above -inf, or one is NaN or inf.
-  A* results = nullptr;
+  Metrics<A> metrics = {};
 
   bool dense() const { return target == nullptr || label_smoothing > 0; }
   // Whether the loss and the gradients of a position are 0, whatever its logits are.

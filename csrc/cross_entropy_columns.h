@@ -30,12 +30,12 @@ class CrossEntropyColumns : Columns<T, kColumns, kTileClasses> {
 
   double run() {
     rows.find_targets(ce, first, positions);
-    ce.grad_logits.data || ce.results ? Base::template find_normalizer<true>(ce.logits)
-                                      : Base::template find_normalizer<false>(ce.logits);
+    ce.grad_logits.data || ce.metrics.lse ? Base::template find_normalizer<true>(ce.logits)
+                                          : Base::template find_normalizer<false>(ce.logits);
     rows.find_log_sums(sum, kColumns);
     find_target_logits();
     if (ce.dense()) find_distance();
-    if (ce.results) find_results();
+    if (ce.metrics.lse) find_metrics();
     rows.find_terms(ce, positions, max, sum);
     repeat(rows.a);
     repeat(rows.s);
@@ -132,7 +132,7 @@ class CrossEntropyColumns : Columns<T, kColumns, kTileClasses> {
   }
 
   // Finds the entropy and the first class with the largest logit of each position.
-  PYFUSED_NOINLINE void find_results() {
+  PYFUSED_NOINLINE void find_metrics() {
     double weighted[kColumns] = {}, index[kColumns];
     std::fill_n(index, kColumns, double(ce.classes));
     Base::reload_with(-std::numeric_limits<A>::infinity());
@@ -156,7 +156,7 @@ class CrossEntropyColumns : Columns<T, kColumns, kTileClasses> {
     Base::reload_with(0);
     add_lanes(weighted);
     Base::combine(index, [](double x, double y) { return std::min(x, y); });
-    rows.write_results(ce, first, positions, max, sum, weighted, index);
+    rows.write_metrics(ce, first, positions, max, sum, weighted, index);
   }
 
   void clear_ignored(Tile& tile, int64_t k) const {

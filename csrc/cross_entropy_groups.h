@@ -13,6 +13,7 @@ namespace pyfused {
 template <class T> class CrossEntropyGroup : RowGroup<T> {
   using Base = RowGroup<T>;
   using Base::classes, Base::width, Base::first, Base::n, Base::max, Base::sum, Base::e;
+  using Base::weighted, Base::index;
 
  public:
   using Base::rows;
@@ -22,14 +23,15 @@ template <class T> class CrossEntropyGroup : RowGroup<T> {
 
   double run() {
     const auto logits = Base::rows_of(ce.logits);
-    ce.grad_logits.data || ce.results ? Base::template find_normalizer<true>(logits)
-                                      : Base::template find_normalizer<false>(logits);
+    if (ce.metrics.lse) Base::template find_normalizer<true, true>(logits);
+    else if (ce.grad_logits.data) Base::template find_normalizer<true>(logits);
+    else Base::template find_normalizer<false>(logits);
     of.find_targets(ce, first, n);
     for (int64_t r = 0; r < n; ++r) {
       if (of.label[r] >= 0) of.target_logit[r] = widen(logits.row[r * logits.stride + of.label[r]]);
     }
     of.find_log_sums(sum, kSquare);
-    if (ce.results) write_results(logits);
+    if (ce.metrics.lse) of.write_metrics(ce, first, n, max, sum, weighted, index);
     of.find_terms(ce, n, max, sum);
     of.find_losses(ce, kSquare, max);
     T* grad = ce.grad_logits.data ? ce.at(ce.grad_logits, first) : nullptr;
@@ -40,12 +42,6 @@ template <class T> class CrossEntropyGroup : RowGroup<T> {
  private:
   const CrossEntropyBatch<T>& ce;
   LossRows<T, kSquare> of;
-
-  PYFUSED_NOINLINE void write_results(typename Base::template Rows<const T> logits) {
-    alignas(kVectorBytes) float weighted[kSquare], index[kSquare];
-    Base::find_weighted(logits, weighted, index);
-    of.write_results(ce, first, n, max, sum, weighted, index);
-  }
 
   void write_gradient(int64_t r, T* grad) {
     if (of.label[r] < 0) return void(std::fill_n(grad, classes, T{}));

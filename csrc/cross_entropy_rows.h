@@ -20,8 +20,8 @@ template <class T, bool kInPlace> class RowBlock {
  public:
   RowBlock(const CrossEntropyBatch<T>& ce, int64_t first)
       : ce(ce), first(first), n(std::min(rows_of_block(ce.classes), ce.positions() - first)),
-        keeps(ce.grad_logits.data && ce.classes <= kKept<T> && !ce.results),
-        predicts(ce.prediction || ce.results) {}
+        keeps(ce.grad_logits.data && ce.classes <= kKept<T> && !ce.metrics.lse),
+        predicts(ce.prediction || ce.metrics.lse) {}
 
   // Writes the gradients and, with Reduction::none, the losses; returns the sum of the losses.
   double run() {
@@ -46,8 +46,8 @@ template <class T, bool kInPlace> class RowBlock {
       if (rows.label[i] >= 0) rows.target_logit[i] = widen(*row.chunk(rows.label[i], 1));
       maximum = kLowest;
       chunk_of_maximum = -1;
-      // Results are those of a scale of 1.
-      if (kInPlace && ce.results) read<false, kInPlace>(row, i, grad, row_max);
+      // Metrics are those of a scale of 1.
+      if (kInPlace && ce.metrics.lse) read<false, kInPlace>(row, i, grad, row_max);
       else if (keeps) read<true, false>(row, i, grad, row_max);
       else read<false, false>(row, i, grad, row_max);
       const bool finite = std::isnormal(row.state.sum);  // 0 if all logits are -inf
@@ -56,7 +56,7 @@ template <class T, bool kInPlace> class RowBlock {
       finish(row, i, grad);
     }
     rows.find_log_sums(sum, n);
-    if (ce.results) rows.write_results(ce, first, n, pivot, sum, weighted, index);
+    if (ce.metrics.lse) rows.write_metrics(ce, first, n, pivot, sum, weighted, index);
     rows.find_losses(ce, n, pivot);
     return ce.finish(first, n, rows.loss);
   }

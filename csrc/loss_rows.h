@@ -149,25 +149,28 @@ template <class T, int64_t kRows> struct LossRows {
     }
   }
 
-  // Writes the results of n positions, from their log_sum and the first class with the largest
+  // Writes the metrics of n positions, from their log_sum and the first class with the largest
   // logit of each.
   template <class S, class I>
-  PYFUSED_NOINLINE void write_results(const CrossEntropyBatch<T>& ce, int64_t first, int64_t n,
+  PYFUSED_NOINLINE void write_metrics(const CrossEntropyBatch<T>& ce, int64_t first, int64_t n,
                                       const A* pivot, const S* sum, const S* weighted,
                                       const I* index) const {
-    constexpr double kInfinity = std::numeric_limits<double>::infinity();
-    const int64_t positions = ce.positions();
-    A* const results = ce.results + first;
+    using Limits = std::numeric_limits<double>;
+    const Metrics<A> to = ce.metrics;
     PYFUSED_SIMD()
     for (int64_t i = 0; i < n; ++i) {
       const double high = double(pivot[i]), total = double(sum[i]);
       const RowResults row(high, total, log_sum[i], double(weighted[i]), double(target_logit[i]));
-      const bool finite = std::abs(high) < kInfinity && total < kInfinity;
+      const bool finite = std::abs(high) < Limits::infinity() && total < Limits::infinity();
       const bool ignored = label[i] < 0;
-      results[i] = ignored ? A(0) : A(row.log_p);
-      results[positions + i] = ignored ? A(0) : A(row.entropy);
-      results[2 * positions + i] = ignored ? A(0) : A(row.lse);
-      results[3 * positions + i] = ignored ? A(0) : finite ? A(index[i]) : A(-1);
+      to.log_p[first + i] = ignored ? A(0) : A(row.log_p);
+      to.entropy[first + i] = ignored ? A(0) : A(row.entropy);
+      to.lse[first + i] = ignored ? A(0) : A(finite ? row.lse : Limits::quiet_NaN());
+    }
+    for (int64_t i = 0; i < n; ++i) {
+      const int64_t prediction = int64_t(index[i]);
+      to.prediction[first + i] = label[i] < 0 ? ce.ignore_index : prediction;
+      to.correct[first + i] = prediction == label[i];
     }
   }
 

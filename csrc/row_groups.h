@@ -45,6 +45,8 @@ template <class T> class RowGroup {
   alignas(kVectorBytes) float max[kSquare];
   alignas(kVectorBytes) float sum[kSquare];       // the sum of exp(x - max)
   alignas(kVectorBytes) float e[kGroupElements];  // exp(x - max)
+  // With Weighted: the sum of exp(x - max) (x - max), and the first class with x = max.
+  alignas(kVectorBytes) float weighted[kSquare], index[kSquare];
 
   // The group's first row in memory, and the distance of its rows.
   template <class U> struct Rows {
@@ -81,7 +83,8 @@ template <class T> class RowGroup {
     return across(lanes, [](Register x, Register y) { return x + y; });
   }
 
-  template <bool Keeps> PYFUSED_INLINE void find_normalizer(Rows<const T> rows) {
+  template <bool Keeps, bool Weighted = false>
+  PYFUSED_INLINE void find_normalizer(Rows<const T> rows) {
     Square largest = {};
     for_rows(
         [&](int64_t r, const T* x) {
@@ -93,45 +96,33 @@ template <class T> class RowGroup {
         },
         rows);
     row_of_tile(max) = across(largest, [](Register x, Register y) { return maximum(x, y); });
+    Square products = {};
     row_of_tile(sum) = sums(
         [&](int64_t r, const T* x) {
           const float high = max[r];
           float* const kept = e + r * width;
-          Register part = {};
+          Register part = {}, product = {};
+          int64_t first_of_max = classes;
           for_registers([&](int64_t c, auto mask) {
             PYFUSED_PREFETCH(x + c + kPrefetchDistance<T>);
+            const Register logit = load_row(x + c, mask);
             // 0 after the row's end, because an exponential that underflows is slow.
-            const Register shifted = within(mask, load_row(x + c, mask) - high);
+            const Register shifted = within(mask, logit - high);
             const Register value = exp_floats<float>(shifted);
             if (Keeps) row_of_tile(kept + c) = value;
             part = part + within(mask, value);
+            if (!Weighted) return;
+            product = product + value * maximum(-104.0f, shifted);  // exp(-104) is 0, 0 * inf NaN
+            const int64_t lane = first_equal(logit, high);
+            first_of_max = std::min(first_of_max, lane < kSquare ? c + lane : classes);
           });
+          if (Weighted) products[r] = product;
+          if (Weighted) index[r] = float(first_of_max);
           return part;
         },
         rows);
-  }
-
-  // Finds the sum of exp(x - max) (x - max) of each row, and its first class with x = max.
-  // find_normalizer kept the exponentials.
-  PYFUSED_NOINLINE void find_weighted(Rows<const T> rows, float* weighted, float* index) {
-    row_of_tile(weighted) = sums(
-        [&](int64_t r, const T* x) {
-          const float* const kept = e + r * width;
-          const float high = max[r];
-          Register sum = {};
-          int64_t first_of_max = classes;
-          for_registers([&](int64_t c, auto mask) {
-            const Register value = load_row(x + c, mask);
-            // exp(-104) is kept as 0, so an infinite x - max adds 0.
-            const Register term = row_of_tile(kept + c) * maximum(-104.0f, value - high);
-            sum = sum + within(mask, term);
-            const int64_t lane = first_equal(value, high);
-            first_of_max = std::min(first_of_max, lane < kSquare ? c + lane : classes);
-          });
-          index[r] = float(first_of_max);
-          return sum;
-        },
-        rows);
+    const auto add = [](Register x, Register y) { return x + y; };
+    if (Weighted) row_of_tile(weighted) = across(products, add);
   }
 
  private:

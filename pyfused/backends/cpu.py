@@ -122,6 +122,7 @@ _SCALARS = {dtype: torch.empty((), dtype=accumulate_dtype(dtype), device="cpu") 
 _NO_VIEW = (0, 0, 0, 0)
 _NO_OPERAND = (0, 0, 0)
 _NO_TENSOR = (0, 0)
+_NO_METRICS = (0, 0, 0, 0, 0)
 _NO_NUMBERS = (0.0, 0.0, 0.0, 1.0)  # label_smoothing, gamma, z_loss and scale of `nll_loss`
 
 
@@ -268,7 +269,7 @@ def cross_entropy(
     outputs: Outputs,
     grad_output: Tensor | None = None,
     prediction: Tensor | None = None,
-    results: Tensor | None = None,
+    metrics: Sequence[Tensor] = (),
     normalized: bool = False,
 ) -> LossResult:
     input, target, weight, token_weight, denominator = tensors
@@ -314,7 +315,7 @@ def cross_entropy(
             grad_logits,
             grad_probabilities,
             0 if prediction is None else prediction.data_ptr(),
-            0 if results is None else results.data_ptr(),
+            tuple([x.data_ptr() for x in metrics]) or _NO_METRICS,
         ),
         torch.get_num_threads(),
     )

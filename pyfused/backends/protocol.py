@@ -57,7 +57,7 @@ class Backend(Protocol):
         outputs: Outputs,
         grad_output: Tensor | None = None,
         prediction: Tensor | None = None,
-        results: Tensor | None = None,
+        metrics: Sequence[Tensor] = (),
     ) -> LossResult:
         """Computes the loss, and the gradients of input and target.
 
@@ -74,11 +74,9 @@ class Backend(Protocol):
             prediction: A float64 tensor (2, N) for the largest logit of each row, before the
                 scale, and its class, if ``predicts`` is true for the logits. NaN is the largest.
                 The class is -1 for a row that is ignored.
-            results: A tensor (4, N) of the accumulation dtype for the log-probability, the entropy
-                and the log-sum-exp of each row, and the first class with the largest logit, for
-                class indices and a scale of 1. They are 0 for a row that is ignored. If the
-                log-sum-exp is not finite, the class is -1, and the others are undefined.
-                Asynchronous backends take None.
+            metrics: Contiguous tensors for the fields of ``Metrics``, for class indices and a scale
+                of 1. Where a logit is NaN or inf, or all are -inf, the log-sum-exp is NaN and the
+                others are undefined. Asynchronous backends take none.
 
         Returns:
             The loss, in the accumulation dtype or ``outputs.loss_dtype``, and the gradients.

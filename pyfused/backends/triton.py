@@ -194,7 +194,7 @@ def cross_entropy(
     outputs: Outputs,
     grad_output: Tensor | None = None,
     prediction: Tensor | None = None,  # noqa: ARG001
-    results: Tensor | None = None,  # noqa: ARG001
+    metrics: Sequence[Tensor] = (),  # noqa: ARG001
 ) -> LossResult:
     input, target, weight, token_weight, denominator = tensors
     has_indices, unreduced = target.dtype is torch.int64, options.reduction == "none"

@@ -52,13 +52,14 @@ class CrossEntropyLoss(RowLoss):
     def finish(self, output: Any, tensors: Tensors, options: Options) -> Any:
         if not options.with_metrics:
             return output
-        (loss, results), input, target = output, *tensors[:2]
-        if options.softcap is not None:  # the pass returns the state
-            results = results[[*METRICS]]
-        if not target.is_floating_point():
-            target = class_targets(input, target)
-        dtype = accumulate_dtype(input.dtype)
-        return loss, metrics.from_results(results, target, options.ignore_index, dtype)
+        loss, *found = output
+        if len(found) == 1:  # the state of each row
+            (state,), input, target = found, *tensors[:2]
+            if not target.is_floating_point():
+                target = class_targets(input, target)
+            dtype = accumulate_dtype(input.dtype)
+            found = metrics.from_results(state[[*METRICS]], target, options.ignore_index, dtype)
+        return loss, metrics.Metrics(*found)
 
     # ---- from states of rows: see `rows.StatePass` -----------------------------------------------
 
@@ -202,25 +203,19 @@ def split_factors(
     return (token_weight, denominator), options
 
 
-def empty_results(tensors: Tensors, options: CrossEntropyOptions) -> Tensor | None:
-    """Returns a tensor for the fields METRICS of each row, which the loss's kernel writes.
+def empty_metrics(tensors: Tensors, options: CrossEntropyOptions) -> metrics.Metrics | None:
+    """Returns tensors for the metrics of each target, which the loss's kernel writes.
 
     Returns None if it cannot: it computes none of rows of weight 0, and none of scaled logits.
     """
     input, target, _, token_weight, _ = tensors
     is_scaled = options.scale / options.temperature != 1
     has_factors = token_weight is not None or target.is_floating_point()
-    inexact = checks.classes_of(input) > 1 << 24  # float32 cannot represent all classes
-    if is_scaled or has_factors or inexact or backend_of(input).ASYNCHRONOUS:
+    if is_scaled or has_factors or backend_of(input).ASYNCHRONOUS:
         return None
-    dtype = accumulate_dtype(input.dtype)
-    results: Tensor = input.new_empty((len(METRICS), target.numel()), dtype=dtype)
-    return results
-
-
-def lacks_rows(results: Tensor) -> bool:
-    """Returns whether a row has no results, because a logit is not finite."""
-    return results.numel() > 0 and bool(results[-1].amin() < 0)
+    wide = accumulate_dtype(input.dtype)
+    dtypes = wide, wide, torch.int64, torch.bool, wide
+    return metrics.Metrics(*[target.new_empty(target.shape, dtype=dtype) for dtype in dtypes])
 
 
 def metrics_state(
@@ -295,12 +290,13 @@ class MetricsPass(KernelPass):
     """Computes cross-entropy in one kernel, which also writes the metrics if it can."""
 
     def forward(self, inputs: Tensors, options: Options, needs: Needs) -> Forward:
-        results = empty_results(inputs, options)
-        kernel = self.kernel if results is None else partial(self.kernel, results=results)
+        found = empty_metrics(inputs, options)
+        kernel = self.kernel if found is None else partial(self.kernel, metrics=found)
         loss, saved, gradients = KernelPass(kernel, self.dtype).forward(inputs, options, needs)
-        if results is None or lacks_rows(results):
-            results = metrics_state(inputs[0], inputs[1], options, METRICS_FIELDS)[[*METRICS]]
-        return (loss, results), saved, gradients
+        if found is None or found.log_sum_exp.amax().isnan():  # a logit is not finite
+            state = metrics_state(inputs[0], inputs[1], options, METRICS_FIELDS)
+            return (loss, state), saved, gradients
+        return (loss, *found), saved, gradients
 
 
 def class_targets(input: Tensor, target: Tensor) -> Tensor:
