@@ -145,8 +145,6 @@ def cross_entropy(
     _floating("input", input)
     indices = loss_shape(input, "none")
     _target(target, indices, input.shape)
-    if input.dim() > 2 and input.shape[1] == 0 and 0 not in indices:
-        raise _error("input", "one class or more", input.shape)
     class_options(input, target, weight, classes_of(input), options)
     row_factors(input, token_weight, denominator, indices, options)
 
