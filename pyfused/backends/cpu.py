@@ -315,7 +315,7 @@ def cross_entropy(
             grad_logits,
             grad_probabilities,
             0 if prediction is None else prediction.data_ptr(),
-            tuple([x.data_ptr() for x in metrics]) or _NO_METRICS,
+            tuple(map(Tensor.data_ptr, metrics)) or _NO_METRICS,
         ),
         torch.get_num_threads(),
     )

@@ -97,7 +97,8 @@ def test_losses_and_activations_are_torchs_functions(example: Example) -> None:
             return function(**numbers | call.given | dict(zip(names, tensors, strict=True)))
 
         evaluate(step, *tensors)
-    assert graphs[0] == graphs[1] != []
+    assert graphs[0] == graphs[1]
+    assert bool(graphs[0]) != (name == "gaussian_nll_loss")  # which branches on values in torch
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")

@@ -159,8 +159,9 @@ def freed(mib: int = 256) -> int:
 
 
 def trimming() -> list[threading.Thread]:
-    """Returns the threads that trim the heap."""
-    return [x for x in threading.enumerate() if x.name == "keep" and vars(x)["_args"][1].locked()]
+    """Returns the threads that trim the heap; one that is ending has no arguments any more."""
+    found = [(x, vars(x).get("_args")) for x in threading.enumerate() if x.name == "keep"]
+    return [x for x, arguments in found if arguments and arguments[1].locked()]
 
 
 def run(code: str) -> None:
