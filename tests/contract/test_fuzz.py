@@ -2,7 +2,7 @@
 
 Hypothesis draws options, shapes, strides, dtypes and values together, which covers combinations
 that other tests lack. `HYPOTHESIS_PROFILE=search` draws 5000 calls of each operator.
-``python tests/contract/test_fuzz.py 100000`` runs a sequence of 100,000 calls in two orders.
+``PYTHONPATH=tests python tests/contract/test_fuzz.py 100000`` runs 100,000 calls in two orders.
 """
 
 from __future__ import annotations
