@@ -186,6 +186,7 @@ ACCEPTED = (
     "F.leaky_relu(b, 0.1)", "F.huber_loss(a, b, reduction='none')", "torch.hypot(a, b)", "a.tanh()",
     "F.smooth_l1_loss(a, b, reduction='none')", "torch.nan_to_num(a, posinf=5.0, neginf=-7.0)",
     "b.nan_to_num(1.5, 5.0, 6.0)", "torch.pow(a, b)", "a**k", "k**b", "a**1.5", "2.0**a", "a.sin()",
+    "a**(k - 9)", "(k - 9)**b", "(k - 1.3)**b", "a**(k + 3)", "a**(k - 4.5)",
     "torch.rsqrt(a)", "torch.sqrt(a)", "a.reciprocal()", "torch.erf(a)", "torch.expm1(a)",
     "torch.log1p(a)", "torch.log2(a)", "a.log10()", "a.sign() * (a >= 0.3)", "torch.cos(a)",
     "(a != 0).float() * a", "F.silu(a)", "F.logsigmoid(a)", "F.mish(a)", "F.softplus(a, beta=2.0)",
