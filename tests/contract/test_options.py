@@ -269,6 +269,8 @@ def compare_with_closed_form(call: Call, way: str, rounded: bool = True) -> None
     size, width = largest(x) if rounded else 0, spread(x)
     grad_outputs = [torch.randn(y.shape).to(dtype) for y in results]
     found, gradients = computed(call, way, grad_outputs)
+    defined = flattened(defined_by_torch(call.op.name)(**call.given))
+    assert [x.dtype for x in found] == [x.dtype for x in defined]
     for got, best in zip(found, results, strict=True):
         got = got if got.is_floating_point() else got.double()
         error = roundings * eps * (size + width + largest(best))
