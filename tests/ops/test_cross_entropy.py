@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from catalogue import Call, Example, ours
 from check_calls import check_valid_call
-from compare import FLOATS, HALF, assert_matches_torch, evaluate, exactly
+from compare import FLOATS, HALF, assert_matches_torch, evaluate, exactly, torch_function
 from conftest import ISAS, KernelCalls, backend
 from grid import grid
 from samples import SAME_VALUES, target_indices, target_probabilities
@@ -340,6 +340,11 @@ def test_metrics_of_ignored_rows(dtype: torch.dtype, small: bool) -> None:
     wide = torch.float64 if dtype is torch.float64 else torch.float32
     assert [x.dtype for x in found if x.is_floating_point()] == [wide] * 3
     assert not any(x.requires_grad for x in found)
+    exact = fused.cross_entropy_with_metrics(input.double(), target, temperature=0.7)[1]
+    by_definition = torch_function(CROSS_ENTROPY, "cross_entropy_with_metrics")
+    for metrics in (found, by_definition(input, target, temperature=0.7)[1]):
+        for x, y in zip(metrics, exact, strict=True):  # scaled logits are not rounded
+            close(x, y.to(x.dtype), rtol=3e-6, atol=3e-6)
 
 
 class Undefined(torch.autograd.Function):
