@@ -26,8 +26,8 @@ from torch.distributed.fsdp import (
     MixedPrecisionPolicy,
     fully_shard,
 )
-from torch.distributed.tensor import Replicate
-from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
+from torch.distributed.tensor import Replicate, Shard
+from torch.distributed.tensor.parallel import ColwiseParallel, loss_parallel, parallelize_module
 
 import pyfused
 from pyfused.dispatch import reasons, sizes
@@ -127,8 +127,8 @@ def fsdp2(units: str = "head", **policy: Any) -> Any:
     return wrap
 
 
-def tensor_parallel(model: Any) -> Any:
-    plan = {"lm_head": ColwiseParallel(output_layouts=Replicate())}
+def tensor_parallel(model: Any, layout: Any = Replicate(), **style: Any) -> Any:  # noqa: B008
+    plan = {"lm_head": ColwiseParallel(output_layouts=layout, **style)}
     return parallelize_module(model, dist.init_device_mesh("cpu", (2,)), plan)
 
 
@@ -166,6 +166,13 @@ WRAPPERS = {
     "unit": Wrapper(fsdp2(), "warned", "refused"),
     "unit of norm and head": Wrapper(fsdp2("group"), "warned", "refused"),
     "TP": Wrapper(tensor_parallel, "warned", "left", same_batch=True),
+    "TP, loss_parallel": Wrapper(
+        partial(tensor_parallel, layout=Shard(-1), use_local_output=False),
+        "warned",
+        "left",
+        {"has_loss": False},
+        same_batch=True,
+    ),
 }
 
 # ---- training ------------------------------------------------------------------------------------
@@ -248,7 +255,7 @@ def train(wrapper: Wrapper, when: str, accumulates: bool) -> Trained:
     rank = 0 if wrapper.same_batch else dist.get_rank()
     collectives, computed = list[tuple[str, int]](), False
     optimizer = torch.optim.SGD(wrapped.parameters(), lr=0.5)
-    with warnings.catch_warnings(record=True) as caught, recorded(collectives):
+    with warnings.catch_warnings(record=True) as caught, recorded(collectives), loss_parallel():
         warnings.simplefilter("always")
         for step in range(STEPS):
             optimizer.zero_grad()
