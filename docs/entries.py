@@ -43,7 +43,7 @@ class Entry:
     Attributes:
         formula: LaTeX, with the input x and the target t; empty if only the docstring has it.
         use: A sentence about when to choose the operator.
-        curves: Empty for heads, whose curves are those of their losses.
+        curves: The curves to draw. Heads have none, because the page of their loss shows them.
         axis: The label of the x axis, and its lowest and highest value.
     """
 

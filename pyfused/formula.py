@@ -554,8 +554,7 @@ class Formula:
         if operands or named:
             with recorded() as calls:
                 self(*operands, **named)
-            small = self.op, self._bind(operands, named)[0], (), SMALL
-            return explanation_of(*(calls[-1] if calls else small))
+            return explanation_of(*calls[-1]) if calls else self.explain_small(operands, named)
         numbers, _ = self._split(self.defaults)
         if problem := self.op.invalid_options(*numbers, "none"):
             return f"{self.__name__}: torch: {problem}"
@@ -569,6 +568,10 @@ class Formula:
             f"{tensors} read, {written} written: {4 * (read + written)} bytes of float32"),
             *program.lines(self.operands, parameters(numbers)),
         ])  # fmt: skip
+
+    def explain_small(self, operands: tuple[Any, ...], named: dict[str, Any]) -> Explanation:
+        """Explains a call that was not dispatched, because it is small."""
+        return explanation_of(self.op, self._bind(operands, named)[0], (), SMALL)
 
     def __reduce__(self) -> str:
         """Pickles the formula by name, like a function."""

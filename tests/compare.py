@@ -97,7 +97,7 @@ def assert_matches_torch(ours: Function, of_torch: Function, *args: Any, **kwarg
 
 
 def outcome(call: Callable[[], Any]) -> Any:
-    """Returns what a call returns, or the error that it raises."""
+    """Returns the result of a call, or the exception that it raises."""
     try:
         return call()
     except Exception as error:

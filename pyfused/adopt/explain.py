@@ -16,7 +16,6 @@ import pyfused.nn as nn
 from pyfused.adopt.convert import REPLACEMENTS
 from pyfused.dispatch.explanation import Explanation, explanation_of
 from pyfused.dispatch.operator import Operator
-from pyfused.dispatch.reasons import SMALL
 from pyfused.dispatch.report import recorded
 from pyfused.dispatch.sizes import why_small
 from pyfused.formula import Formula, FormulaModule
@@ -51,7 +50,7 @@ def explain(op: str | Callable[..., Any] | Module, *args: Any, **kwargs: Any) ->
         return explanation_of(*calls[-1])
     formula = getattr(call, "formula", call)
     if isinstance(formula, Formula):
-        return explanation_of(formula.op, args or (kwargs[formula.operands[0]],), (), SMALL)
+        return formula.explain_small(args, kwargs)
     operator = OPERATORS.get("mse_loss" if name == "rmse_loss" else name)
     reason = "a composition of torch's operators"
     if operator is not None:

@@ -41,9 +41,9 @@ _SHAPE = (
     "Tensor.type_as, instead of shapes and dtypes"
 )
 _OF_CLASSES = "; for a function of log-probabilities, call log_probs or linear_log_probs"
+_OVER_CLASSES = "cross_entropy", "gather", "log_softmax", "logsumexp", "nll_loss", "softmax"
 _HINTS = {
-    **dict.fromkeys(("gather", "log_softmax", "logsumexp", "softmax"), _OF_CLASSES),
-    **dict.fromkeys(("cross_entropy", "nll_loss"), _OF_CLASSES),
+    **dict.fromkeys(_OVER_CLASSES, _OF_CLASSES),
     **dict.fromkeys(("sum", "mean"), _REDUCED),
     **dict.fromkeys(("any", "all"), _CONDITION),
     **dict.fromkeys(("device", "dim", "dtype", "len", "ndim", "numel", "shape", "size"), _SHAPE),

@@ -810,7 +810,7 @@ def test_hooks_after_the_loss(read: bool) -> None:
 
 
 def test_a_prior() -> None:
-    """The predictions after a loss of logits + prior are those of the same sum."""
+    """A loss of logits + prior records the predictions of this sum, not of the logits."""
     model: Any = converted()
     logits, prior = model(X), torch.linspace(3, -3, 40)
     F.cross_entropy((logits + prior).mT, PLACES).backward()

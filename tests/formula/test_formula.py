@@ -585,7 +585,7 @@ def test_modules_pickles_and_copies() -> None:
     for protocol in range(pickle.HIGHEST_PROTOCOL + 1):
         for formula in (wing, Settings.negated):
             assert pickle.loads(pickle.dumps(formula, protocol)) is formula
-        for not_found in (squared, renamed):  # their names are those of the functions
+        for not_found in (squared, renamed):  # their names refer to the functions
             with pytest.raises(pickle.PicklingError):
                 pickle.dumps(not_found, protocol)
 
