@@ -20,7 +20,7 @@ from typing import Any
 import interpreter
 import pytest
 import torch
-from catalogue import SOME, TENSOR_OPTIONS, TRIED, Call, Example, every_example, every_operator
+from catalogue import SOME, Call, Example, every_example, every_operator
 from compare import (
     DEVICE,
     assert_accurate,
@@ -49,13 +49,6 @@ ours, of_torch = Call.ours, Call.reference
 Function = Callable[..., Tensor]  # one of these
 
 
-def every_example_and(name: str, first: Any, *others: Any) -> pytest.MarkDecorator:
-    """Parametrises by every example with a value, and some of them with the others."""
-    cases = [(example, first) for example in TRIED.values()]
-    cases += [(example, other) for example in SOME.values() for other in others]
-    return pytest.mark.parametrize(("example", name), cases, ids=lambda x: getattr(x, "id", str(x)))
-
-
 def gradients(call: Call, function: Function = ours, grad_output: Any = None) -> tuple[Tensor, ...]:
     value = function(call)
     return torch.autograd.grad(value, [*call.leaves.values()], above(value, grad_output))
@@ -76,7 +69,7 @@ def through(call: Call, factor: Tensor) -> dict[str, Tensor]:
 
 
 @pytest.mark.interpreted
-@every_example
+@every_operator
 @pytest.mark.parametrize("number", [-2.5, math.inf])
 def test_an_expanded_grad_output(example: Example, number: float) -> None:
     """expand() returns a tensor with strides of 0 if the result has several elements."""
@@ -88,7 +81,8 @@ def test_an_expanded_grad_output(example: Example, number: float) -> None:
 
 
 @pytest.mark.interpreted
-@every_example_and("dtype", torch.float32, torch.bfloat16)
+@every_operator
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_backward_twice_through_a_retained_graph(example: Example, dtype: torch.dtype) -> None:
     """The owner of a gradient may overwrite it; neither arguments nor grad_output are modified."""
     call = example.call(dtype)
@@ -165,15 +159,18 @@ def little_garbage() -> Iterator[None]:
 
 @pytest.mark.usefixtures("little_garbage")
 @every_operator
-def test_the_graph_holds_all_tensors(example: Example) -> None:
-    """Without it, they are freed."""
+@pytest.mark.parametrize("hooks", [False, True], ids=["", "hooks"])
+def test_the_graph_holds_all_tensors(example: Example, hooks: bool) -> None:
+    """Without it, or if hooks replace saved tensors, they are freed."""
     call = example.call()
-    hidden = through(call, torch.ones(()))
+    hidden = {name: x * 1 for name, x in call.tensors.items()}
     memory = [weakref.ref(x.untyped_storage()) for x in hidden.values()]
-    value = call.ours(**hidden)
-    value.sum().backward()
+    with saved_tensors_hooks(Tensor.clone, lambda x: x) if hooks else contextlib.nullcontext():
+        value = call.ours(**hidden)
     hidden.clear()
-    del value
+    if not hooks:
+        value.sum().backward()
+        del value
     gc.collect()
     assert [each() for each in memory] == [None] * len(memory)
 
@@ -194,7 +191,8 @@ def test_each_gradient_separately(example: Example) -> None:
         close(torch.autograd.grad(value, x, above(value), retain_graph=True)[0], expected[name])
 
 
-@every_example_and("dtype", torch.float32, torch.float16)
+@every_operator
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("when", ["first", "second", "create_graph"])
 def test_modified_arguments(
     example: Example, dtype: Any, when: str, kernel_calls: KernelCalls
@@ -251,54 +249,6 @@ def test_results_can_be_changed_in_place(example: Example) -> None:
         close(torch.autograd.grad(value, leaves, above(value) / 2), expected)
 
 
-# ---- options that are tensors --------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(("option", "example"), TENSOR_OPTIONS.values(), ids=TENSOR_OPTIONS)
-@pytest.mark.usefixtures("little_garbage")
-def test_saved_tensor_hooks_receive_options(option: str, example: Example) -> None:
-    """Backward uses the tensors that the hooks return, and no other reference is kept."""
-    call = example.call()
-    value, leaves = call.given[option].clone(), [*call.leaves.values()]
-    address, memory = value.data_ptr(), weakref.ref(value.untyped_storage())
-    weighted = option == "token_weight"
-    changed = {"reduction": "sum" if weighted else "mean"}
-
-    def pack(tensor: Tensor) -> Tensor:
-        copy = tensor.detach().clone()
-        return copy * 2 if tensor.data_ptr() == address else copy
-
-    expected = torch.autograd.grad(call.ours(**changed), leaves)
-    expected = tuple(x * 2 if weighted else x / 2 for x in expected)
-    with saved_tensors_hooks(pack, lambda packed: packed):
-        loss = call.ours(**changed, **{option: value})
-    del value
-    gc.collect()
-    assert memory() is None
-    torch.autograd.grad(loss, leaves, retain_graph=True)  # may be computed in the forward pass
-    close(torch.autograd.grad(loss, leaves, create_graph=True), expected)
-
-
-@pytest.mark.parametrize("name", ["mse_loss", "cross_entropy", "linear_cross_entropy"])
-def test_saved_tensor_hooks_receive_gradients_of_the_forward_pass(name: str) -> None:
-    """Offloading also moves these gradients; the graph holds no other memory."""
-    call = SOME[name].call()
-    leaves = [*call.leaves.values()]
-    expected, taken = torch.autograd.grad(call.ours(), leaves), list[Tensor]()
-
-    def pack(tensor: Tensor) -> Tensor:
-        taken.append(tensor.detach().clone())
-        return taken[-1]
-
-    with saved_tensors_hooks(pack, lambda packed: packed):
-        loss = call.ours()
-    assert all(any(x.shape == y.shape and torch.equal(x, y) for y in taken) for x in expected)
-    for memory in taken:
-        if memory.is_floating_point():
-            memory.mul_(2)
-    close(torch.autograd.grad(loss, leaves), [2 * x for x in expected])
-
-
 # ---- hooks, checkpoints, anomaly mode ------------------------------------------------------------
 
 
@@ -310,7 +260,8 @@ def saved_by(node: Any) -> list[Any]:
     return [*getattr(node, "saved_tensors", ()), *following]
 
 
-@every_example_and("dtype", torch.float32, torch.float16)
+@every_operator
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_saved_tensor_hooks(example: Example, dtype: torch.dtype) -> None:
     """Backward reads what hooks return: one tensor for several, in another layout."""
     call = example.call(dtype)
@@ -343,7 +294,7 @@ CHANGES: dict[str, tuple[Callable[[Tensor], Tensor], bool]] = {
 }
 
 
-@every_example
+@every_operator
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
 def test_hooks_that_change_saved_tensors(example: Example, change: Any) -> None:
     """Kernels read the memory of saved tensors in the format in which they were saved."""

@@ -11,15 +11,13 @@ from typing import Any
 
 import pytest
 import torch
-from catalogue import COMPILED, OF_FAMILIES, Call, Example, every_compiled, every_family
+from catalogue import COMPILED, OF_FAMILIES, Call, Example, every_compiled
 from compare import evaluate
 from samples import SAMPLES, Sample
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
 from torch.fx.experimental.proxy_tensor import make_fx
 
-import pyfused
-from pyfused import functional as fused
 from pyfused.ops.elementwise import L1_LOSS
 
 pytestmark = [
@@ -87,17 +85,6 @@ def test_one_graph_for_all_batch_sizes(example: Example) -> None:
     assert counter.frame_count == 1
 
 
-def test_gaussian_nll_loss_breaks_the_graph_as_in_torch() -> None:
-    x, target, var = torch.randn(3, 8).unbind()
-    operands = x.requires_grad_(), target, var.exp()
-    for function in (torch.nn.functional.gaussian_nll_loss, fused.gaussian_nll_loss):
-        with pytest.raises(torch._dynamo.exc.TorchDynamoException):  # branches on the variance
-            torch.compile(function, fullgraph=True, backend="aot_eager")(*operands)
-    compiled = torch.compile(fused.gaussian_nll_loss, backend="aot_eager")
-    got, expected = (evaluate(f, *operands) for f in (compiled, fused.gaussian_nll_loss))
-    close((got.value, *got.gradients), (expected.value, *expected.gradients))
-
-
 class Program(nn.Module):
     def __init__(self, batches: Batches) -> None:
         super().__init__()
@@ -137,17 +124,3 @@ def test_traced_with_another_batch_size(example: Example, trace: Callable[..., A
     first, *_, last = [batches.tensors(call, Tensor.detach) for call in batches.calls]
     traced = trace(lambda *tensors: batches.of(tensors), first)
     close(traced(*last), batches.of(last))
-
-
-@every_family
-def test_compiled_while_torch_is_patched(example: Example) -> None:
-    if example.id == "kl_div":
-        pytest.skip("the compiler cannot trace torch's warning")
-    call = example.call()
-    x = call.first.requires_grad_()
-    expected = evaluate(call.of_first(Call.reference), x)
-    with pyfused.patch():
-        step = torch.compile(call.of_first(Call.ours), fullgraph=True, backend="aot_eager")
-        got = evaluate(step, x)
-    close(got.value, expected.value)
-    close(got.gradients, expected.gradients)

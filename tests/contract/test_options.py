@@ -21,7 +21,6 @@ import pytest
 import torch
 from catalogue import (
     EXAMPLES,
-    FACTOR_DTYPES,
     OF_ROWS,
     SHAPE,
     Call,
@@ -33,6 +32,7 @@ from catalogue import (
 from check_calls import check_call, of_reference, run
 from compare import FLOATS, HALF, assert_accurate, defined_by_torch, flattened, largest, outcome
 from conftest import KernelCalls, fused_always, fused_by_size
+from grid import grid
 from samples import OPTIONS, declared
 from torch import Tensor
 
@@ -365,16 +365,19 @@ def test_beta_is_not_learned_where_the_divergence_jumps(beta: float) -> None:
 # ---- weights of rows and of elements -------------------------------------------------------------
 
 
+ROUNDED_DTYPES = *HALF, torch.bool, torch.uint8  # their sums are rounded, or overflow
+
+
 def weights() -> Iterator[Any]:
     for op in OPERATORS.values():
         for name in sorted({"token_weight", "weight"} & declared(op).keys()):
             of_classes = name == "weight" and any(o.indices for o in op.operands)
             converts = next(o for o in op.all_operands if o.name == name).converts
-            dtypes = FACTOR_DTYPES if converts else FLOATS  # others are torch's
+            dtypes = ROUNDED_DTYPES if converts else HALF  # others are torch's
             for dtype in [torch.float32] if of_classes else dtypes:  # that of the logits
                 yield pytest.param(op, name, dtype, False, id=f"{op.name}-{name}-{dtype}")
         if op.factors and any(o.indices and o.differentiated for o in op.operands):
-            for dtype in FACTOR_DTYPES:
+            for dtype in ROUNDED_DTYPES:
                 yield pytest.param(op, "token_weight", dtype, True, id=f"{op.name}-soft-{dtype}")
 
 
@@ -423,19 +426,15 @@ TARGETS = [
 ]
 
 
-def name_of(x: Any) -> str:
-    return getattr(x, "name", str(x))
-
-
 @pytest.mark.cpu
 @every_size
-@pytest.mark.parametrize("autocast", [False, True])
-@pytest.mark.parametrize("of_weight", [*FLOATS, None])
-@pytest.mark.parametrize("dtype", FLOATS)
-@pytest.mark.parametrize(("op", "of_target"), TARGETS, ids=name_of)
-def test_dtypes_of_class_weights(
-    op: Operator, of_target: Any, dtype: Any, of_weight: Any, autocast: bool, size: Any
-) -> None:
+@grid(
+    case=TARGETS,
+    dtypes=[*itertools.product(FLOATS, [*FLOATS, None])],
+    autocast=[False, True, True, False],
+)
+def test_dtypes_of_class_weights(case: Any, dtypes: Any, autocast: bool, size: Any) -> None:
+    (op, of_target), (dtype, of_weight) = case, dtypes
     soft, optional = of_target is not torch.int64, ("weight",) if of_weight else ()
     call = Example(op, "", {}, optional, soft).call(dtype, size)
     for name, kind in (("target", of_target), ("weight", of_weight)):
@@ -448,13 +447,11 @@ def test_dtypes_of_class_weights(
 
 @pytest.mark.cpu
 @every_size
-@pytest.mark.parametrize(
-    ("dtype", "of_weight", "loss_dtype"), [*itertools.product(FLOATS, repeat=3)]
-)
-@pytest.mark.parametrize("op", HEAD_AND_LOSS, ids=name_of)
+@grid(op=HEAD_AND_LOSS, dtypes=[*itertools.product(FLOATS, repeat=3)])
 def test_class_weights_are_at_most_as_wide_as_the_loss(
-    op: Operator, dtype: Any, of_weight: Any, loss_dtype: Any, size: Any
+    op: Operator, dtypes: Any, size: Any
 ) -> None:
+    dtype, of_weight, loss_dtype = dtypes
     call = Example(op, "", {"loss_dtype": loss_dtype}, ("weight",)).call(dtype, size)
     call.given["weight"] = call.given["weight"].to(of_weight)
     is_between = torch.promote_types(dtype, of_weight) is of_weight

@@ -14,9 +14,8 @@ from torch.testing import assert_close as close
 
 import pyfused
 from pyfused import functional as fused
-from pyfused.backends import DTYPES, cpu
+from pyfused.backends import cpu
 from pyfused.dispatch import sizes
-from pyfused.dispatch.operator import Operator
 from pyfused.dispatch.reasons import SMALL
 from pyfused.dispatch.sizes import limits_of
 from pyfused.ops.operators import OPERATORS
@@ -125,32 +124,6 @@ def test_limits_grow_with_threads(threads: Any, monkeypatch: pytest.MonkeyPatch)
         assert sizes.torch_computes(OPERATORS["l1_loss"], (x, x)) is by_torch
 
 
-OF_ELEMENTS = {name: op for name, op in OPERATORS.items() if not op.is_linear}
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("op", OF_ELEMENTS.values(), ids=OF_ELEMENTS)
-def test_calls_run_kernels_from_each_limit_on(
-    op: Operator, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.undo()
-    found = limits_of(op.name, op.family, dtype, torch.device("cpu"), torch.get_num_threads())
-    for limit in {*found} - {0, sizes.NEVER}:
-        monkeypatch.setattr(sizes, "limits_of", lambda *_, limit=limit: sizes.Limits(limit))
-        for elements in (0, limit - 1, limit):
-            tensors = (torch.empty(1, dtype=dtype).expand(elements),) * len(op.all_operands)
-            assert sizes.torch_computes(op, tensors) is (elements < limit)
-
-
-def test_columns_are_larger_sizes() -> None:
-    """The smallest size is compared first, and a call of the largest size asks nothing else."""
-    for table in (sizes.ON_CPU, sizes.ON_CPU_OF_HALVES, sizes.ON_GPU):
-        for name, row in table.items():
-            assert row.from_elements >= max(row.few_classes, 1), name
-            others = row.without_gradient, row.unreduced
-            assert all(x == 0 or x > row.from_elements for x in others), name
-
-
 def test_empty_calls_fall_back() -> None:
     for elements in (0, 1):
         x = torch.zeros(elements)
@@ -193,17 +166,6 @@ def test_explain_names_the_numbers_that_decide(monkeypatch: pytest.MonkeyPatch) 
     reason = pyfused.explain("margin_ranking_loss", x, x, x).reason
     assert reason == f"{SMALL}: kernels run from 16,384 elements"
     assert pyfused.explain("relu", x).reason == SMALL
-
-
-@pytest.mark.parametrize(("found", "expected"), [(819.0, 819.0), (0.0, 3000.0)])
-def test_the_bandwidth_of_a_gpu(
-    found: float, expected: float, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    testing, bandwidth = pytest.importorskip("triton.testing"), sizes.gb_per_s.__wrapped__
-    monkeypatch.setattr(sizes, "without_triton", lambda _: None)
-    monkeypatch.setattr(testing, "get_dram_gbps", lambda _: found)
-    assert bandwidth(torch.device("cuda", 0)) == expected
-    assert bandwidth(torch.device("meta")) == 3000.0
 
 
 # ---- small calls ---------------------------------------------------------------------------------

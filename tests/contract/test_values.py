@@ -31,7 +31,7 @@ from compare import (
     outcome,
     parameters,
 )
-from conftest import ISAS, KernelCalls, fused_always
+from conftest import ISAS, KernelCalls, fused_always, fused_by_size
 from grid import grid
 from samples import LAYOUTS, SAME_VALUES, Layout, is_divergence
 from torch import Tensor
@@ -110,16 +110,19 @@ def test_accuracy_of_heads(
     errors.check(roundings=128 if dtype is torch.float64 else 2)  # no wider dtype for sums
 
 
-@every_example
-@pytest.mark.parametrize("shape", [(0, 5), (5, 0), (0, 5, 2), (5, 0, 2)], ids=str)
-@pytest.mark.parametrize("_", [pytest.param("by_size", marks=pytest.mark.thresholds), "forced"])
-def test_no_elements(example: Example, shape: tuple[int, ...], _: str) -> None:
+@grid(
+    example=TRIED.values(),
+    shape=[(0, 5), (5, 0), (0, 5, 2), (5, 0, 2)],
+    sizes=[fused_always, fused_always if interpreter.ON else fused_by_size],
+)
+def test_no_elements(example: Example, shape: tuple[int, ...], sizes: Any) -> None:
     """Values and gradients of empty inputs equal torch's, also if two operands are one object."""
     call = example.call(shape=shape)
     same = [{y: call.given[x]} for x, y in itertools.permutations(call.tensors, 2)]
     for changed in ({}, *same):
         changed_call = replace(call, given=call.given | changed)
-        assert_same_outcome(changed_call, partial(natively, changed_call))
+        with sizes():
+            assert_same_outcome(changed_call, partial(natively, changed_call))
 
 
 @grid(example=TRIED.values(), dtype=[torch.float32, torch.float64, *HALF])
@@ -184,10 +187,8 @@ def test_layouts(example: Example, layout: str, shape: Any, kernel_calls: Kernel
         assert kernel_calls.total() or (example.op in of_matrices and len(shape) == 3)
 
 
-@every_operator
-@pytest.mark.parametrize("shape", [(6, 5), (2, 5, 4, 3)], ids=str)
-@pytest.mark.parametrize("layout", [*SAME_VALUES][: 3 if interpreter.ON else None])
-def test_strides_of_results(example: Example, shape: tuple[int, ...], layout: str) -> None:
+@grid(example=SOME.values(), layout=SAME_VALUES, shape=[(6, 5), (2, 5, 4, 3)])
+def test_strides_of_results(example: Example, layout: str, shape: tuple[int, ...]) -> None:
     """Users may call view() on a result where torch's is contiguous."""
     moved = rearranged(example.call(shape=shape), SAME_VALUES[layout])
     expected = outcome(moved.reference)
