@@ -5,9 +5,7 @@ from __future__ import annotations
 import gc
 import tracemalloc
 from collections.abc import Callable
-from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from catalogue import Call, Example, every_family
@@ -113,24 +111,3 @@ def test_recomputation_uses_the_same_path(kernel_calls: KernelCalls) -> None:
     torch.testing.assert_close(x.grad, expected)
     checkpoint(step, x, use_reentrant=False).backward()  # runs without the mode
     assert kernel_calls["cross_entropy"] == ran + 2
-
-
-# ---- options of other types ----------------------------------------------------------------------
-
-
-Y, WEIGHT, TARGET = torch.randn(40, 30), torch.randn(8, 30), torch.arange(40) % 30
-WITH_INTEGERS: dict[str, Callable[[Any], Tensor]] = {
-    "cross_entropy": lambda number: fused.cross_entropy(Y, TARGET, ignore_index=number(3)),
-    "log_probs": lambda number: fused.log_probs(Y, TARGET, ignore_index=number(3))[0],
-    "head": lambda number: fused.linear_cross_entropy(
-        Y, WEIGHT, TARGET % 8, memory_budget=number(9000)
-    ),
-    "softmax": lambda number: fused.softmax(Y, dim=number(1)),
-}
-
-
-@pytest.mark.parametrize("kind", [np.int64, np.int16])
-@pytest.mark.parametrize("call", WITH_INTEGERS.values(), ids=WITH_INTEGERS)
-def test_integers_of_numpy(call: Callable[[Any], Tensor], kind: Any) -> None:
-    """Kernels get ints, and no overflow of NumPy's."""
-    assert torch.equal(call(kind), call(int))

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from catalogue import COMPILED, OF_FAMILIES, Call, Example, every_compiled
+from catalogue import Call, Example, every_compiled
 from compare import evaluate
 from samples import SAMPLES, Sample
 from torch import Tensor, nn
@@ -94,18 +94,13 @@ class Program(nn.Module):
         return self.batches.of(tensors)
 
 
-STRICT = [pytest.param(e, True, id=f"{name}-strict") for name, e in OF_FAMILIES.items()]
-
-
-@pytest.mark.parametrize(
-    ("example", "strict"), [*STRICT, *(pytest.param(e, False, id=n) for n, e in COMPILED.items())]
-)
-def test_export_with_a_dynamic_batch(example: Example, strict: bool) -> None:
+@every_compiled
+def test_export_with_a_dynamic_batch(example: Example) -> None:
     """The program computes another batch size."""
     batches, dynamic = Batches(example), torch.export.Dim.DYNAMIC
     shapes = tuple([dict.fromkeys(dims, dynamic) for dims in batches.dims.values()])
     first, *_, last = [batches.tensors(call, Tensor.detach) for call in batches.calls]
-    program = torch.export.export(Program(batches), first, dynamic_shapes=(shapes,), strict=strict)
+    program = torch.export.export(Program(batches), first, dynamic_shapes=(shapes,))
     assert "pyfused" not in program.graph_module.code
     close(program.module()(*last), batches.of(last))
 

@@ -93,6 +93,8 @@ def draw(rng: random.Random) -> tuple[Call, str]:
     for name, x in call.given.items():
         if type(x) is float:
             call.given[name] = rng.choice(NUMBERS)(rng.choice([x, x, 0.0, 1.0, 2.0]))
+        elif type(x) is int:
+            call.given[name] = rng.choice([int, np.int64])(x)
         elif isinstance(x, Tensor) and name in call.leaves and rng.random() < 0.3:
             x.requires_grad_(False)
     return call, rng.choice([*MODES, "", "", ""])

@@ -354,14 +354,6 @@ def test_options_that_are_tensors(
         torch.testing.assert_close(losses[0], loss(value))
 
 
-@pytest.mark.cpu
-@pytest.mark.parametrize("beta", [0.0, 1.0])
-def test_beta_is_not_learned_where_the_divergence_jumps(beta: float) -> None:
-    x, learned = torch.zeros(1, 3), torch.tensor(beta, requires_grad=True)
-    with pytest.raises(ValueError, match=r"beta: expected a number in \(0.0, 1.0\) to be learned"):
-        fused.kl_div_with_logits(x, x, beta=learned)
-
-
 # ---- weights of rows and of elements -------------------------------------------------------------
 
 

@@ -124,13 +124,6 @@ def test_limits_grow_with_threads(threads: Any, monkeypatch: pytest.MonkeyPatch)
         assert sizes.torch_computes(OPERATORS["l1_loss"], (x, x)) is by_torch
 
 
-def test_empty_calls_fall_back() -> None:
-    for elements in (0, 1):
-        x = torch.zeros(elements)
-        with sizes.every_size():
-            assert runs_torch("mse_loss", x, x) == (elements == 0)
-
-
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.parametrize("rows", [0, 1])
 def test_kernels_compute_small_calls_with_options_that_torch_lacks(
@@ -166,6 +159,17 @@ def test_explain_names_the_numbers_that_decide(monkeypatch: pytest.MonkeyPatch) 
     reason = pyfused.explain("margin_ranking_loss", x, x, x).reason
     assert reason == f"{SMALL}: kernels run from 16,384 elements"
     assert pyfused.explain("relu", x).reason == SMALL
+
+
+@pytest.mark.parametrize(("found", "expected"), [(819.0, 819.0), (0.0, 3000.0)])
+def test_the_bandwidth_of_a_gpu(
+    found: float, expected: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    testing, bandwidth = pytest.importorskip("triton.testing"), sizes.gb_per_s.__wrapped__
+    monkeypatch.setattr(sizes, "without_triton", lambda _: None)
+    monkeypatch.setattr(testing, "get_dram_gbps", lambda _: found)
+    assert bandwidth(torch.device("cuda", 0)) == expected
+    assert bandwidth(torch.device("meta")) == 3000.0
 
 
 # ---- small calls ---------------------------------------------------------------------------------
