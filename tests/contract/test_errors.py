@@ -72,7 +72,6 @@ BOUNDS = [
     (loss(X, torch.tensor([-100, -1, -1, 0]), ignore_index=-1), "-100|(0,)|ignore_index"),
     (loss(K, torch.tensor([[0, 1, 2, 0], [0, 1, 3, 0]])), "[0, 3)|3|(1, 2)"),
     (loss(X, torch.tensor([0, 1, 255, 2]).to(torch.uint8)), "[0, 5)|255|(2,)"),
-    (call("nll_loss", X, Y + 2), "target: |got 5 at position (3,)"),
 ]  # fmt: skip
 # Calls with functions and options that torch lacks, the type of error, and strings in the message;
 # test_wrong_arguments tries other values of single arguments.
@@ -80,7 +79,6 @@ OWN = [
     (loss(X, Y, scale=torch.ones(1)), "ValueError|scale: expected a number|(1,)"),
     (call("softcap", X, HALF), "TypeError|cap: expected a float, got Fraction"),
     (loss(X, Y, gamma=2.0, label_smoothing=0.1), "ValueError|gamma: expected 0.0 with"),
-    (loss(X, Y, denominator=torch.ones(2)), "ValueError|denominator: expected a|(2,)"),
     (loss(X, Y, denominator=2, reduction="sum"), "ValueError|with reduction 'sum', got a"),
     (loss(X, Y, token_weight=-torch.ones(4)), "ValueError|token_weight: |0, got -1"),
     (loss(X, Y, loss_dtype=torch.int32), "ValueError|loss_dtype: expected a floating"),
@@ -94,7 +92,6 @@ OWN = [
     (call("log_probs", X[0, 0], Y[0]), "RuntimeError|logits"),
     (head_log_probs(X, W, Y.view(2, 2)), "ValueError|(4,)|(2, 2)|Pass target.flatten"),
     (head_log_probs(X, W.T, Y), "RuntimeError|Is it transposed"),
-    (call("linear_kl_div", X, W, X, W.T), "RuntimeError|Pass teacher_linear_weight.t()"),
     (head_log_probs(X, W.double(), Y), "RuntimeError|linear_weight: expected the input's dtype"),
     # another device: torch multiplies CPU tensors with meta tensors, and returns unwritten memory
     (head(X, W.to(META), Y), "RuntimeError|linear_weight: |device cpu, got meta"),
@@ -104,7 +101,6 @@ OWN = [
     (topk_kl_div(TOP + 5 * (ROW == 1), LOGP), "IndexError|[0, 7), got 7 in row 1"),
     (topk_kl_div(TOP * (ROW != 1), LOGP), "ValueError|got 0 twice in row 1"),
     (topk_kl_div(TOP, LOGP.exp()), "ValueError|at most 1, |largest logarithm is 0.1"),
-    (topk_kl_div(TOP, LOGP.clamp(min=-1)), "ValueError|largest logarithm is -1"),
     (call("kl_div_with_logits", K, K),
      "ValueError|dim: |(2, 3, 4)|dim=-1 for 4|dim=1 for 3 classes"),
     (call("kl_div_with_logits", X, X, beta=torch.zeros((), requires_grad=True)),

@@ -28,20 +28,20 @@ from pyfused.dispatch.operator import Operator
 from pyfused.ops.operators import CROSS_ENTROPY, OPERATORS
 
 SIZES = [10, 300] if interpreter.ON else [10, 3000]  # the maximum number of elements
-SEEDS = st.integers(0, 2**32)
 SEARCHES = os.environ.get("HYPOTHESIS_PROFILE") == "search"
 pytestmark = [pytest.mark.filterwarnings("ignore:Using a target size:UserWarning")]
 
 
-@pytest.mark.parametrize("op", OPERATORS.values(), ids=OPERATORS)
+# On GPUs, torch computes nll_loss, and raises for some strides.
+TRIED = {n: op for n, op in OPERATORS.items() if DEVICE == "cpu" or n != "nll_loss"}
+
+
+@pytest.mark.parametrize("op", TRIED.values(), ids=TRIED)
 def test_call(op: Operator) -> None:
     """The call depends on one seed and the size, because hypothesis often repeats other draws."""
 
-    if DEVICE != "cpu" and op.name == "nll_loss":
-        pytest.skip("torch computes it on GPUs, and raises for some strides")
-
     @settings(max_examples=settings().max_examples * (5 if op is CROSS_ENTROPY else 1))
-    @given(SEEDS, st.sampled_from(SIZES))
+    @given(st.integers(0, 2**32), st.sampled_from(SIZES))
     def check(seed: int, elements: int) -> None:
         call = random_call(op, seed, elements)
         note(str(call))
@@ -51,7 +51,7 @@ def test_call(op: Operator) -> None:
 
 
 SHARED = {
-    f"{op.name}-{'-'.join(pair)}": (op, pair) for op in OPERATORS.values() for pair in pairs_of(op)
+    f"{op.name}-{'-'.join(pair)}": (op, pair) for op in TRIED.values() for pair in pairs_of(op)
 }
 
 
@@ -62,8 +62,6 @@ def test_operands_that_share_memory(op: Operator, shared: Shared, seed: int) -> 
 
     A check that is skipped because a tensor is another operand must not be needed for its role.
     """
-    if DEVICE != "cpu" and op.name == "nll_loss":
-        pytest.skip("torch computes it on GPUs, and raises for some strides")
     call = random_call(op, seed, SIZES[seed % 2], shared=shared)
     if call.shared:  # test_call checks others
         check_call(call)
@@ -93,8 +91,6 @@ def draw(rng: random.Random) -> tuple[Call, str]:
     for name, x in call.given.items():
         if type(x) is float:
             call.given[name] = rng.choice(NUMBERS)(rng.choice([x, x, 0.0, 1.0, 2.0]))
-        elif type(x) is int:
-            call.given[name] = rng.choice([int, np.int64])(x)
         elif isinstance(x, Tensor) and name in call.leaves and rng.random() < 0.3:
             x.requires_grad_(False)
     return call, rng.choice([*MODES, "", "", ""])

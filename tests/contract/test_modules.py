@@ -85,13 +85,12 @@ def test_modules_that_torch_lacks_have_the_options_of_the_function(name: str) ->
 
 @pytest.mark.parametrize("name", OF_TORCH)
 def test_functional_signatures_match_torch(name: str) -> None:
-    of_torch = getattr(nn.functional, name)
     built_in = {  # built-ins without a signature
         "gelu": lambda input, *, approximate="none": None,
         "softplus": lambda input, beta=1, threshold=20: None,
         "logsigmoid": lambda input: None,
     }
-    of_torch = built_in.get(name, of_torch)
+    of_torch = built_in.get(name, getattr(nn.functional, name))
     assert_same_signature(getattr(fused_functional, name), of_torch)
 
 

@@ -19,16 +19,7 @@ from typing import Any
 import interpreter
 import pytest
 import torch
-from catalogue import (
-    EXAMPLES,
-    OF_ROWS,
-    SHAPE,
-    Call,
-    Example,
-    call_of_rows,
-    ours,
-    reference,
-)
+from catalogue import EXAMPLES, OF_ROWS, SHAPE, Call, Example, call_of_rows, ours, reference
 from check_calls import check_call, of_reference, run
 from compare import FLOATS, HALF, assert_accurate, defined_by_torch, flattened, largest, outcome
 from conftest import KernelCalls, fused_always, fused_by_size
@@ -59,10 +50,6 @@ class Logits:
 
     def at(self, target: Tensor) -> Tensor:
         return self.log_p.gather(1, target[:, None])[:, 0]
-
-    @property
-    def entropy(self) -> Tensor:
-        return -product(self.p, self.log_p).sum(1)
 
 
 def product(p: Tensor, log: Tensor) -> Tensor:
@@ -132,7 +119,7 @@ def log_probs(z: Tensor, given: dict[str, Any]) -> RowResults:
     s, target = Logits(z, given), given["target"]
     counts = target != given.get("ignore_index", -100)
     target = target.where(counts, 0)
-    log_p, entropy = s.at(target), s.entropy
+    log_p, entropy = s.at(target), -product(s.p, s.log_p).sum(1)
     results = [log_p, entropy, s.lse]
     if given["return_metrics"]:
         results += [(s.x.argmax(1) == target).double(), s.x.mean(1)]
@@ -213,12 +200,6 @@ def logits_of(input: Tensor, weight: Any = None, bias: Any = 0.0) -> Tensor:
     return input.double() if weight is None else input.double() @ weight.double().T + bias
 
 
-def spread(x: Tensor) -> float:
-    """Returns the largest difference of two finite logits of a row."""
-    finite = x.isfinite()
-    return largest(x.where(finite, -INF).amax(1) - x.where(finite, INF).amin(1))
-
-
 def closed_form(call: Call) -> tuple[Tensor, list[Tensor], Callable[..., list[Tensor]]]:
     """Returns the scaled logits, the results, and a function that returns the gradients."""
     leaves = [x.detach().double() for x in call.leaves.values()]
@@ -257,7 +238,7 @@ def computed(call: Call, way: str, grad_outputs: list[Tensor]) -> tuple[list[Ten
 def compare_with_closed_form(call: Call, way: str, rounded: bool = True) -> None:
     """Compares results and gradients.
 
-    Rounding the logits changes their differences to the largest one by a part of the spread. This
+    Rounding the logits changes their differences to the largest one by a part of the width. This
     is the absolute error of a logarithm, and the relative error of a probability. The logits
     themselves are rounded, too, unless `rounded` is False.
     """
@@ -266,7 +247,8 @@ def compare_with_closed_form(call: Call, way: str, rounded: bool = True) -> None
     eps = torch.finfo(torch.float32 if in_float32 else dtype).eps
     roundings = 32 if dtype is torch.float64 else 4  # no wider dtype for sums
     x, results, gradients_of = closed_form(call)
-    size, width = largest(x) if rounded else 0, spread(x)
+    finite = x.where(x.isfinite(), -INF).amax(1), x.where(x.isfinite(), INF).amin(1)
+    size, width = largest(x) if rounded else 0, largest(finite[0] - finite[1])
     grad_outputs = [torch.randn(y.shape).to(dtype) for y in results]
     found, gradients = computed(call, way, grad_outputs)
     defined = flattened(defined_by_torch(call.op.name)(**call.given))

@@ -17,7 +17,7 @@ import catalogue
 import interpreter
 import pytest
 import torch
-from catalogue import SOME, TRIED, Call, Example, every_example, every_operator, ours
+from catalogue import OF_FAMILIES, SOME, TRIED, Call, Example, every_example, every_operator, ours
 from check_calls import ERRORS, check_call, converted, natively, run
 from compare import (
     DEVICE,
@@ -217,11 +217,10 @@ def test_memory_beyond_a_view_is_neither_read_nor_written(example: Example) -> N
 # ---- threads -------------------------------------------------------------------------------------
 
 
-OF_FAMILIES = catalogue.OF_FAMILIES.values()
-
-
 @pytest.mark.cpu
-@grid(example=OF_FAMILIES, shape=[(203, 700), (7003, 10), (9, 4100)], dtype=FLOATS, isa=ISAS)
+@grid(
+    example=OF_FAMILIES.values(), shape=[(203, 700), (7003, 10), (9, 4100)], dtype=FLOATS, isa=ISAS
+)
 def test_large_calls_are_bitwise_identical_for_every_number_of_threads(
     example: Example, shape: tuple[int, int], dtype: torch.dtype, isa: str, threads: Any
 ) -> None:
