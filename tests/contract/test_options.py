@@ -238,7 +238,7 @@ def computed(call: Call, way: str, grad_outputs: list[Tensor]) -> tuple[list[Ten
 def compare_with_closed_form(call: Call, way: str, rounded: bool = True) -> None:
     """Compares results and gradients.
 
-    Rounding the logits changes their differences to the largest one by a part of the width. This
+    Rounding the logits of a row changes their differences by a part of the largest one. This
     is the absolute error of a logarithm, and the relative error of a probability. The logits
     themselves are rounded, too, unless `rounded` is False.
     """
