@@ -306,12 +306,14 @@ def test_a_number_of_bytes_is_not_a_bool(enabled: Any) -> None:
 SIZE = 40 * MIB  # bytes of the logits; large compared to other allocations
 SLACK = 5 * MIB
 # The number of tensors of SIZE bytes that a call allocates; a head's logits have twice as many. A
-# head allocates a quarter of its logits, linear_kl_div also for the teacher.
+# head allocates a quarter of its logits, linear_kl_div also for the teacher. A weight of half
+# precision is converted to float32 in parts.
 TENSORS: dict[str, float] = {
     "mean": 1, "smoothed": 1, "sum": 1, "no gradient": 0,
     "mse_loss-0": 0, "mse_loss-1": 1, "mse_loss-2": 2,
     "relu": 2,  # its output and the gradient
     "linear_cross_entropy": 0.5, "linear_log_probs": 0.5, "linear_kl_div": 1,
+    "half": 1.4,  # the gradient of the weight, and the logits
 }  # fmt: skip
 
 
@@ -358,6 +360,9 @@ def print_growth_of_calls() -> None:
     }
     for name, loss in losses.items():
         print_growth(name, lambda loss=loss: loss().backward(), head)
+    cpu.HALF_PRODUCTS = "float32"
+    half = [torch.randn(n, 20).half().requires_grad_() for n in (4, SIZE // 40)]
+    print_growth("half", lambda: F.linear_cross_entropy(*half, target[:4]).backward(), half)
 
 
 @pytest.fixture(scope="module")
