@@ -22,7 +22,7 @@ from pyfused.backends import cpu
 TESTS = Path(__file__).parent
 PRODUCTS = "log_probs linear_cross_entropy distillation vocab_parallel wrapped_heads"
 KERNELS = """accuracy activation compile values cross_entropy embedding_loss formula
-    log_probs pointwise_loss softmax"""
+    log_probs pointwise_loss sizes softmax"""
 THREADS = "threads parallel processes recycle wrapped_heads"
 
 MACHINES: tuple[tuple[dict[str, str], str], ...] = (

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import subprocess
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -55,16 +56,12 @@ def test_the_reason_names_the_error_if_triton_cannot_start(monkeypatch: pytest.M
     """Triton compiles its driver's module when it starts; a container may have no C compiler."""
     runtime = pytest.importorskip("triton.runtime")
 
-    class Driver:
-        @property
-        def active(self) -> None:
-            raise RuntimeError("Failed to find C compiler")
-
-    monkeypatch.setattr(runtime, "driver", Driver())
+    driver = Mock(**{"active.get_current_target.side_effect": RuntimeError("no C compiler")})
+    monkeypatch.setattr(runtime, "driver", driver)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
     reason = backends._without_triton.__wrapped__(torch.device("cuda"))
-    assert reason == "Triton cannot start: Failed to find C compiler"
+    assert reason == "Triton cannot start: no C compiler"
 
 
 WRONG: dict[str, tuple[str, ...]] = {  # what is expected, and wrong values
@@ -136,19 +133,11 @@ MUL = ("mul", 4, (0, 1))
 
 
 @pytest.mark.cpu
-def test_limits_of_programs_match_the_kernels() -> None:
-    limits = cpu.native.program_registers, cpu.native.program_constants
-    assert limits == (program.MOST_REGISTERS, program.MOST_CONSTANTS)
-
-
-@pytest.mark.cpu
 @pytest.mark.parametrize(
     ("instruction", "words"),
     [
         (("cube", 4, (0,)), "no instruction cube"),
         (("mul", 4, ()), "mul: expected 2 operands, got 0"),
-        (("mul", 4, (0, 1, 0, 1, 0)), "mul: expected 2 operands, got 5"),
-        (("mul", -1, (0, 1)), f"mul: result: expected a slot from 4 to {FIRST - 1}, got -1"),
         (("mul", 3, (0, 1)), f"mul: result: expected a slot from 4 to {FIRST - 1}, got 3"),
         (("mul", FIRST, (0, 1)), f"mul: result: expected a slot from 4 to {FIRST - 1}, got"),
         (("mul", 4, (0, -1)), f"mul: operand: expected a slot from 0 to {FIRST + 1}, got -1"),

@@ -79,27 +79,6 @@ def test_threads_with_small_stacks() -> None:
 # ---- memory --------------------------------------------------------------------------------------
 
 
-def test_no_memory_for_the_buffers_of_threads() -> None:
-    """Raises a MemoryError before any thread is started."""
-    done = python("""
-        import torch
-        from processes import left
-        from pyfused.functional import softmax
-        x = torch.randn(3_000_000, 5)
-        value, count = softmax(x, 1), torch.get_num_threads
-        # Memory suffices for an output, but not for the buffers of 457 threads.
-        with left(64 << 20):
-            torch.get_num_threads = lambda: 2000
-            try:
-                softmax(x, 1)
-            except MemoryError:
-                print("MemoryError")
-            torch.get_num_threads = count
-        assert torch.equal(softmax(x, 1), value)
-    """)
-    assert (done.stdout, done.returncode) == ("MemoryError\n", 0), done.stderr
-
-
 def test_every_kernel_returns_or_raises_if_memory_runs_out() -> None:
     done = python("""
         import torch

@@ -11,7 +11,6 @@ import pytest
 import torch
 from compare import Recording
 from processes import process
-from torch.overrides import TorchFunctionMode
 
 from pyfused import functional as fused
 from pyfused.backends import cpu
@@ -42,21 +41,8 @@ def test_float32_has_to_be_twice_as_fast(
     assert cpu.product_dtype(torch.float64) is torch.float64
 
 
-def test_the_least_times_decide(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each product may be disturbed, in all rounds but one."""
-    times = [3.0, 9.0, 3.0, 1.0, 9.0, 1.0, 1.0, 5.0, 9.0, 4.0]
-    monkeypatch.setattr(cpu, "least_seconds", lambda _: times.pop())
-    assert cpu.product_dtype(torch.bfloat16) is torch.bfloat16
-
-
-class Functions(TorchFunctionMode):
-    def __torch_function__(self, function: Any, *_: Any) -> Any:
-        raise AssertionError(function)
-
-
 STATES = {
     "autocast": lambda: torch.autocast("cpu", dtype=torch.bfloat16),
-    "functions": Functions,
     "operators": Recording,
     "inference": torch.inference_mode,
     "device": lambda: torch.device("meta"),

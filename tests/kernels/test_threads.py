@@ -14,7 +14,7 @@ import torch
 from catalogue import EXAMPLES
 
 from pyfused.backends import cpu
-from pyfused.functional import cross_entropy, relu, softmax
+from pyfused.functional import cross_entropy, softmax
 
 Threads = Callable[[int], None]
 
@@ -45,20 +45,8 @@ def test_threads_that_start_in_a_kernel_do_not_flush_subnormals(threads: Threads
 
 
 FORWARD = [(name, False) for name in ("cross_entropy", "mse_loss", "nll_loss", "relu", "softmax")]
+KERNELS = "cross_entropy", "mse_loss", "relu", "relu_backward", "softmax"
 BACKWARD = ("relu", True), ("softmax", True)  # with separate backward kernels
-
-
-class Native:
-    """The extension, with `during` called around each kernel."""
-
-    def __init__(self, native: Any, during: Callable[[Callable[[], Any]], Any]) -> None:
-        self.native, self.during = native, during
-
-    def __getattr__(self, name: str) -> Any:
-        kernel = getattr(self.native, name)
-        if isinstance(kernel, type) or not callable(kernel):
-            return kernel
-        return lambda *args: self.during(lambda: kernel(*args))
 
 
 @pytest.mark.parametrize(("name", "backward"), [*FORWARD, *BACKWARD])
@@ -74,7 +62,7 @@ def test_the_gil_is_released(name: str, backward: bool, monkeypatch: pytest.Monk
         value = call.ours()
         run = partial(torch.autograd.grad, value, [*call.leaves.values()], torch.ones_like(value))
 
-    def until_progress(kernel: Callable[[], Any]) -> Any:
+    def until_progress(kernel: Callable[..., Any], *args: Any) -> Any:
         start = threading.Event()
         waiting = threading.Thread(target=lambda: (start.wait(), progress.append(True)))
         interval = sys.getswitchinterval()
@@ -83,7 +71,7 @@ def test_the_gil_is_released(name: str, backward: bool, monkeypatch: pytest.Monk
         try:
             start.set()
             for _ in range(2000):
-                result = kernel()
+                result = kernel(*args)
                 if progress:
                     break
             progress.append("seen" if progress else "not seen")
@@ -92,17 +80,7 @@ def test_the_gil_is_released(name: str, backward: bool, monkeypatch: pytest.Monk
             waiting.join()
         return result
 
-    monkeypatch.setattr(cpu, "native", Native(cpu.native, until_progress))
+    kernels = {x: partial(until_progress, getattr(cpu.native, x)) for x in KERNELS}
+    monkeypatch.setattr(cpu, "native", SimpleNamespace(**vars(cpu.native) | kernels))
     run()
     assert progress == [True, "seen"]
-
-
-def test_each_call_counts_threads(threads: Threads, monkeypatch: pytest.MonkeyPatch) -> None:
-    """No cache stores the number of threads."""
-    given, native = list[int](), cpu.native
-    monkeypatch.setattr(cpu, "native", SimpleNamespace(**vars(native)))
-    monkeypatch.setattr(cpu.native, "relu", lambda *a: (given.append(a[-2]), native.relu(*a)))
-    for number in (1, 2):
-        threads(number)
-        relu(torch.randn(6, 5))
-    assert given == [1, 2]

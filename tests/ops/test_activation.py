@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import interpreter
 import pytest
 import torch
@@ -19,14 +17,6 @@ from pyfused.ops.activation import Activation
 INF, NAN = float("inf"), float("nan")
 OVERWRITING = [op.name for op in ACTIVATIONS if "inplace" in parameters(op)]
 close = torch.testing.assert_close
-
-
-def ours(op: Activation) -> Callable[[Tensor], Tensor]:
-    return getattr(fused, op.name)
-
-
-def of_torch(op: Activation) -> Callable[[Tensor], Tensor]:
-    return torch_function(op)
 
 
 def bits(x: Tensor) -> Tensor:
@@ -58,7 +48,7 @@ def widest(op: Activation, x: Tensor) -> Tensor:
 @grid(op=ACTIVATIONS, dtype=FLOATS, repeats=[1, 3, 20])
 def test_nan_infinities_and_signed_zeros(op: Activation, dtype: torch.dtype, repeats: int) -> None:
     x = torch.tensor([NAN, -NAN, 1.0, *extremes(dtype)], dtype=dtype).repeat(repeats)
-    got, expected = ours(op)(x), of_torch(op)(widest(op, x)).to(x)
+    got, expected = getattr(fused, op.name)(x), torch_function(op)(widest(op, x)).to(x)
     tolerance = {"rtol": 0.0, "atol": 0.0}
     if SAMPLES[op.name].rounds:
         eps, normal = torch.finfo(dtype).eps, torch.finfo(dtype).smallest_normal
@@ -83,9 +73,9 @@ def test_gradients_at_kinks_and_infinities(op: Activation, dtype: torch.dtype) -
     grad_outputs = torch.tensor([2.0, NAN, INF, -0.0]).to(dtype)
     x = points.repeat_interleave(4).requires_grad_()
     grad_output = grad_outputs.repeat(len(points))
-    (got,) = torch.autograd.grad(ours(op)(x), x, grad_output)
+    (got,) = torch.autograd.grad(getattr(fused, op.name)(x), x, grad_output)
     wide = widest(op, x)
-    (expected,) = torch.autograd.grad(of_torch(op)(wide), wide, grad_output.to(wide))
+    (expected,) = torch.autograd.grad(torch_function(op)(wide), wide, grad_output.to(wide))
     roundings = 0 if not SAMPLES[op.name].rounds else 8 if SAMPLES[op.name].cancels else 4
     assert_accurate(got, expected.to(x), 0, roundings, input=x, grad_output=grad_output)
 

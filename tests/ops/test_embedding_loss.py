@@ -16,7 +16,6 @@ from samples import target_indices
 from torch import Tensor
 
 from pyfused import functional as fused
-from pyfused import nn
 from pyfused.formula_compiler import trace
 
 # ---- special values ------------------------------------------------------------------------------
@@ -116,18 +115,6 @@ def test_composed_with_cross_entropy(shape: tuple[int, ...], kind: str, dtype: t
         errors.add_outcome(got, native, evaluate(by_hand, input, target, convert=exactly, **given))
         assert got.value.dtype is dtype
     errors.check(roundings=16 if dtype is torch.float64 else 2)
-
-
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
-@every_kind
-def test_gradients_of_both_orders(kind: str) -> None:
-    input, target = cosines((4, 5), torch.float64)
-
-    def logits(input: Tensor) -> Tensor:
-        return nn.AdditiveMargin(0.4, kind)(input, target)
-
-    assert torch.autograd.gradcheck(logits, input, check_forward_ad=True)
-    assert torch.autograd.gradgradcheck(logits, input)
 
 
 @every_kind

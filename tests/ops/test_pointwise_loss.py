@@ -56,15 +56,6 @@ def test_broadcast_sizes(name: str, other: Any, swapped: bool, kernel_calls: Ker
     assert kernel_calls.total() == (len(other) > 1)
 
 
-@pytest.mark.parametrize("name", ["mse_loss", "l1_loss", "smooth_l1_loss", "huber_loss"])
-def test_torch_broadcasts_where_it_warns(name: str, kernel_calls: KernelCalls) -> None:
-    x, y = torch.rand(4, 5, requires_grad=True), torch.rand(4, 1)
-    with pytest.warns(UserWarning, match="Using a target size") as caught:
-        getattr(fused, name)(x, y).backward()
-    assert len(caught) == 1
-    assert not kernel_calls
-
-
 # ---- dtypes --------------------------------------------------------------------------------------
 
 PROMOTED = [*FLOATS, torch.int64, torch.int8, torch.bool]
@@ -262,14 +253,6 @@ def test_unreduced_losses_have_the_memory_order_of_torchs(loss: Loss) -> None:
         }
         call = Call(loss.op, given | loss.parameters | {"reduction": "none"})
         assert call.ours().stride() == call.reference().stride(), transposed
-
-
-def test_a_loss_of_mixed_dtypes_warns_once() -> None:
-    """Its dtype is that of torch's function, which warns too."""
-    operands = torch.rand(4, 5), torch.rand(4, 5).double()
-    with pytest.warns(UserWarning, match="'mean' divides the total loss") as caught:
-        fused.kl_div(*operands)
-    assert len(caught) == 1
 
 
 # ---- losses made of another loss -----------------------------------------------------------------

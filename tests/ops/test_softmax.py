@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import interpreter
@@ -13,14 +12,12 @@ import pytest
 import torch
 from catalogue import Call
 from check_calls import check_valid_call
-from compare import FLOATS, Errors, extended, outcome, random_grad_output
-from conftest import ISAS, KernelCalls, fused_by_size
+from compare import FLOATS, Errors, extended, random_grad_output
+from conftest import ISAS, KernelCalls
 from grid import grid
 from torch.nn import functional as F
 
-import pyfused
 from pyfused import functional as fused
-from pyfused.backends import cpu
 from pyfused.ops.operators import OPERATORS
 
 INF, NAN = float("inf"), float("nan")
@@ -99,26 +96,3 @@ def test_subnormal_results(
     if isa != "generic":  # subnormal numbers are not flushed in this build
         assert not ((gradient != 0) & (gradient.double().abs() < least)).any()
     assert torch.tensor(1e-30) * 1e-10 > 0  # torch's denormals are not flushed
-
-
-@pytest.mark.cpu
-@grid(name=NAMES, capability=["x86-64-v3", "x86-64-v4"], dtype=FLOATS, dim=[0, 1])
-def test_avx2_leaves_strided_bfloat16_to_torch(
-    name: str, capability: str, dtype: torch.dtype, dim: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(cpu, "capability", capability)
-    by_torch = capability == "x86-64-v3" and dtype is torch.bfloat16 and dim == 0
-    with fused_by_size():
-        backend = pyfused.explain(name, torch.randn(512, 2048).to(dtype), dim).backend
-    assert backend == ("torch" if by_torch else "cpu")
-
-
-@pytest.mark.thresholds
-@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
-@pytest.mark.parametrize("kind", ["nested", "sparse"])
-@pytest.mark.parametrize("name", NAMES)
-def test_large_tensors_without_strides(name: str, kind: str) -> None:
-    x = torch.randn(1 << 17, 16)
-    x = torch.nested.nested_tensor([*x.split(1 << 16)]) if kind == "nested" else x.to_sparse()
-    ours, of_torch = (repr(outcome(partial(getattr(f, name), x, -1))) for f in (fused, F))
-    assert ours == of_torch

@@ -259,30 +259,24 @@ BAD: dict[str, dict[str, Any]] = {
     "TypeError: first: expected an int": {"shard": VocabShard(0.5)},  # type: ignore[arg-type]
     "ValueError: shard: expected classes in [0, 4)": {"shard": VocabShard(0, 4)},
     "ValueError: shard: expected classes in [0, 3)": {"shard": VocabShard(-1, 3)},
-    "TypeError: target: expected a Tensor, got NoneType": {"target": None},
     "ValueError: target: expected class indices": {"target": torch.zeros(1, 2).long()},
     "RuntimeError: target: expected class indices": {"target": ONES},
     "RuntimeError: logits: expected shape (N, C), got (1, 2, 5)": {"logits": ONES[None]},
-    f"RuntimeError: logits: {KERNELS} logits has dtype": {"logits": ONES.long()},
     f"RuntimeError: logits: {KERNELS} logits is on": {"logits": ONES.to("meta")},
     f"RuntimeError: logits: {KERNELS} logits is a": {"logits": ONES.as_subclass(Sub)},
     "TypeError: vocab_parallel_cross_entropy() got an unexpected keyword": {"gamma": 2.0},
     f"RuntimeError: weight: expected shape ({TOTAL},)": {"weight": torch.ones(3)},
-    "RuntimeError: weight: expected the": {"weight": torch.ones(TOTAL, dtype=F64)},
     f"RuntimeError: weight: {KERNELS} weight requires grad": {
         "weight": torch.ones(TOTAL, requires_grad=True)
     },
     "ValueError: token_weight: expected shape (2,)": {"token_weight": torch.ones(3)},
     "TypeError: z_loss: expected a number, got a Tensor": {"z_loss": torch.tensor(1.0)},
-    "ValueError: softcap: expected a positive number, got -1.0": {"softcap": -1.0},
-    "ValueError: reduction: expected": {"reduction": "max"},
     "RuntimeError: input: expected shape (..., D), got ()": {
         "input": torch.tensor(1.0),
         "linear_weight": ONES,
     },
     "RuntimeError: linear_weight: expected shape (C, D)": {"linear_weight": ONES[None]},
     "RuntimeError: linear_bias: expected": {"linear_weight": ONES, "linear_bias": ONES},
-    "TypeError: linear_weight: expected a Tensor": {"linear_weight": torch.nn.Linear(5, 5)},
 }
 
 
