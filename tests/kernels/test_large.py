@@ -6,9 +6,7 @@ Most tests of 2**31 elements need little memory: pages that were never written t
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -20,17 +18,9 @@ from torch import Tensor
 
 from pyfused import functional
 from pyfused.functional import cross_entropy
+from pyfused.memory import physical_memory
 
 WRAP = 2**31
-
-
-def available_gib() -> float:
-    """Returns the available memory, including caches, without swapping; 0 if it is unknown."""
-    try:
-        found = re.search(r"MemAvailable: +(\d+)", Path("/proc/meminfo").read_text())
-    except OSError:
-        return 0.0
-    return int(found[1]) / 2**20
 
 
 def unwritten(elements: int) -> Tensor:
@@ -116,7 +106,7 @@ def test_cross_entropy_of_more_logits_than_2_31() -> None:
 
 
 @pytest.mark.large
-@pytest.mark.skipif(available_gib() < 10, reason="needs 10 GiB of memory")
+@pytest.mark.skipif(physical_memory() < 12 << 30, reason="needs 10 GiB of memory")
 @pytest.mark.parametrize("classes", [40, 65536], ids=["columns", "rows"])
 def test_cross_entropy_gradient(classes: int, kernel_calls: KernelCalls) -> None:
     rows = WRAP // classes + 3

@@ -41,17 +41,12 @@ def test_float32_has_to_be_twice_as_fast(
     assert cpu.product_dtype(torch.float64) is torch.float64
 
 
-STATES = {
-    "autocast": lambda: torch.autocast("cpu", dtype=torch.bfloat16),
-    "operators": Recording,
-    "inference": torch.inference_mode,
-    "device": lambda: torch.device("meta"),
-}
+AUTOCAST, META = partial(torch.autocast, "cpu", torch.bfloat16), partial(torch.device, "meta")
 
 
-@pytest.mark.parametrize("state", STATES)
+@pytest.mark.parametrize("state", [AUTOCAST, META, Recording, torch.inference_mode])
 def test_the_state_of_the_first_call_has_no_effect(
-    state: str, monkeypatch: pytest.MonkeyPatch
+    state: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def check(compute: partial[Any]) -> float:
         product = compute()
@@ -60,7 +55,7 @@ def test_the_state_of_the_first_call_has_no_effect(
         return 1.0
 
     monkeypatch.setattr(cpu, "least_seconds", check)
-    with STATES[state]() as mode:
+    with state() as mode:
         assert cpu.product_dtype(torch.bfloat16) is torch.bfloat16
     assert not getattr(mode, "seen", None)
 

@@ -338,26 +338,6 @@ def transforms(process: Process, case: str) -> None:
         assert error_of(lambda: gradients(loss)).startswith(expected)
 
 
-@check(dtensors=None)
-def subclasses(process: Process, case: None) -> None:
-    """DTensors raise; their local tensors, and the gradients of these, have the right results."""
-    from torch.distributed.tensor import Shard, distribute_tensor
-
-    call, mesh = Case("cross_entropy"), dist.device_mesh.init_device_mesh("cpu", (SIZE,))
-    whole, target = call.leaves(slice(None)), call.tensors()[1]
-    logits = distribute_tensor(whole["logits"].detach(), mesh, [Shard(1)]).requires_grad_()
-    _, shard = shard_of(process)
-    error = error_of(lambda: vocab_parallel_cross_entropy(logits, target, shard))
-    assert error == f"RuntimeError: logits: {KERNELS} logits is a DTensor"
-    loss, (exact,) = (
-        vocab_parallel_cross_entropy(logits.to_local(), target, shard),
-        call.results(whole),
-    )
-    (gradient,) = torch.autograd.grad(loss, logits)
-    got = [loss, gradient.full_tensor()]
-    torch.testing.assert_close(got, [exact, *torch.autograd.grad(exact, [*whole.values()])])
-
-
 @check(call=None)
 def reports(process: Process, case: None) -> None:
     call, (classes, shard) = Case("linear_log_probs"), shard_of(process)
