@@ -259,6 +259,7 @@ BAD: dict[str, dict[str, Any]] = {
     "TypeError: first: expected an int": {"shard": VocabShard(0.5)},  # type: ignore[arg-type]
     "ValueError: shard: expected classes in [0, 4)": {"shard": VocabShard(0, 4)},
     "ValueError: shard: expected classes in [0, 3)": {"shard": VocabShard(-1, 3)},
+    "TypeError: target: expected a Tensor, got NoneType": {"target": None},
     "ValueError: target: expected class indices": {"target": torch.zeros(1, 2).long()},
     "RuntimeError: target: expected class indices": {"target": ONES},
     "RuntimeError: logits: expected shape (N, C), got (1, 2, 5)": {"logits": ONES[None]},
@@ -271,6 +272,7 @@ BAD: dict[str, dict[str, Any]] = {
     },
     "ValueError: token_weight: expected shape (2,)": {"token_weight": torch.ones(3)},
     "TypeError: z_loss: expected a number, got a Tensor": {"z_loss": torch.tensor(1.0)},
+    "ValueError: reduction: expected": {"reduction": "max"},
     "RuntimeError: input: expected shape (..., D), got ()": {
         "input": torch.tensor(1.0),
         "linear_weight": ONES,
