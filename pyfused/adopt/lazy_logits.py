@@ -556,7 +556,7 @@ class _Loss:
             return "target is not a plain int64 tensor on the device of the logits"
         if not target.numel():
             return "it has no rows"
-        if weight is not None and not (value.is_constant(weight, self.dtype) and weight.dim() == 1):
+        if weight is not None and not value.is_constant(weight, self.dtype):
             return f"weight is not a plain {self.dtype} tensor without a gradient"
         if call.hooks != torch_internals.saved_tensors_hooks(True):
             return "hooks for saved tensors, as of a checkpoint, contain only one of head and loss"
