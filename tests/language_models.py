@@ -125,8 +125,7 @@ def step(model: Any, **inputs: Any) -> tuple[Tensor, dict[str, Tensor], bool]:
     leaves = {name: p for name, p in model.named_parameters() if p.requires_grad}
     found = torch.autograd.grad(output.loss, [*leaves.values()], allow_unused=True)
     gradients = {name: x for name, x in zip(leaves, found, strict=True) if x is not None}
-    logits = output["prediction_logits" if "prediction_logits" in output else "logits"]
-    return output.loss.detach(), gradients, are_computed(logits)
+    return output.loss.detach(), gradients, are_computed(output["logits"])
 
 
 def assert_same_steps(found: Any, expected: Any, computed: bool = False) -> None:
