@@ -352,7 +352,7 @@ def test_operators_that_keep_logits_lazy(change: Callable[[Tensor, float], Tenso
     assert not are_computed(change(converted()(X), 2.0))
 
 
-# Operators that read logits in float64, or what is lazy in them.
+# The names in the warning, and functions that read logits in float64.
 READ: list[tuple[str, Callable[[Any, Tensor], Tensor]]] = [
     ("mul", lambda _, x: 2 * x.log_softmax(-1)),
     ("expand", lambda _, x: x[3].expand(4, 16, 40)),
