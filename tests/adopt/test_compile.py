@@ -1,4 +1,4 @@
-"""torch.compile: losses and activations are torch's, heads are custom operators."""
+"""torch.compile: heads are custom operators, and a converted head breaks the graph once."""
 
 from __future__ import annotations
 
