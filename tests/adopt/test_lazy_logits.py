@@ -521,8 +521,8 @@ KEYWORDS: list[dict[str, Any]] = [
     *({"dtype": torch.float32}, {"dtype": torch.float64}, {"k": 2, "dim": -1}, {"axis": 1}),
 ]
 ARGUMENTS: list[Any] = [(x, {}) for x in POSITIONAL] + [((), x) for x in KEYWORDS]
-# Their results are addresses or undefined (gradients of lu, as the logits have a low rank), they
-# belong to a node of autograd or need other devices, or they change the shape of logits, an error.
+# Their results are addresses, huge (diagflat) or undefined (gradients of lu, as the rank is low),
+# they belong to a node of autograd or need other devices, or they change the shape, an error.
 EXCLUDED = (
     "backward register_hook retain_grad register_post_accumulate_grad_hook share_memory_ map_"
     " map2_ apply_ new type pin_memory record_stream storage untyped_storage data_ptr"
@@ -531,7 +531,7 @@ EXCLUDED = (
     " resize_as resize_ has_names resize_as_ resize_as_sparse_ to_sparse sparse_resize_"
     " sparse_resize_and_clear_ is_set_to new_empty new_empty_strided detach_ dequantize"
     " unsqueeze_ transpose_ swapdims_ swapaxes_ t_ squeeze_ to_dense to_sparse_csr to_sparse_csc"
-    " to_sparse_bsr to_sparse_bsc to_sparse_coo lu"
+    " to_sparse_bsr to_sparse_bsc to_sparse_coo lu diagflat"
 )
 PYTHONS = "getitem add radd mul rmul truediv rtruediv sub pow matmul eq lt neg iter contains bool"
 METHODS = [f"__{name}__" for name in PYTHONS.split()]
