@@ -750,7 +750,7 @@ LOSSES_OF_ROWS: dict[str, Callable[[Tensor], Tensor]] = {
 def test_predictions_after_the_step(predict: Any, loss_of: Any, metrics: bool) -> None:
     """The pass over the loss has recorded them."""
     found: list[Any] = []
-    for model in (Model(), converted(metrics=metrics)):
+    for model in (Model().double(), converted(metrics=metrics).double()):
         logits = model(X)
         loss, predicted = loss_of(logits), predict(logits)
         (loss + predicted.square().sum() * predicted.requires_grad).backward()
