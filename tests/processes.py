@@ -6,7 +6,6 @@ import contextlib
 import datetime
 import multiprocessing
 import os
-import pickle
 import re
 import subprocess
 import sys
@@ -75,38 +74,19 @@ def resident(key: str = "VmRSS") -> int:
     return int(re.search(key + r":\s+(\d+)", status)[1]) << 10
 
 
-def in_processes(function: Callable[..., None], size: int, *arguments: Any) -> list[bytes]:
-    """Runs ``function(rank, *arguments, pipe)`` in each rank; returns the bytes that they send."""
-    pipes = [_context.Pipe(duplex=False) for _ in range(size)]
-    children = [
-        _context.Process(target=function, args=(rank, *arguments, pipes[rank][1]))
-        for rank in range(size)
-    ]
-    for child in children:
-        child.start()
-    for _, sender in pipes:
-        sender.close()  # so that recv raises EOFError if a child dies
-    try:
-        assert all(receiver.poll(SECONDS) for receiver, _ in pipes), "a process hangs"
-        return [receiver.recv_bytes() for receiver, _ in pipes]
-    finally:
-        for child in children:
-            child.terminate()
-            child.join()
-
-
 def run_checks(checks: Callable[[int], dict[Any, Any]], size: int) -> dict[Any, str]:
     """Runs ``checks(rank)`` in each rank of a gloo group; returns tracebacks of failed checks."""
-    with tempfile.TemporaryDirectory() as folder:
-        found = in_processes(_run_checks, size, checks, size, folder)
+    with tempfile.TemporaryDirectory() as folder, _context.Pool(size) as pool:
+        given = [(rank, checks, size, folder) for rank in range(size)]
+        found = pool.starmap_async(_run_checks, given, chunksize=1).get(SECONDS)
     failures: dict[Any, str] = {}
-    for rank, of_rank in enumerate(map(pickle.loads, found)):
+    for rank, of_rank in enumerate(found):
         for name, text in of_rank.items():
             failures[name] = f"{failures.get(name, '')}rank {rank}: {text}"
     return failures
 
 
-def _run_checks(rank: int, checks: Any, size: int, folder: str, pipe: Any) -> None:
+def _run_checks(rank: int, checks: Any, size: int, folder: str) -> dict[Any, str]:
     import torch
     import torch.distributed as dist
     from conftest import fused_always
@@ -123,4 +103,4 @@ def _run_checks(rank: int, checks: Any, size: int, folder: str, pipe: Any) -> No
                 failures[name] = traceback.format_exc()
     dist.barrier()
     dist.destroy_process_group()
-    pipe.send_bytes(pickle.dumps(failures))
+    return failures
