@@ -16,9 +16,7 @@ pytest.importorskip("triton")
 
 import compile_ahead as ahead
 import grid
-import triton
-import triton.language as tl
-from compile_ahead import F32, Case, compiling, empty
+from compile_ahead import F32, compiling, empty
 
 from pyfused import functional
 
@@ -32,32 +30,6 @@ elif not grid.FULL:
 @pytest.mark.parametrize(("target", "name"), CHOSEN, ids=map(" ".join, CHOSEN))
 def test_kernels_compile_well(target: str, name: str) -> None:
     assert ahead.problems(ahead.cases()[name], target) == []
-
-
-@triton.jit
-def copy_kernel(x, out, block: tl.constexpr):  # noqa: ANN001, ANN201
-    lanes = tl.arange(0, block)
-    total = tl.load(x + lanes)
-    for start in range(block, 8 * block, block):
-        total += tl.load(x + start + lanes)
-    tl.store(out + lanes, total)
-
-
-@pytest.mark.parametrize("target", ahead.SOME)
-def test_bad_kernels_are_detected(target: str) -> None:
-    def found(block: int) -> list[str]:
-        x, options = empty(F32, 1 << 20), {"num_warps": 1, "enable_fp_fusion": True}
-        run = lambda: copy_kernel[(1,)](x, x, block=block, **options)  # noqa: E731
-        return ahead.problems(Case("copy", F32, run, launches=1), target)
-
-    assert found(512) == []
-    (problem,) = found(1 << (13 if target == "sm_90" else 15))
-    assert problem.startswith("copy_kernel spills ")
-
-
-def test_too_many_launches_are_detected() -> None:
-    softmax = ahead.cases()["softmax float32 4096x1000"]
-    assert ahead.problems(softmax._replace(launches=2), "sm_90") == ["3 launches, not 2"]
 
 
 @pytest.mark.parametrize("classes_contiguous", [False, True])
