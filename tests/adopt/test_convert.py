@@ -20,7 +20,6 @@ from compare import Recording
 from conftest import KernelCalls
 from language_models import TARGET, Model, X, converted
 from torch import Tensor, nn
-from torch._dynamo.testing import EagerAndRecordGraphs
 from torch.nn import functional as F
 from torch.nn.utils.parametrize import register_parametrization
 from torch.testing import assert_close
@@ -598,36 +597,6 @@ def test_invalid_memory_budgets(budget: Any, error: type[Exception]) -> None:
 
 
 # ---- torch.compile -------------------------------------------------------------------------------
-
-
-class BrokenBody(Model):
-    """A model whose graph breaks before the head, whose forward is then compiled separately."""
-
-    def forward(self, x: Tensor, target: Tensor) -> Any:  # type: ignore[override]
-        hidden = self.emb(x)
-        torch._dynamo.graph_break()
-        logits = self.head(hidden)
-        return logits, F.cross_entropy(logits.flatten(0, 1), target)
-
-
-@pytest.mark.filterwarnings("ignore")  # raised by Dynamo
-@pytest.mark.parametrize("kind", [Model, BrokenBody])
-def test_a_compiled_model_is_that_of_torch(kind: type[Model]) -> None:
-    """Conversion does not change the graphs, logits, loss and gradients of a compiled model."""
-    found: list[Any] = []
-    plain, model = kind(), pyfused.convert(kind(), head="head", metrics=True)
-    model(X, TARGET)
-    assert model.pyfused_metrics is not None
-    for each in (plain, model):
-        torch.compiler.reset()
-        graphs = EagerAndRecordGraphs()
-        logits, loss = torch.compile(each, backend=graphs, fullgraph=kind is Model)(X, TARGET)
-        assert type(logits) is Tensor
-        gradients = torch.autograd.grad(loss, [*each.parameters()])
-        sizes = [len(graph.graph.nodes) for graph in graphs.graphs]
-        found.append((logits.detach(), loss.detach(), gradients, sizes))
-    assert model.pyfused_metrics is None
-    assert_close(found[1], found[0], rtol=0, atol=0)
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")  # of the attribute `hidden`

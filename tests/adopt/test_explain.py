@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import re
-import threading
 from typing import Any
 
 import pytest
@@ -70,25 +69,6 @@ def test_explanations_match_the_calls(
     else:
         assert explanation[1:] == ("cpu", None, None)
         assert str(explanation) == f"{explanation.op}: cpu"
-
-
-@pytest.mark.thresholds
-def test_other_threads_are_not_affected() -> None:
-    """While one thread explains calls, small calls of other threads still skip dispatch."""
-    done = threading.Event()
-
-    def explain() -> None:
-        while not done.is_set():
-            pyfused.explain("mse_loss", X, X)
-
-    thread = threading.Thread(target=explain)
-    with pyfused.report() as report:
-        thread.start()
-        for _ in range(2000):
-            fused.mse_loss(X, X)
-        done.set()
-        thread.join()
-    assert report.to_dict()["left_to_torch"] == {}
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import importlib
 import itertools
-import pkgutil
 from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -21,9 +19,7 @@ import compile_ahead as ahead
 import triton
 import triton.language as tl
 from triton import knobs
-from triton.runtime import JITFunction
 
-from pyfused import kernels
 from pyfused.backends.versions import is_tested
 from pyfused.kernels import launch
 from pyfused.kernels.cross_entropy import row_kernel
@@ -74,16 +70,6 @@ def test_arguments_equal_those_of_triton(name: str, gpu: Any) -> None:
             assert kernel == same
             assert found[:6] == expected[:6]  # the grid, the stream, the function and options
             assert described(found[9:]) == described(expected[9:])  # 6 to 8 are for hooks
-
-
-def test_every_kernel_has_its_constants_last() -> None:
-    names = [f"pyfused.kernels.{module.name}" for module in pkgutil.iter_modules(kernels.__path__)]
-    found = {each for name in names for each in vars(importlib.import_module(name)).values()
-             if isinstance(each, JITFunction) and each.fn.__name__.endswith("_kernel")}  # fmt: skip
-    assert len(found) > 10
-    for kernel in found:
-        constant = [parameter.is_constexpr for parameter in kernel.params]
-        assert constant == sorted(constant), kernel.fn.__name__
 
 
 @triton.jit
