@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 from textwrap import dedent
 
@@ -61,12 +60,3 @@ def test_the_steps_add_operators_and_an_option(tmp_path: Path) -> None:
     run(*options, "tests/contract/test_completeness.py")
     for selected in sorted(set(re.findall(r"`make test PYTEST_ARGS=\"-k ([^\"]*)\"`", PAGE))):
         run(*options, "--ignore", "tests/repo", "-k", selected.strip("'"))
-
-
-def test_formulas_of_another_clone_are_refused(tmp_path: Path) -> None:
-    tool = tmp_path / "tools" / "formulas.py"
-    tool.parent.mkdir()
-    shutil.copy(ROOT / "tools" / "formulas.py", tool)
-    done = subprocess.run([sys.executable, tool], capture_output=True, text=True)
-    assert done.returncode == 1
-    assert f"expected pyfused of {tmp_path.resolve()}, got that of {ROOT}" in done.stderr

@@ -7,7 +7,7 @@ import logging
 import math
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import redirect_stdout
 from io import StringIO
 from pathlib import Path
@@ -17,13 +17,11 @@ import matplotlib
 import pytest
 import torch
 import torch.nn.functional as TF
-from torch import Tensor
 
 sys.path.append(str(Path(__file__).parents[2] / "docs"))
 
 import charts
 import pages
-import tables
 from entries import EXAMPLES
 
 import pyfused
@@ -37,35 +35,22 @@ from pyfused.ops.operators import LINEAR_CROSS_ENTROPY, OPERATORS
 pytestmark = [pytest.mark.cpu, pytest.mark.thresholds]
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
-MOST_WORDS = 22_000
 FOLDERS = "csrc", "kernels", "tests", "benchmarks", "tools"
 TEXTS = {
     path.relative_to(ROOT).as_posix(): path.read_text("utf-8")
     for path in (*pages.PAGES, *[ROOT / f"{folder}/README.md" for folder in FOLDERS],
                  ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md")
 }  # fmt: skip
-every_page = pytest.mark.parametrize("page", TEXTS)
-CONTRIBUTING = TEXTS["CONTRIBUTING.md"]
-
-
-def test_the_pages_are_short() -> None:
-    words = sum(len(text.split()) for name, text in TEXTS.items() if name != "CHANGELOG.md")
-    assert words <= MOST_WORDS, "remove what another page says, or what its readers do not need"
 
 
 # ---- code, links and names of files --------------------------------------------------------------
-
-
-def blocks(language: str, text: str) -> list[tuple[str, str]]:
-    """Returns the indent and the code of each block of code."""
-    return re.findall(rf"(?ms)^( *)```{language}\n(.*?)^ *```", text)
 
 
 BLOCKS = {
     f"{page}-{number}": code
     for page, text in TEXTS.items()
     if page != "docs/tutorial.md"  # its blocks need each other, and are those of a notebook
-    for number, (_, code) in enumerate(blocks("python", text))
+    for number, code in enumerate(re.findall(r"(?ms)^ *```python\n(.*?)^ *```", text))
 }
 
 
@@ -92,7 +77,7 @@ def general(text: str) -> str:
     return re.sub(r"cpu x86-64-v\d|cpu generic|\d+ threads?", "*", text)
 
 
-@every_page
+@pytest.mark.parametrize("page", TEXTS)
 def test_links_and_named_files_exist(page: str) -> None:
     folders = "csrc|kernels|pyfused|tests|benchmarks|tools|examples|docs"
     links = re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", TEXTS[page])
@@ -101,56 +86,11 @@ def test_links_and_named_files_exist(page: str) -> None:
     assert [path for path in paths if not path.exists()] == []
 
 
-@pytest.mark.parametrize(("indent", "code"), blocks("py", CONTRIBUTING))
-def test_excerpts_are_parts_of_the_sources(indent: str, code: str) -> None:
-    files = (*ROOT.glob("pyfused/**/*.py"), *ROOT.glob("tests/*.py"))
-    code = re.sub(f"^{indent}", "", code, flags=re.MULTILINE)
-    assert any(code in file.read_text("utf-8") for file in files)
-
-
-def test_the_files_of_an_option_of_cross_entropy_are_named() -> None:
-    section = TEXTS["csrc/README.md"].partition("## Adding an option to a loss over classes")[2]
-    named = set(re.findall(r"`([\w/]+\.\w+)`", section.partition("\n## ")[0]))
-    patterns = "pyfused/**/*.py", "kernels/*.py", "csrc/*.[hc]*"
-    files = [path for pattern in patterns for path in ROOT.glob(pattern)]
-    advice = r"z_loss(?!=\.)"
-    using = {path for path in files if re.search(advice, path.read_text("utf-8"))}
-    assert {path.relative_to(ROOT).as_posix() for path in using} <= named
-
-
-def test_files_of_the_layout_exist() -> None:
-    _, layout, *_ = re.split(r"```(?:text)?\n", CONTRIBUTING, maxsplit=2)
-    folders = re.findall(r"^(\w+)/", layout, re.MULTILINE)
-    existing = {path.name for folder in folders for path in (ROOT / folder).rglob("*.*")}
-    assert {*re.findall(r"\w+\.(?:py|md)\b", layout)} <= existing
-
-
 # ---- written parts -------------------------------------------------------------------------------
 
 
 def test_written_parts_are_current() -> None:
     assert not pages.outdated(), "run python docs/pages.py"
-
-
-def test_pages_show_every_table_and_chart() -> None:
-    text = "".join(page.read_text("utf-8") for page in pages.PAGES)
-    assert sorted(name for _, name in pages.PART.findall(text)) == sorted(tables.WRITTEN)
-    assert {*re.findall(r"charts/(.*?\.svg)", text)} == {x.name for x in DOCS.glob("charts/*.svg")}
-
-
-def test_the_index_lists_every_page() -> None:
-    listed = re.findall(r"\]\((.*?\.md)\)", (DOCS / "index.md").read_text("utf-8"))
-    pages = {page.name for page in DOCS.glob("*.md")} - {"index.md"}
-    assert sorted(listed) == sorted({"../README.md", *pages})
-
-
-@pytest.mark.parametrize(
-    ("quartiles", "shown"), [((0.9, 1.2, 1.4), "1.0"), ((1.1, 1.2, 1.4), "1.20")]
-)
-def test_a_ratio_within_the_noise_is_no_speed_up(
-    quartiles: tuple[float, float, float], shown: str
-) -> None:
-    assert tables.rounded(tables.certain(*quartiles)) == shown
 
 
 @pytest.mark.parametrize("name", charts.DRAWN)
@@ -183,63 +123,9 @@ def test_a_notebook_is_current_and_runs(name: str) -> None:
             exec(compile("".join(cell["source"]), name, "exec"), names)
         for output in cell["outputs"]:
             assert printed.getvalue().split() == "".join(output["text"]).split()
-    for cell in json.loads(text)["cells"]:
-        for link in re.findall(r"\]\(([^)#:]+)", "".join(cell["source"])):
-            assert (ROOT / "examples" / link).exists(), link
 
 
 # ---- behaviour that docs/compatibility.md and docs/losses.md describe ---------------------------
-
-INF, NAN = math.inf, math.nan
-
-
-def gradient_of(function: Callable[..., Tensor], x: Tensor, *others: Any, **options: Any) -> Tensor:
-    leaf = x.clone().requires_grad_()
-    function(leaf, *others, **options).sum().backward()
-    assert leaf.grad is not None
-    return leaf.grad
-
-
-def test_gelu_of_infinities() -> None:
-    x = torch.full((1 << 24,), INF, requires_grad=True)
-    assert F.gelu(x).isposinf().all()
-    for y in (F.gelu(-x), TF.gelu(-x), torch.autograd.grad(F.gelu(-x).sum(), x)[0]):
-        assert y.isnan().all()
-    assert torch.equal(F.gelu(x[:-1]).isnan(), TF.gelu(x[:-1]).isnan())
-    if cpu.capability == "x86-64-v4":
-        assert TF.gelu(x).isnan().all()
-
-
-@pytest.mark.parametrize("name", ["elu", "selu", "celu"])
-@pytest.mark.parametrize("position", [0, 5, -1])
-def test_positions_of_nan(name: str, position: int) -> None:
-    x, nan = torch.randn(1 << 17), torch.full((1 << 17,), NAN)
-    x[position] = NAN
-    found, everywhere = (gradient_of(getattr(F, name), each) for each in (x, nan))
-    assert torch.equal(found[position].isnan(), everywhere[0].isnan())
-    assert everywhere.isnan().all() or torch.equal(everywhere, found[position].expand_as(x))
-
-
-def test_infinite_gradients_from_above() -> None:
-    x, y = torch.zeros(1 << 17), torch.ones(1 << 17)
-    scaled = lambda f: lambda *a: f(*a) * INF  # noqa: E731
-    ours, theirs = (gradient_of(scaled(f.margin_ranking_loss), y, x, y) for f in (F, TF))
-    assert ours.isnan().all()
-    assert not theirs.any()
-
-
-@pytest.mark.skipif(not cpu.RECYCLES, reason="memory is recycled on Linux only")
-def test_the_storage_of_a_large_gradient() -> None:
-    with pytest.raises(RuntimeError, match="resize"):
-        gradient_of(F.relu, torch.randn(1 << 24)).untyped_storage().resize_(0)
-
-
-def test_gradients_of_celu_in_float64() -> None:
-    x = torch.linspace(-3, 1, 1 << 20, dtype=torch.float64)
-    exact = (x / 0.1).exp().clamp(max=1)
-    ours, theirs = (gradient_of(f.celu, x, alpha=0.1) for f in (F, TF))
-    assert ((ours - exact) / exact).abs().max() < 1e-14
-    assert 1e-7 < ((theirs - exact) / exact).abs().max() < 2e-6
 
 
 def test_operators_without_kernels() -> None:
@@ -273,8 +159,7 @@ def test_sizes_that_change_a_call() -> None:
 
 @pytest.mark.parametrize("classes", [10, 1000], ids=["by torch", "by a kernel"])
 def test_an_ignored_row_of_nan(classes: int) -> None:
-    x = torch.full((256, classes), NAN)
-    x[1:] = 0.0
-    target = torch.ones(256, dtype=torch.int64)
-    target[0] = -100
-    assert (not gradient_of(F.cross_entropy, x, target)[0].any()) == (classes == 1000)
+    x = torch.zeros(256, classes).index_fill(0, torch.tensor(0), math.nan).requires_grad_()
+    target = torch.ones(256, dtype=torch.int64).index_fill(0, torch.tensor(0), -100)
+    (gradient,) = torch.autograd.grad(F.cross_entropy(x, target), x)
+    assert gradient[0].isnan().any() == (classes == 10)

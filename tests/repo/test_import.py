@@ -3,37 +3,26 @@
 from __future__ import annotations
 
 import ast
-import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 from processes import python
 
 pytestmark = [pytest.mark.cpu, pytest.mark.thresholds]
 
-AUDIT = """
-import atexit, json, logging, os, signal, sys, threading, warnings
+IMPORT = """
+import atexit, logging, os, signal, sys, threading, warnings
 import torch
 import torch._dynamo.config, torch._functorch.config, torch._inductor.config
 
 CHANGES = ("subprocess.", "socket.", "shutil.", "tempfile.", "os.exec", "os.fork", "os.posix_spawn",
            "os.system", "os.putenv", "os.mkdir", "os.remove", "os.rename", "os.chdir", "os.kill")
-opened, executed, changed = [], [], []
-recording = True
+changed = []
 
 def audit_hook(event, arguments):
-    if not recording:
-        return
-    if event == "open":
-        opened.append(str(arguments[0]))
-    elif event.startswith(CHANGES):
+    if event.startswith(CHANGES):
         changed.append(f"{event} {arguments}")
-    elif event in ("exec", "compile"):  # excludes the import system and decorators of Python
-        caller = sys._getframe(1)
-        if caller.f_globals["__name__"].startswith("pyfused"):
-            executed.append(f"{event} in {caller.f_globals['__name__']}")
 
 def state():
     return {
@@ -51,34 +40,24 @@ def state():
         "warnings": repr(warnings.filters),
         "logging": repr(logging.getLogger().handlers),
     }
-"""
-IMPORT = """
+
 before, modules = state(), {*sys.modules}
 sys.addaudithook(audit_hook)
 import pyfused
-recording = False
 after = state()
 changed += [key for key in before if before[key] != after[key]]
 pyfused.convert(torch.nn.ReLU())
 hooks = sys.modules["torch.optim.optimizer"]._global_optimizer_pre_hooks
 changed += [name for name in {*sys.modules} - {*modules, "torch.utils._device"}
             if not f"{name}.".startswith("pyfused.")] + [*map(repr, hooks)]
-json.dump({"opened": opened, "executed": executed, "changed": changed}, sys.stdout)
+print(changed)
 """
 
 
-def run_audited(code: str, home: Path) -> Any:
-    process = python(AUDIT + code, HOME=str(home), XDG_CACHE_HOME="")
-    assert process.returncode == 0, process.stderr
-    return json.loads(process.stdout)
-
-
-def test_importing_has_no_side_effects(tmp_path: Path) -> None:
-    """It reads no file of the user, calls neither exec nor compile, and loads no other package."""
-    result = run_audited(IMPORT, tmp_path)
-    assert any("pyfused" in path for path in result["opened"])  # pyfused's files
-    assert not [path for path in result["opened"] if path.startswith(str(tmp_path))]
-    assert (result["changed"], result["executed"]) == ([], [])
+def test_importing_has_no_side_effects() -> None:
+    """It starts and changes nothing, and loads no other package."""
+    done = python(IMPORT)
+    assert (done.stdout, done.stderr) == ("[]\n", "")
 
 
 # ---- the order of imports ------------------------------------------------------------------------

@@ -15,7 +15,6 @@ from email.parser import Parser
 from pathlib import Path
 from typing import Any
 
-import machines
 import pytest
 from processes import process
 
@@ -235,16 +234,6 @@ def test_a_build_only_compiles_changed_sources_with_portable_flags(stub_tree: Pa
         assert flag not in commands
 
 
-def test_a_warning_is_an_error_in_ci_but_not_for_users(stub_tree: Path) -> None:
-    (stub_tree / "csrc/other.cpp").write_text("void f() { int unused; }\n")
-    build = "setup.py", "--quiet", "build_ext", "--inplace"
-    users = run(*build, folder=stub_tree, CPPFLAGS="")
-    assert users.returncode == 0, users.stderr
-    assert "warning: unused variable" in users.stderr
-    assert users.stdout.count("Compiling the kernels with ") == 1
-    assert run(*build, folder=stub_tree, CPPFLAGS="-Werror").returncode != 0
-
-
 def test_a_clone_is_imported_in_the_folder_beside_it(tmp_path: Path) -> None:
     """There, Python finds the clone's folder, which has the package's name, but no __init__.py."""
     (tmp_path / "pyfused").symlink_to(ROOT)
@@ -273,28 +262,3 @@ def test_no_kernel_has_grown() -> None:
     lines = sizes.changed(old, sizes.measured(), built)
     advice = "If no kernel is slower, run tools/sizes.py and commit the table: tools/README.md."
     assert not lines, "\n".join(["csrc/sizes.txt differs from the kernels:", *lines, advice])
-
-
-def test_growth_is_reported() -> None:
-    old = {"run<float>": {"v2": 1000, "v3": 1000}, "short": {"v2": 40}, "old": {"v2": 100}}
-    new = {"run<float>": {"v2": 1050, "v3": 1100}, "short": {"v2": 72}, "new": {"v2": 100}}
-    lines = ["new (v2): new", "old (v2): gone", "run<float> (v3): 1000 bytes, now 1100"]
-    assert sizes.changed(old, new, ["v2", "v3"]) == lines
-    assert sizes.changed(old, new, ["v2"]) == lines[:2]
-
-
-# ---- files that commands name --------------------------------------------------------------------
-
-
-NAMED = {
-    name: re.findall(r"\btests/[\w/]+\.py", (ROOT / name).read_text("utf-8"))
-    for name in ("Makefile", ".ci/run", "pyproject.toml")
-}
-NAMED["machines.py"] = [f"tests/*/test_{x}.py" for _, y in machines.MACHINES for x in y.split()]
-
-
-@pytest.mark.parametrize("name", NAMED)
-def test_named_test_files_exist(name: str) -> None:
-    """If a file is missing, pytest's workers run no test and report nothing."""
-    assert NAMED[name]
-    assert [file for file in NAMED[name] if not [*ROOT.glob(file)]] == []
