@@ -89,9 +89,8 @@ def measured(info: dict[str, Any]) -> Found:
 def machine(found: Found) -> str:
     words = {"cores": "{} cores", "threads": "{} threads", "driver": "driver {}"}
     words |= {"torch": "torch {}", "triton": "Triton {}", "liger": "Liger {}"}
-    words |= {"python": "Python {}"}
-    info = found["machine_info"].items()
-    described = [words.get(k, "{}").format(v) for k, v in info]
+    words["python"] = "Python {}"
+    described = [words.get(k, "{}").format(v) for k, v in found["machine_info"].items()]
     joined = ", ".join([*described, found["datetime"][:10]])
     return joined.replace(" 1 threads,", " 1 thread,")
 
@@ -183,8 +182,7 @@ def markdown(rows: Sequence[Row]) -> str:
     several = len({row.mode for row in rows}) > 1
     columns = ["case", *["mode"] * several, "pyfused, ms", f"{first}, ms"]
     columns += ["share of a copy" if n == "copy" else f"{n} / pyfused" for n in peers]
-    speeds = any(row.bytes for row in rows)
-    columns += ["GB/s"] if speeds else []
+    columns.append("GB/s")
     peaks = any(row.peak_gradients is not None for row in rows)
     columns += ["peak, gradients"] if peaks else []
     lines = []
@@ -193,9 +191,8 @@ def markdown(rows: Sequence[Row]) -> str:
         cells = [row.case, *[row.mode] * several]
         cells += [f"{known.pyfused_ms:.3g}", f"{known.ms:.3g}"] if known else ["", ""]
         cells += [spread(row.peers[name].ratio) if name in row.peers else "" for name in peers]
-        if speeds:
-            known = row.peers.get("copy")  # present for memory-bound cases
-            cells.append(f"{row.bytes / known.pyfused_ms / 1e6:.3g}" if known else "")
+        known = row.peers.get("copy")  # present for memory-bound cases
+        cells.append(f"{row.bytes / known.pyfused_ms / 1e6:.3g}" if known else "")
         if peaks:
             cells.append("" if row.peak_gradients is None else f"{row.peak_gradients:.2f}")
         lines.append(cells)

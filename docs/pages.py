@@ -25,7 +25,7 @@ from pyfused.ops.operators import OPERATORS
 README = DOCS.parent / "README.md"
 PAGES = (README, *sorted(DOCS.glob("*.md")))
 HOMEPAGE = re.findall('Homepage = "(.*)"', (DOCS.parent / "pyproject.toml").read_text("utf-8"))[0]
-PART = re.compile(r"(?s)(<!-- written: ([\w ]+) -->\n).*?(?=<!-- end -->)")
+PART = re.compile(r"(?s)(<!-- written: (\w+) -->\n).*?(?=<!-- end -->)")
 PICTURE = re.compile(
     r'(?s)<picture>\s*<source[^>]*srcset="(.*?)">\s*<img alt="(.*?)" src="(.*?)">\s*</picture>'
 )
@@ -84,12 +84,8 @@ def measured(name: str) -> str:
         " pyfused is faster. The [README of the benchmarks](../../benchmarks/README.md) describes"
         " the method."
     )
-    return f"{method}\n\n{folded('Times on each machine', *parts)}"
-
-
-def folded(title: str, *parts: str) -> str:
-    """Returns Markdown that a reader opens by a click, because it is long on a phone."""
-    return "\n\n".join([f"<details>\n<summary>{title}</summary>", *parts, "</details>"])
+    summary = "<details>\n<summary>Times on each machine</summary>"  # long on a phone
+    return "\n\n".join([method, summary, *parts, "</details>"])
 
 
 def page(name: str) -> str:

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from statistics import median
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from entries import GALLERY
@@ -297,14 +297,8 @@ def gains() -> str:
         peaks = {each: float(row["peak"]) / float(row["torch, peak"]) for each, row in rows.items()}
         speeds = speedups(found, (way, "torch.compile", compiled, KEPT[0]))
         lines.append([title(next(iter(rows.values()))), line, *speeds, span(peaks)])
-    columns = [
-        "line",
-        "with the line",
-        "`torch.compile`",
-        "`torch.compile` with the line",
-        "torch with `keep`",
-    ]
-    columns = ["model, dtype, batch", *columns, "peak / eager torch's"]
+    columns = ["model, dtype, batch", "line", "with the line", "`torch.compile`"]
+    columns += ["`torch.compile` with the line", "torch with `keep`", "peak / eager torch's"]
     *_, on_gpu, _ = short(read_csv(H100 / "steps.csv")[0]["machine"]).split(", ")
     return f"{tabulated(columns, lines, names=2)}\n\n*{NOTE} {machines_of_steps()} H100: {on_gpu}.*"
 
@@ -334,15 +328,10 @@ def steps() -> str:
 
 # ---- on a GPU ------------------------------------------------------------------------------------
 
-GPU_HEADS = {
-    "three products": "three products",
-    "pyfused": "pyfused",
-    "torch": "torch",
-    "torch.compile": "`torch.compile`",
-    "pyfused, memory_budget of a 16th": "pyfused, a 16th",
-    "Liger": "Liger",
-    "cut-cross-entropy": "cut-cross-entropy",
-}
+GPU_HEADS = (
+    *("three products", "pyfused", "torch", "torch.compile", "pyfused, memory_budget of a 16th"),
+    *("Liger", "cut-cross-entropy"),
+)
 
 
 def gpu_heads() -> str:
@@ -351,7 +340,7 @@ def gpu_heads() -> str:
         [sizes, *(f"{float(ways[way][0]):.3g}, {ways[way][1]}" for way in GPU_HEADS)]
         for sizes, ways in h100_heads().items()
     ]
-    table = tabulated(["tokens, features, classes", *GPU_HEADS.values()], lines, names=1)
+    table = tabulated(["tokens, features, classes", *GPU_HEADS], lines, names=1)
     caption, *_ = (H100 / "heads.md").read_text(encoding="utf-8").partition("\n")
     return f"{table}\n\n*{short(caption)}*"
 
@@ -369,12 +358,5 @@ def gpu_steps() -> str:
 
 
 # The parts of pages that `python docs/pages.py` writes.
-WRITTEN: dict[str, Any] = {
-    "gains": gains,
-    "operators": operators,
-    "sizes": smallest,
-    "headline": headline,
-    "steps": steps,
-    "gpu heads": gpu_heads,
-    "gpu steps": gpu_steps,
-}
+PARTS = gains, operators, smallest, headline, steps, gpu_heads, gpu_steps
+WRITTEN = {part.__name__: part for part in PARTS}

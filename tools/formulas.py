@@ -11,7 +11,6 @@ to date.
 from __future__ import annotations
 
 import math
-import sys
 import zlib
 from collections import Counter
 from collections.abc import Sequence
@@ -277,11 +276,6 @@ def printed() -> dict[Path, str]:
 
 
 if __name__ == "__main__":
-    if (package := Path(elementwise.__file__).resolve().parents[2]) != ROOT:
-        sys.exit(
-            f"tools/formulas.py: expected pyfused of {ROOT}, got that of {package}: run "
-            f"'make formulas' in {ROOT}, or set PYTHONPATH={ROOT}"
-        )
     for path, text in printed().items():
         if not path.exists() or path.read_text("utf-8") != text:  # else sources would recompile
             path.write_text(text, "utf-8")
