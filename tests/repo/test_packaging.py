@@ -135,9 +135,9 @@ finally:
 # ---- without the compiled modules ----------------------------------------------------------------
 
 
-def copy_of_package(folder: Path, modules: bool = False) -> Path:
-    """Returns a folder with the package, as in an installation."""
-    ignored = shutil.ignore_patterns("__pycache__", *(() if modules else ("_cpu_*",)))
+def copy_of_package(folder: Path) -> Path:
+    """Returns a folder with the package, as in an installation without the compiled modules."""
+    ignored = shutil.ignore_patterns("__pycache__", "_cpu_*")
     shutil.copytree(ROOT / "pyfused", folder / "pyfused", ignore=ignored)
     shutil.copytree(ROOT / "kernels", folder / "pyfused/kernels", ignore=ignored)
     return folder
@@ -194,27 +194,21 @@ def test_an_unbuilt_clone_says_how_to_get_kernels(tmp_path: Path) -> None:
 # ---- the build -----------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def stub_tree(tmp_path: Path) -> Path:
-    """Returns a copy of the tree with minimal sources to compile."""
+def test_a_build_only_compiles_changed_sources_with_portable_flags(tmp_path: Path) -> None:
+    """The tree has minimal sources."""
     (tmp_path / "csrc").mkdir()
     (tmp_path / "pyfused").mkdir()
     shutil.copy(ROOT / "setup.py", tmp_path)
     (tmp_path / "csrc/bindings.cpp").write_text('#include "stub.h"\n')
     (tmp_path / "csrc/stub.h").touch()
     (tmp_path / "csrc/other.cpp").touch()
-    return tmp_path
-
-
-def test_a_build_only_compiles_changed_sources_with_portable_flags(stub_tree: Path) -> None:
-    commands = ""
+    command, commands = ("setup.py", "build_ext", "--inplace"), ""
 
     def compiled_after(changed: str | None = None, flags: str = "") -> Counter[str]:
         nonlocal commands
         if changed:
-            (stub_tree / changed).touch()
-        environment = {"CFLAGS": "", "CXXFLAGS": flags}
-        result = run("setup.py", "build_ext", "--inplace", folder=stub_tree, **environment)
+            (tmp_path / changed).touch()
+        result = run(*command, folder=tmp_path, CFLAGS="", CXXFLAGS=flags)
         assert result.returncode == 0, result.stdout + result.stderr
         commands += result.stdout
         return Counter(re.findall(r"-c csrc/(\w+)\.cpp", result.stdout))
@@ -226,9 +220,8 @@ def test_a_build_only_compiles_changed_sources_with_portable_flags(stub_tree: Pa
     assert compiled_after("csrc/stub.h") == {"bindings": 1}
     assert compiled_after(flags="-g") == {"bindings": 1, "other": each}
     assert "-ffp-contract=fast" in commands
-    command = "setup.py", "build_ext", "--inplace"
     isa = MODULES[0].removeprefix("pyfused._cpu_")
-    one = run(*command, folder=stub_tree, CPPFLAGS="-DONE", PYFUSED_ISAS=isa).stdout
+    one = run(*command, folder=tmp_path, CPPFLAGS="-DONE", PYFUSED_ISAS=isa).stdout
     assert Counter(re.findall(r"-c csrc/(\w+)\.cpp", one)) == {"bindings": 1, "other": 1}
     for flag in ("-march=native", "-mtune=native", "-ffast-math", "-ffinite-math-only"):
         assert flag not in commands
