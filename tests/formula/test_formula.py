@@ -11,7 +11,6 @@ import sys
 import weakref
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from functools import partial
 from itertools import product
 from math import pi
@@ -23,7 +22,7 @@ import numpy
 import pytest
 import torch
 import torch.nn.functional as F
-from compare import DEVICE, FLOATS, Errors, Outcome, Recording, evaluate, exactly, widen
+from compare import DEVICE, FLOATS, Errors, Outcome, Recording, evaluate, exactly
 from conftest import ISAS, KernelCalls
 from grid import grid
 from hypothesis import given, settings
@@ -35,11 +34,9 @@ from verify import check
 import pyfused
 from pyfused.backends import backend_of, cpu
 from pyfused.formula import Formula
-from pyfused.formula_compiler import program as programs
 from pyfused.formula_compiler import trace
 from pyfused.formula_compiler.program import UntraceableError
 from pyfused.functional import sigmoid_focal_loss as focal_loss
-from pyfused.ops.elementwise import kernels
 from pyfused.types import Outputs
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
@@ -181,36 +178,30 @@ AS_WRITTEN = (
     "a**3", "a**4", "F.smooth_l1_loss(a, 2 * a, reduction='none')", "a / (b * b + 0.5)",
 )  # fmt: skip
 ACCEPTED = (
-    "(a - b).abs()", "F.relu(a)", "torch.maximum(a, b)", "torch.minimum(a, 0.5 * b)", "a * b",
-    "a.clamp(-1.0, 2.0)", "a.clamp(j, k)", "torch.where((a > b) & ~(b == 0), a, 2 * b)", "a + b",
-    "F.leaky_relu(b, 0.1)", "F.huber_loss(a, b, reduction='none')", "torch.hypot(a, b)", "a.tanh()",
-    "F.smooth_l1_loss(a, b, reduction='none')", "torch.nan_to_num(a, posinf=5.0, neginf=-7.0)",
-    "b.nan_to_num(1.5, 5.0, 6.0)", "torch.pow(a, b)", "a**k", "k**b", "a**1.5", "2.0**a", "a.sin()",
-    "a**(k - 9)", "(k - 9)**b", "(k - 1.3)**b", "a**(k + 3)", "a**(k - 4.5)",
-    "torch.rsqrt(a)", "torch.sqrt(a)", "a.reciprocal()", "torch.erf(a)", "torch.expm1(a)",
-    "torch.log1p(a)", "torch.log2(a)", "a.log10()", "a.sign() * (a >= 0.3)", "torch.cos(a)",
-    "(a != 0).float() * a", "F.silu(a)", "F.logsigmoid(a)", "F.mish(a)", "F.softplus(a, beta=2.0)",
-    "F.tanhshrink(a)", "F.softsign(a)", "F.hardsigmoid(a)", "a.masked_fill(a == 0.5, 7.0)",
-    "(2 * a).add_(1.0) + torch.ones_like(a)", "torch.lerp(a, b, 0.3)", "torch.logaddexp(a, b)",
+    "a.clamp(j, k)", "torch.where((a > b) & ~(b == 0), a, 2 * b)", "torch.hypot(a, b)",
+    "F.huber_loss(a, b, reduction='none')", "F.smooth_l1_loss(a, b, reduction='none')",
+    "torch.nan_to_num(a, posinf=5.0, neginf=-7.0)", "b.nan_to_num(1.5, 5.0, 6.0)", "2.0**a",
+    "torch.pow(a, b)", "a**k", "k**b", "a**1.5", "a**(k - 9)", "(k - 9)**b", "(k - 1.3)**b",
+    "a**(k + 3)", "a**(k - 4.5)", "torch.rsqrt(a)", "torch.sqrt(a)", "a.reciprocal()",
+    "a.tanh()", "a.sin()", "torch.cos(a)", "torch.erf(a)", "torch.expm1(a)", "torch.log1p(a)",
+    "F.silu(a)", "torch.log2(a)", "a.log10()", "F.mish(a)", "F.hardsigmoid(a)",
+    "(2 * a).add_(1.0) + torch.ones_like(a)", "torch.logaddexp(a, b)",
     "torch.where(a > 1, a.new_full((), 2.5), a)", "torch.where(a.isnan(), torch.zeros_like(a), a)",
     # around the threshold, from which torch's softplus is linear
     "F.softplus(1e-9 * a + 4.0, beta=2.0, threshold=8.0)", "F.softplus(a, 2.0, -1.0)",
     "j * F.softplus(1e-9 * a - 7 / 0.3, beta=0.3, threshold=-7.0)", "F.softplus(a, 0.25, 25.0)",
-    "torch.where(a < 0, F.softplus(a, 0.5, 0.25), b)", "(a.abs() + 0.2) ** 1.3",
+    "torch.where(a < 0, F.softplus(a, 0.5, 0.25), b)",
     *[f"torch.where({code}, a, b)" for code in (
-        "torch.logical_not(torch.logical_not(a))", "a.bool() & ~b.bool()", "a.type_as(b > 0)",
-        "torch.logical_or(a, b).type_as(a) < b.bool().float()", "(a > b).long().bool()",
-        "torch.logical_not((a > b).long() * 3)", "torch.where(a > b, True, False)",
+        "torch.logical_or(a, b).type_as(a) < b.bool().float()", "torch.where(a > b, True, False)",
+        "torch.logical_not((a > b).long() * 3)", "a.bool() & ~b.bool()", "a.type_as(b > 0)",
         "torch.full_like(a, 2.5, dtype=torch.bool)", "(a > b).fill_(3.0)", "(a > b).copy_(b)",
-        "(a > b).masked_fill(a < 0, True)", "(2 * a).logical_and_(b).bool()",
-        "assigned(a, b > 0).bool()", "torch.logical_xor(a > 0, b.relu())",
+        "(2 * a).logical_and_(b).bool()", "assigned(a, b > 0).bool()",
     )],
 )  # fmt: skip
 # Expressions of an operand a and a mask m.
 MASKED = (
-    "torch.where(m, a * a, 0.0)", "torch.where(~m, a * a, a)", "(a * a).masked_fill_(~m, 0.0)",
-    "torch.where(torch.logical_xor(m, a > 0), a, 0.5) * m.bool()", "F.softplus(-(2.0 * m - 1) * a)",
-    "a * m + torch.where(m > 0, a.exp(), 0.0)", "torch.where(m & (a > 0), a, 0.5)",
+    "torch.where(m, a * a, 0.0)", "(a * a).masked_fill_(~m, 0.0)",
+    "torch.where(torch.logical_xor(m, a > 0), a, 0.5) * m.bool()",
     "a * m.long() + m.double() + m.type_as(a) + torch.zeros_like(m)",
     "m / 3 * a + m / (a * a + 1) + torch.sigmoid(m)", "torch.where((m < a) | torch.isnan(m), a, m)",
     "(m + 2.0) ** a + torch.maximum(a, m) + torch.minimum(m, a)",
@@ -248,19 +239,6 @@ def test_special_values(code: str, dtype: torch.dtype, kernel_calls: KernelCalls
     if "pow" in code:  # includes -0.0
         assert torch.equal(*[x.nan_to_num().signbit() for x in found])
     assert kernel_calls[mine.op.name] == 2
-
-
-@pytest.mark.parametrize("code", MASKED)
-def test_masks_in_half_precision(code: str, kernel_calls: KernelCalls) -> None:
-    mine, a = defined("a, m", code), torch.randn(40, 4, dtype=torch.bfloat16)
-    for columns in (4, 1):
-        m = torch.rand(40, columns) < 0.6
-        got = evaluate(mine, a.requires_grad_(), m)
-        expected = evaluate(mine.function, a, m, convert=widen)
-        found, best = (got.value, *got.gradients), (expected.value, *expected.gradients)
-        close(found, best, rtol=2e-2, atol=2e-2, check_dtype=False)
-        assert got.value.dtype == mine.function(a, m).dtype
-    assert kernel_calls[mine.op.name] == 4
 
 
 SUBNORMAL = (
@@ -319,18 +297,6 @@ def test_broadcasting_is_the_functions(
     else:
         close(*found)
     assert shapes[0] != shapes[1] or weighted or kernel_calls.total()
-
-
-@pytest.mark.cpu
-@pytest.mark.parametrize("shapes", [("nm", "m"), ("nm", "n1"), ("m", "nm"), ("nm", "nnm")])
-def test_operands_that_broadcast_are_traced_once(shapes: Any, kernel_calls: KernelCalls) -> None:
-    """For all sizes of a batch; equal sizes of the operands remain equal."""
-    mine = pyfused.activation(lambda x, y: x * y + x)
-    for n in (30, 40, 7, 50):
-        sizes = {"n": n, "m": 5, "1": 1}
-        check_formula(mine, *[torch.randn([sizes[x] for x in shape]) for shape in shapes])
-    assert mine.op.source.broadcasts.cache_info().misses == 1
-    assert kernel_calls[mine.op.name] == 4
 
 
 @both_sizes
@@ -431,10 +397,8 @@ RECEIVED: list[dict[str, Any]] = [
 ]
 
 
-@both_sizes
+@grid(named=RECEIVED, dtype=FLOATS, n=[20, 1 << 15])
 @pytest.mark.thresholds
-@pytest.mark.parametrize("dtype", FLOATS)
-@pytest.mark.parametrize("named", RECEIVED, ids=str)
 def test_what_a_formula_receives(named: dict[str, Any], dtype: torch.dtype, n: int) -> None:
     """Floats and tensors of one element are 0-d tensors; bools, ints and strings are unchanged."""
     x, number = torch.randn(n, dtype=dtype), float(named.get("k", 1.5))
@@ -628,9 +592,9 @@ WRONG_CALLS: tuple[tuple[Callable[[Tensor, Tensor], Any], str], ...] = (
     (lambda x, y: mish(x, reduction="sum"), "reduction"),
     (lambda x, y: wing(x, y[:7]), "size of tensor"),
     (lambda x, y: wing(x, y, weight=x.expand(3, -1)), EXPANDS),
-    (lambda x, y: wing(x, y, weight=x.expand(1, -1), reduction="sum"), EXPANDS),
-    (lambda x, y: wing(x, y, weight=x[:3], reduction="none"), EXPANDS),
     (lambda x, y: wing(x, y, weight=2.0), "weight: expected a Tensor, got float"),
+    (lambda x, y: wing(x, y.long()), r"target: .* mask, got torch.int64; .*target\.to\("),
+    (lambda x, y: wing.explain(x.byte(), y), r"input: .* mask, got torch.uint8"),
     (lambda *x: wing(*x, *x, 1), r"too many .* expected wing\(.*\), got 5 positional arguments"),
 )
 
@@ -641,19 +605,6 @@ WRONG_CALLS: tuple[tuple[Callable[[Tensor, Tensor], Any], str], ...] = (
 def test_invalid_arguments(call: Callable[..., Any], words: str, n: int) -> None:
     with pytest.raises((TypeError, ValueError, RuntimeError), match=words):
         call(*operands_of("wing", n))
-
-
-CALLS = wing, wing.explain, lambda *x: torch.compile(wing, backend="eager")(*x)
-
-
-@both_sizes
-@pytest.mark.thresholds
-@pytest.mark.parametrize("kind", [torch.uint8, torch.int16, torch.int64])
-@pytest.mark.parametrize("call", CALLS, ids=["call", "explain", "compile"])
-def test_operands_that_are_integers(call: Callable[..., Any], kind: torch.dtype, n: int) -> None:
-    input, target = operands_of("wing", n)
-    with pytest.raises(Exception, match=rf"target: .* mask, got {kind}; .*target\.to\("):
-        call(input, target.to(kind))
 
 
 @pytest.mark.thresholds
@@ -721,14 +672,12 @@ UNREADABLE = (
     ("x * helper.scale", "'function' object has no attribute 'scale'"),
     ("x * Settings.factors[0]", r"line . of <string>: it reads Settings\.factors, a list"),
     ("try: return x * Settings.factors[0]\n    except: return x", r"Settings\.factors, a list"),
-    ("formulas.operands(x)", "'formulas' has no attribute 'operands'"),
     ("Settings.of_class(x)", r"reads Settings\.of_class\. A formula reads only"),
     ("Settings() * x", r"calls Settings\. A formula"), ("torch.nn.ReLU()(x)", r"calls torch\.nn\."),
-    ("x * formulas", r"unsupported operand"), ("x * copy.copy(2.0)", "copy: it reads"),
+    ("x * copy.copy(2.0)", "copy: it reads"),
     ("torch.finfo(x.dtype).eps * x", "supports dtype, whose result may differ"),
     ("wing.defaults['omega'] * x", "no attribute 'defaults'"),
     ("x if torch.is_grad_enabled() else -x", r"reads torch\.is_grad_enabled"),
-    ("(lambda library: x * library.tau)(numpy)", "no attribute 'tau'"),
     ("x * torch.rand_like(x)", r"reads torch\.rand_like"),
     ("torch.absent(x)", "torch' has no attribute 'absent'"),
     ("absent(x)", "name 'absent' is not defined"),
@@ -742,6 +691,7 @@ NOT_FUSED = (
     ("x - x.mean()", "no kernel supports mean; to reduce"),
     ("x if (x > 0).any() else -x", "no kernel supports any; an 'if' cannot depend"),
     ("x * F.dropout(x)", "no kernel supports dropout"),
+    ("x[..., :1000]", "an index or a slice of a tensor"), ("x * len(x.type())", "supports type"),
     ("-F.log_softmax(x, -1)", "no kernel supports log_softmax; for a function of log-prob"),
     ("F.cross_entropy(x, y)", "no kernel supports cross_entropy; for a function of log-prob"),
     ("x * math.exp(x)", "torch's functions instead of math's"),
@@ -755,18 +705,12 @@ NOT_FUSED = (
 # Refused whatever the operands' shapes are; most are the identity for some shapes. For functions of
 # torch, see test_accepted_functions_of_torch.
 NOT_ELEMENTWISE = [(code, "no kernel") for code in (
-    "x[..., :1000]", "x[:1000]", "x[...]", "x[:, :1]", "x[None]", "x[x > 0]", "x[0]", "x.T", "x.mT",
-    "x.narrow(0, 0, 1)", "x.t()", "x.movedim(0, -1)", "x.transpose(0, -1)", "x.squeeze()",
-    "x.unsqueeze(-1)", "x.flatten()", "x.view(-1)", "x.view_as(x)", "x.view(torch.int64)",
-    "x.reshape(())", "x.expand(())", "x.expand_as(x)", "x.broadcast_to(())", "x.chunk(2, -1)[0]",
-    "x.split(1)[0]", "x.unbind()[0]", "sum(row for row in x)", "torch.stack([x, x]).sum(0)",
-    "x.repeat(1)", "x.flip(-1)", "x.roll(1)", "x.sort()[0]", "x.cumsum(-1)", "x.sum(-1)",
-    "x.mean()", "x.amax(())", "x.max(-1)[0]", "x.norm()", "F.normalize(x)", "x.softmax(-1)",
-    "F.layer_norm(x, (7,))", "F.mse_loss(x, 2 * x)", "torch.ones(5, 1, 7) * x", "x * x.shape[0]",
-    "torch.tensor([1.0, 2.0]) * x", "torch.zeros(x.size()) + x", "x * x.ndim", "x / x.numel()",
-    "x / len(x)", "torch.zeros(x.stride()) + x", "x.to(x.device)", "torch.lgamma(x)",
-    "torch.zeros_like(x).normal_()", "torch.zeros(()).normal_() * x",
-    "x @ y", "x.var()", "torch.linalg.vecdot(x, y)", "torch.mul(x, y, out=torch.zeros_like(x))",
+    "x[x > 0]", "x.T", "x.squeeze()", "x.view(-1)", "x.view(torch.int64)", "x.expand(())",
+    "x.broadcast_to(())", "x.chunk(2, -1)[0]", "sum(row for row in x)", "x.sum(-1)", "x @ y",
+    "torch.stack([x, x]).sum(0)", "x.amax(())", "x.max(-1)[0]", "F.mse_loss(x, 2 * x)",
+    "torch.ones(5, 1, 7) * x", "torch.tensor([1.0, 2.0]) * x", "x * x.shape[0]", "x * x.ndim",
+    "x / len(x)", "x.to(x.device)", "torch.lgamma(x)", "torch.zeros_like(x).normal_()",
+    "torch.zeros(()).normal_() * x", "torch.mul(x, y, out=torch.zeros_like(x))",
 )]  # fmt: skip
 
 
@@ -952,8 +896,8 @@ def test_names_are_looked_up_at_definition(k: int, monkeypatch: pytest.MonkeyPat
 
 
 SET_IN_TENSOR = (
-    ("gain", SCALE, "x * x.gain"), ("gain", SCALE, "x * Tensor.gain"), ("relu", scaled, "x.relu()"),
-    ("scaled", scaled, "helper(x.scaled())"), ("scaled", property(scaled), "x.scaled"),
+    ("gain", SCALE, "x * Tensor.gain"), ("relu", scaled, "x.relu()"),
+    ("scaled", property(scaled), "helper(x.scaled)"),
 )  # fmt: skip
 
 
@@ -982,18 +926,6 @@ def test_weights_in_programs_with_dynamic_sizes(reduction: str) -> None:
         close(compiled(input[:n], target[:n], weight), step(input[:n], target[:n], weight))
 
 
-def test_modes_and_hooks_of_the_caller_do_not_see_tracing() -> None:
-    """On a GPU, the first call generates the kernel, under any mode."""
-    recording, seen = Recording(), list[Tensor]()
-    hooks = torch.autograd.graph.saved_tensors_hooks(seen.append, seen.append)
-    for name in ("softsign", "log_cosh_loss"):
-        expected = [(p.prologue, p.body, p.constants) for p in kernels()[name].programs]
-        with hooks, recording, torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
-            traced = replace(kernels()[name]).programs
-        assert [(p.prologue, p.body, p.constants) for p in traced] == expected
-    assert (recording.seen, seen) == ([], [])
-
-
 @pytest.mark.cpu  # the interpreter supports only one thread
 @pytest.mark.usefixtures("switching")
 def test_threads_trace_at_once() -> None:
@@ -1003,21 +935,6 @@ def test_threads_trace_at_once() -> None:
         for k, value in enumerate(pool.map(lambda k: formula()(torch.zeros(3), k=k), range(40))):
             close(value, torch.full((3,), float(k)))
         assert torch.is_anomaly_enabled()
-
-
-def test_wrong_kernels_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A wrong value, and a gradient that ignores NaN and infinity in grad_output."""
-    mine = pyfused.activation(lambda input: 2 * input.sigmoid() ** 2)
-
-    def kernels(*call: Any) -> Any:
-        *arguments, grad = call
-        return cpu.pointwise_loss(*arguments, None if grad is None else grad.nan_to_num())
-
-    with pytest.raises(AssertionError, match=r"at input=.*, grad_output=(nan|inf)"):
-        check(mine.op, (), kernels)
-    monkeypatch.setitem(programs.RULES, "pow", [programs.Rule(("pow", "a", "b"), "a", True)])
-    with pytest.raises(AssertionError, match=r"kernel's value and gradients: .* at input="):
-        check(pyfused.activation(mine.written).op, ())
 
 
 MODES = {
