@@ -265,7 +265,7 @@ def test_broadcasting_strides_and_mixed_dtypes(kernel_calls: KernelCalls) -> Non
     got = check_formula(wing, input, target, rtol=1e-6)
     assert (got.value.dtype, got.value.shape) == (torch.float64, (6, 4, 5))
     four = defined("a, b, c, d", "F.gelu(a) * b + F.gelu(c, approximate='tanh') * d - b * d")
-    check_formula(four, input, target.double(), input.detach()[0], torch.rand(5).double())
+    check_formula(four, input, target.double(), input.detach()[0], torch.rand(5) > 0.5)
     assert kernel_calls[wing.op.name] == kernel_calls[four.op.name] == 2
 
 
@@ -503,19 +503,6 @@ def test_a_user_gradient_is_used_on_all_paths(kernel_calls: KernelCalls) -> None
     assert torch.autograd.gradgradcheck(cubes, smooth)
 
 
-@both_sizes
-@pytest.mark.thresholds
-@pytest.mark.filterwarnings("ignore:Using backward:UserWarning")
-@pytest.mark.parametrize("code", ["(x - y.detach()) ** 2", "torch.where(y > 0, x, 2.0) * y.sign()"])
-def test_results_that_are_constant_in_an_operand(code: str, n: int) -> None:
-    x, y = torch.randn(2, n).requires_grad_().unbind()
-    mine = defined("x, y", code)
-    for twice in (False, True):
-        found = torch.autograd.grad(mine(x, y).sum(), (x, y), create_graph=twice, allow_unused=True)
-        close(found[0], torch.autograd.grad(mine.function(x, y).sum(), x)[0])
-        assert found[1] is None or not found[1].any()
-
-
 def test_invalid_user_gradients() -> None:
     mine = pyfused.activation(lambda input, *, k=1.0: k * input)
     wrong: tuple[tuple[Any, str], ...] = (
@@ -593,6 +580,7 @@ WRONG_CALLS: tuple[tuple[Callable[[Tensor, Tensor], Any], str], ...] = (
     (lambda x, y: wing(x, y[:7]), "size of tensor"),
     (lambda x, y: wing(x, y, weight=x.expand(3, -1)), EXPANDS),
     (lambda x, y: wing(x, y, weight=2.0), "weight: expected a Tensor, got float"),
+    (lambda x, y: step(x, y, width=x[:1].requires_grad_()), "width: .* without a gradient"),
     (lambda x, y: wing(x, y.long()), r"target: .* mask, got torch.int64; .*target\.to\("),
     (lambda x, y: wing.explain(x.byte(), y), r"input: .* mask, got torch.uint8"),
     (lambda *x: wing(*x, *x, 1), r"too many .* expected wing\(.*\), got 5 positional arguments"),
@@ -638,10 +626,6 @@ class Settings:
     @staticmethod
     def tripled(input: Tensor) -> Tensor:
         return 3 * input
-
-    @staticmethod
-    def by_list(input: Tensor) -> Tensor:
-        return input * HALF_PI[0]
 
     @classmethod
     def of_class(cls, input: Tensor) -> Tensor:
@@ -799,20 +783,17 @@ def test_attributes_that_only_some_calls_read(monkeypatch: pytest.MonkeyPatch) -
     def mine(x: Tensor, *, kind: str = "") -> Tensor:
         if kind == "number":
             return x * Settings.scale
-        if kind == "function":
-            return Settings.by_list(x)
         try:
             return x * Settings.factors[0] if kind == "list" else Settings.tripled(x)
         except Exception:
             return x
 
-    x, by_name = torch.randn(100), torch.compile(mine, backend="eager", fullgraph=True)
+    x = torch.randn(100)
     monkeypatch.setattr(Settings, "scale", 5.0)
     monkeypatch.setattr(Settings, "factors", [7.0])
-    for kind, scale in (("number", 2.0), ("function", HALF_PI[0]), ("list", 7.0), ("", 3.0)):
+    for kind, scale in (("number", 2.0), ("list", 7.0), ("", 3.0)):
         assert torch.equal(mine(x, kind=kind), scale * x)
-        assert torch.equal(by_name(x, kind=kind), scale * x)
-        assert (mine.explain(x, kind=kind).backend == "torch") == (kind in ("function", "list"))
+        assert (mine.explain(x, kind=kind).backend == "torch") == (kind == "list")
     assert "reads Settings.factors, a list" in mine.explain(x, kind="list").reason
 
 
