@@ -683,6 +683,7 @@ NOT_FUSED = (
     ("x if k > 1 else -x", "is read, but floats are tensors in a formula"),
     ("k.long() * x", "long casts to torch.int64"), ("k.half() * x", "half casts to torch.float16"),
     ("(x > y).to(torch.uint8) * 200 * x", "mul on integers of less than 64 bits"),
+    ("((x > 0) + (y > 0)) * x", "a sum of bool tensors; use torch.logical_or"),
     ("torch.zeros(()).copy_(x)", "copy, which writes a tensor into a number"),
     ("x.masked_fill(x > 0, y)", "masked_fill with a value that is not a number"),
 )  # fmt: skip
