@@ -268,13 +268,6 @@ OF_FAMILIES = {n: e for n, e in SOME.items() if e.op in FAMILIES.values()}
 every_family = pytest.mark.parametrize("example", OF_FAMILIES.values(), ids=OF_FAMILIES)
 COMPILED = SOME if grid.SLOW else OF_FAMILIES  # compiling takes long
 every_compiled = pytest.mark.parametrize("example", COMPILED.values(), ids=COMPILED)
-# Calls with an option that is a tensor.
-TENSOR_OPTIONS = {
-    e.id: (name, e)
-    for e in EXAMPLES.values()
-    for name in ("token_weight", "denominator")
-    if e.name in (name, f"{name}=tensor") and e.op in _OPERATORS.values()
-}
 
 
 # ---- random calls --------------------------------------------------------------------------------

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.parametrize import register_parametrization
 from torch.testing import assert_close
+from torch.utils.checkpoint import checkpoint
 
 import pyfused
 from pyfused.adopt import heads, lazy_logits
@@ -420,6 +421,16 @@ def test_steps_of_a_model_and_of_copies(copied: Any, losses: list[Tensor]) -> No
     assert pyfused.revert(model) == (".",)
     assert_close(results(model), results(plain), rtol=0, atol=0)
     assert not losses
+
+
+def test_a_checkpointed_head(losses: list[Tensor]) -> None:
+    """Head and loss are recomputed in the backward pass; test_lazy_logits.py checkpoints models."""
+    plain, model = Model(), converted()
+    for each in (plain, model):
+        loss_of = lambda x, head=each.head: F.cross_entropy(head(x).flatten(0, 1), TARGET)  # noqa: E731
+        checkpoint(loss_of, each.emb(X), use_reentrant=True).backward()
+    assert_close([p.grad for p in model.parameters()], [p.grad for p in plain.parameters()])
+    assert losses
 
 
 class Finalised(Model):

@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache, partial
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -25,6 +26,7 @@ from torch.testing import assert_close
 from torch.utils.checkpoint import checkpoint
 
 import pyfused
+from pyfused.adopt import lazy_logits
 from pyfused.adopt.lazy_logits import LazyLogits
 
 pytestmark = pytest.mark.usefixtures("reset_warnings")
@@ -581,6 +583,15 @@ def test_every_method(name: str) -> None:
             assert found[0] == expected[0], described
             tolerances: Any = {"rtol": 1e-3, "atol": 1e-4, "equal_nan": True}
             assert_close(found[1], expected[1], **tolerances, msg=described)
+
+
+def test_the_table_of_operators_is_current() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "transformers.md").read_text("utf-8")
+    names = {operator.__name__.partition(".")[0].strip("_") for operator in lazy_logits._RULES}
+    known = {name.__name__.partition(".")[0] for name in lazy_logits._LARGEST}
+    names = {"to" if name == "to_copy" else name for name in names - known}
+    for row in (names, known):
+        assert f"\n| {', '.join(f'`{name}`' for name in sorted(row))} |" in page
 
 
 # Attributes, methods and functions that a meta tensor answers without logits.

@@ -60,10 +60,14 @@ def test_caches_are_bounded(example: Example) -> None:
 CALLS: dict[str, tuple[Callable[[Tensor], Tensor], int]] = {
     "mse_loss": (lambda x: fused.mse_loss(x, OTHER), 26),
     "cross_entropy": (lambda x: fused.cross_entropy(x, CLASSES), 30),
+    "softcap": (lambda x: fused.cross_entropy(x, CLASSES, softcap=5.0), 70),
+    "nll_loss": (lambda x: fused.nll_loss(x, CLASSES), 41),
     "gelu": (lambda x: fused.gelu(x).sum(), 25),
     "softmax": (lambda x: fused.softmax(x, 1).sum(), 25),
     "log_probs": (lambda x: fused.log_probs(x, CLASSES)[0].sum(), 51),
+    "kl_div_with_logits": (lambda x: fused.kl_div_with_logits(x, OTHER), 47),
     "linear_cross_entropy": (lambda x: fused.linear_cross_entropy(x, OTHER, CLASSES), 102),
+    "linear_log_probs": (lambda x: fused.linear_log_probs(x, OTHER, CLASSES)[0].sum(), 106),
 }
 
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from pyfused import functional as fused
 from pyfused.ops.elementwise import L1_LOSS
 
 pytestmark = [
@@ -83,6 +84,15 @@ def test_one_graph_for_all_batch_sizes(example: Example) -> None:
         got, expected = evaluate(step, *tensors), evaluate(lambda *x: batches.of(x), *tensors)
         close((got.value, *got.gradients), (expected.value, *expected.gradients))
     assert counter.frame_count == 1
+
+
+def test_gaussian_nll_loss_breaks_the_graph() -> None:
+    """It branches on the variance, as torch's does."""
+    x, target, var = torch.randn(3, 8).unbind()
+    operands = x.requires_grad_(), target, var.exp()
+    compiled = torch.compile(fused.gaussian_nll_loss, backend="aot_eager")
+    got, expected = (evaluate(f, *operands) for f in (compiled, fused.gaussian_nll_loss))
+    close(got.results, expected.results)
 
 
 class Program(nn.Module):

@@ -11,14 +11,26 @@ import contextlib
 import os
 import random
 import warnings
+from typing import Any
 
 import interpreter
 import numpy as np
 import pytest
 import torch
-from catalogue import EXAMPLES, Call, Shared, ours, pairs_of, random_call
+from catalogue import (
+    EXAMPLES,
+    Call,
+    Example,
+    Shared,
+    declared,
+    ours,
+    pairs_of,
+    random_call,
+    share_memory,
+)
 from check_calls import ERRORS, check_call, forward
 from compare import DEVICE
+from conftest import KernelCalls
 from hypothesis import given, note, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -65,6 +77,36 @@ def test_operands_that_share_memory(op: Operator, shared: Shared, seed: int) -> 
     call = random_call(op, seed, SIZES[seed % 2], shared=shared)
     if call.shared:  # test_call checks others
         check_call(call)
+
+
+ONE_OBJECT = {name: case for name, case in SHARED.items() if "one object" in name}
+
+
+@pytest.mark.cpu
+@pytest.mark.slow
+@pytest.mark.thresholds
+@pytest.mark.parametrize(("op", "shared"), ONE_OBJECT.values(), ids=ONE_OBJECT)
+def test_one_large_object_as_two_operands(
+    op: Operator, shared: Shared, kernel_calls: KernelCalls
+) -> None:
+    """Kernels run at this size without being forced; two copies give the same results."""
+    pair, by_name = shared[:2], declared(op)
+    optional = tuple([x for x in pair if by_name[x].optional])
+    soft = any(by_name[x].indices and by_name[x].differentiated for x in pair)
+    call = Example(op, "", {}, optional, soft).call(torch.float32, (1024, 1024))
+    if not share_memory(op, call.given, *shared):
+        return
+    for grad in {False, all(by_name[x].differentiated for x in pair)}:
+        x = call.given[pair[0]].detach().requires_grad_(grad)
+        others = [y for name, y in call.leaves.items() if name not in pair]
+        leaves, found = others + [x] * grad, []
+        for copies in ([x * 1] * 2, [x * 1, x * 1]):
+            value = call.ours(**dict(zip(pair, copies, strict=True)))
+            options: Any = {"allow_unused": True, "materialize_grads": True}
+            slopes = torch.autograd.grad(value.sum(), leaves, **options) if leaves else ()
+            found.append((value.detach(), *slopes))
+        torch.testing.assert_close(*found)
+    assert kernel_calls
 
 
 # ---- sequences of calls --------------------------------------------------------------------------

@@ -124,6 +124,15 @@ def test_limits_grow_with_threads(threads: Any, monkeypatch: pytest.MonkeyPatch)
         assert sizes.torch_computes(OPERATORS["l1_loss"], (x, x)) is by_torch
 
 
+def test_columns_are_larger_sizes() -> None:
+    """The smallest size is compared first, and a call of the largest size asks nothing else."""
+    for table in (sizes.ON_CPU, sizes.ON_CPU_OF_HALVES, sizes.ON_GPU):
+        for name, row in table.items():
+            assert row.from_elements >= max(row.few_classes, 1), name
+            others = row.without_gradient, row.unreduced
+            assert all(x == 0 or x > row.from_elements for x in others), name
+
+
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.parametrize("rows", [0, 1])
 def test_kernels_compute_small_calls_with_options_that_torch_lacks(

@@ -254,6 +254,29 @@ def test_memory_of_training() -> None:
     assert recycled < new + 64 * MIB + 8 * MIB
 
 
+FREED = "cpu.empty(x.shape, x.dtype, x).data_ptr()"
+
+
+@pytest.mark.skipif(not ASAN, reason="make sanitize runs it")
+@pytest.mark.parametrize(
+    ("x", "n", "address", "error"),
+    [
+        ("torch.zeros(5)", 6, "x.data_ptr()", "heap-buffer-overflow"),
+        ("torch.ones(9 << 20)", ELEMENTS, FREED, "use-after-poison"),
+    ],
+)
+def test_errors_are_reported(x: str, n: int, address: str, error: str) -> None:
+    """The kernels are instrumented, and free blocks are poisoned."""
+    done = process("-c", f"""
+import torch
+from pyfused.backends import cpu
+x = {x}
+cpu.native.relu(0, {n}, {address}, x.data_ptr(), (0.0, 0.0, 0.0), 1, ())
+""")  # fmt: skip
+    assert done.returncode != 0
+    assert error in done.stderr
+
+
 @pytest.mark.parametrize("enabled", ["1GB", 1 << 30, 1, None])
 def test_a_number_of_bytes_is_not_a_bool(enabled: Any) -> None:
     with pytest.raises(TypeError, match=r"enabled: expected a bool, got .*; pass .* as limit="):

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import ctypes
+import os
+import re
+import runpy
+import subprocess
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -306,3 +310,24 @@ def test_nan_stays_nan(half: str, piece: int | None, vec: Vec) -> None:
     payloads = [1, 2, 0xFFF, 0x1000, 0xFFFF, 0x1_0000, 0x3F_FFFF, 0x40_0000, 0x7F_FFFF]
     x = floats([sign | INFINITY | payload for sign in (0, SIGN) for payload in payloads])
     assert np.isnan(WIDE[half][vec(f"store_{half}", x, np.uint16, piece)]).all()
+
+
+# ---- vectorisation -------------------------------------------------------------------------------
+
+
+@pytest.mark.large
+def test_no_loop_calls_a_function(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A loop with a call is not vectorised, and takes 4 to 15 times as long."""
+    monkeypatch.setattr("setuptools.setup", lambda **_: None)
+    made = runpy.run_path(str(ROOT / "setup.py"))
+    isa = next(iter(made["ISAS"].values()))
+    compiler = [os.environ.get("CXX", "g++"), *f"{made['COMMON']['unix']} {isa['unix']}".split()]
+    command = [compiler[0], "--version"]
+    version = subprocess.run(command, capture_output=True, text=True, check=False)
+    if "Free Software Foundation" not in version.stdout:
+        pytest.skip("only GCC writes this report")
+    report, out = tmp_path / "report", tmp_path / "out.o"
+    more = [f"-fopt-info-vec-missed={report}", "-o", out]
+    subprocess.run([*compiler, *more, "-c", ROOT / "csrc/pointwise_loss.cpp"], check=True)
+    pattern = r"pointwise_loss.cpp:.*clobbers memory: .*operator\(\).*"
+    assert re.findall(pattern, report.read_text()) == []
