@@ -228,6 +228,14 @@ def test_classes_in_uint8_are_not_ignored(name: str, path: str) -> None:
 # ---- options that torch lacks --------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("gamma", [0.5, 1.0, torch.tensor(2.0, requires_grad=True)], ids=str)
+def test_focal_loss_of_a_certain_row(gamma: Any) -> None:
+    """The probability is 1, where factors of the derivative are infinite."""
+    x = torch.tensor([[200.0, 0.0]], requires_grad=True)
+    loss = fused.cross_entropy(x, torch.tensor([0]), gamma=gamma)
+    assert (loss, *torch.autograd.grad(loss, x)[0][0]) == (0, 0, 0)
+
+
 @grid(
     shape=[(6, 5), (6, 300), (6, 5000), (2, 150, 3)],
     dtype=HALF,
