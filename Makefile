@@ -34,7 +34,7 @@ ifndef QUICK
 	$(BIN)/python examples/distillation.py
 endif
 
-test: $(BUILD) $(TOOLS) ## run the tests of the library: 7 to 10 minutes on two cores (PYTEST_ARGS="-k relu" selects some, on CPUs)
+test: $(BUILD) $(TOOLS) ## run the tests of the library: 5 to 10 minutes on two cores (PYTEST_ARGS="-k relu" selects some, on CPUs)
 	$(BIN)/python -m pytest -qx -n 0 -p no:randomly tests/contract/test_completeness.py
 ifneq ($(filter -k% -m% tests/%,$(PYTEST_ARGS)),)
 	$(PYTEST) --ignore tests/repo $(PYTEST_ARGS)

@@ -77,7 +77,7 @@ def pytest_configure(config: pytest.Config) -> None:
     hypothesis.settings.register_profile("search", deadline=None, max_examples=5000)
     hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repeatable"))
     # Parallel regions would take longer than the tests, especially on busy cores;
-    # test_large_calls_on_several_threads sets another number.
+    # tests of several threads set another number.
     torch.set_num_threads(1)
 
 

@@ -2,6 +2,7 @@
 // Windows; see kmp.h in LLVM's openmp. ThreadSanitizer sees all of its synchronisation, unlike
 // libgomp's barriers, so `make sanitize` preloads it, and torch and csrc/parallel.cpp find it
 // first.
+#include <atomic>
 #include <cstdarg>
 #include <cstdint>
 #include <thread>
@@ -9,7 +10,7 @@
 
 #define EXPORTED extern "C" __attribute__((visibility("default")))
 
-static int max_threads = 1;
+static std::atomic<int> max_threads = 1;  // torch sets it in each thread
 static thread_local int team_size = 1, team_member = 0;
 
 EXPORTED int omp_get_max_threads() { return max_threads; }
@@ -45,6 +46,6 @@ EXPORTED void __kmpc_fork_call(void*, int32_t arguments,
 }
 #else
 EXPORTED void GOMP_parallel(void (*body)(void*), void* data, unsigned threads, unsigned) {
-  run_team(threads ? int(threads) : max_threads, [=](int) { body(data); });
+  run_team(threads ? int(threads) : max_threads.load(), [=](int) { body(data); });
 }
 #endif
