@@ -152,7 +152,8 @@ LEFT: dict[str, tuple[Callable[[], nn.Module], str]] = {
 def test_losses_and_activations_that_are_left(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     make, reason = LEFT[name]
     monkeypatch.setattr(nn.Tanh, "forward", lambda _, x: x)
-    model = nn.Sequential(nn.MultiheadAttention(2, 1), nn.Dropout(inplace=True), make(), nn.ReLU())
+    others = nn.MultiheadAttention(2, 1), torch.jit.script(nn.Linear(2, 2))
+    model = nn.Sequential(*others, make(), nn.ReLU())
     plan = pyfused.plan_conversion(model)
     assert plan.swapped == ("3",)
     assert [(left.name, left.reason) for left in plan.left] == [("2", reason)]
