@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor
 from torch.nn.modules.loss import _Loss, _WeightedLoss
+from torch.overrides import has_torch_function_unary
 from typing_extensions import Unpack
 
 import pyfused.functional as F
@@ -578,6 +579,14 @@ class RMSELoss(_WeightedLoss, _Module):
 # ---- activations ---------------------------------------------------------------------------------
 
 
+def _is_plain(input: Any) -> bool:
+    """Returns whether no ``__torch_function__`` and no error depends on which function is called.
+
+    torch's modules Sigmoid and Tanh call other functions than torch.nn.functional has.
+    """
+    return isinstance(input, Tensor) and not has_torch_function_unary(input)
+
+
 class ReLU(torch.nn.ReLU, _Module):
     def forward(self, input: Tensor) -> Tensor:
         return F.relu(input, self.inplace)
@@ -590,12 +599,12 @@ class LeakyReLU(torch.nn.LeakyReLU, _Module):
 
 class Sigmoid(torch.nn.Sigmoid, _Module):
     def forward(self, input: Tensor) -> Tensor:
-        return F.sigmoid(input)
+        return F.sigmoid(input) if _is_plain(input) else super().forward(input)
 
 
 class Tanh(torch.nn.Tanh, _Module):
     def forward(self, input: Tensor) -> Tensor:
-        return F.tanh(input)
+        return F.tanh(input) if _is_plain(input) else super().forward(input)
 
 
 class SiLU(torch.nn.SiLU, _Module):

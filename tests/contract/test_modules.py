@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -54,6 +56,45 @@ def test_modules_only_override_forward(name: str, options: dict[str, Any]) -> No
     assert list(ours.state_dict()) == list(theirs.state_dict())
     ours.load_state_dict(theirs.state_dict())
     theirs.load_state_dict(ours.state_dict())
+
+
+class Function:
+    """Has ``__torch_function__`` without being a tensor, and returns the function it receives."""
+
+    @classmethod
+    def __torch_function__(
+        cls, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        return function
+
+
+class Subclass(Tensor):
+    """Returns the function that it receives."""
+
+    __torch_function__ = Function.__torch_function__
+
+
+OTHER_INPUTS = 3.5, None, np.ones(3), [[1.0]], Function(), torch.ones(3).as_subclass(Subclass)
+
+
+@pytest.mark.parametrize(("name", "options"), MODULES)
+def test_inputs_that_are_not_plain_tensors(name: str, options: dict[str, Any]) -> None:
+    """They meet the same function of torch, or the same type of error, also if converted."""
+
+    def outcome(module: nn.Module, *inputs: Any) -> Any:
+        try:
+            return module(*inputs)
+        except Exception as error:
+            return type(error)
+
+    ours, theirs = getattr(fused, name)(**options), getattr(nn, name)(**options)
+    count = sum(p.default is p.empty for p in inspect.signature(theirs.forward).parameters.values())
+    converted = pyfused.convert(nn.Sequential(copy.deepcopy(theirs)))[0]
+    for input in OTHER_INPUTS:
+        inputs = (input,) * count
+        expected = outcome(theirs, *inputs)
+        assert outcome(ours, *inputs) is expected
+        assert outcome(converted, *inputs) is expected
 
 
 def parameters(function: Callable[..., Any]) -> dict[str, inspect.Parameter]:
