@@ -263,7 +263,9 @@ def linear_cross_entropy(
     if isinstance(input, Tensor):
         checks.same_device(input, linear_weight=linear_weight, linear_bias=linear_bias)
     head = Head(input, linear_weight, linear_bias, target, weight)
+    ignore_index = options.ignore_index
     if is_head_of_torch(input, token_weight, denominator, options):
+        is_default = type(ignore_index) is int and ignore_index == -100
         return F.linear_cross_entropy(
             input,
             linear_weight,
@@ -271,7 +273,7 @@ def linear_cross_entropy(
             linear_bias=linear_bias,
             weight=weight,
             reduction=options.reduction,
-            ignore_index=None if options.ignore_index == -100 else options.ignore_index,
+            ignore_index=None if is_default else ignore_index,
             label_smoothing=options.label_smoothing,
             options=options.torch_options,
         )

@@ -9,6 +9,7 @@ from fractions import Fraction
 from functools import partial
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from catalogue import EXAMPLES, SHAPE, TORCH, Example
@@ -59,6 +60,7 @@ TORCHS = [
     loss(K[:, :0], KY), loss(X.bfloat16(), Y, torch.ones(5)),
     call("gaussian_nll_loss", X, X, -1.0), call("gaussian_nll_loss", X, X, -P, reduction="none"),
     call("gaussian_nll_loss", X * NAN, X, P), head(X, W, Y, linear_bias=B[:3]),
+    head(X, W, Y, ignore_index=torch.ones(2)), head(X, W, Y, ignore_index=np.ones(2)),
     head(X, W.double(), Y), call("margin_ranking_loss", X, X[0], Y.float()),
     call("mse_loss", X, X, reduction="avg", weight=X), call("nll_loss", X[0, 0], Y[0]),
     call("nll_loss", X, Y.int()), call("leaky_relu", X, 10**400), call("leaky_relu", X, HALF),
