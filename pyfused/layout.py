@@ -154,11 +154,31 @@ def dense_operand(operands: Sequence[Tensor]) -> Tensor:
     for operand in operands:
         if is_dense(operand):
             return operand
-    return operands[0].contiguous()
+    return operands[0].clone()  # in its memory order
 
 
 def is_dense(tensor: Tensor) -> bool:
     return tensor.is_contiguous() or torch.empty_like(tensor).stride() == tensor.stride()
+
+
+def have_one_order(tensors: Sequence[Tensor]) -> bool:
+    """Returns whether torch writes the elementwise results of tensors in the order of the first.
+
+    They are contiguous, and may broadcast; or they have one shape, and the same order of strides.
+    """
+    if all([x.is_contiguous() for x in tensors]):  # noqa: C419 a generator is slower
+        return True
+    orders = {_memory_order(x) for x in tensors}
+    return len(orders) == 1 and None not in orders and len({x.shape for x in tensors}) == 1
+
+
+def _memory_order(tensor: Tensor) -> tuple[int, ...] | None:
+    """Returns the dimensions in the order of their strides, None if two strides are equal or 0."""
+    pairs = zip(tensor.stride(), tensor.shape, strict=True)
+    steps = {stride: dim for dim, (stride, size) in enumerate(pairs) if size > 1}
+    if 0 in steps or len(steps) < sum(size > 1 for size in tensor.shape):
+        return None
+    return tuple([steps[stride] for stride in sorted(steps)])
 
 
 def in_rows(

@@ -514,9 +514,8 @@ def pointwise_loss(
     divisor: Tensor | int | None = None,
     grad_output: Tensor | None = None,
     on_nan: Callable[[], Any] | None = None,
-    layout_operand: int = 0,
 ) -> LossResult:
-    like = operands[layout_operand]
+    like = operands[0]
     dtype, missing = like.dtype, (None,) * (OPERANDS - len(operands))
     if isinstance(formula, Program):
         kernel, parameters = formula.kernel(native, _native_program), tuple(parameters)
@@ -524,7 +523,7 @@ def pointwise_loss(
         kernel, parameters = getattr(native, formula.name), (*parameters, 0.0, 0.0, 0.0)[:3]
     inputs: list[Any] = [*operands, *missing, weight, grad_output]
     views, strided = _convert(inputs, dtype)
-    if not views[layout_operand][1]:  # expanded: take the order of the first tensor that has one
+    if not views[0][1]:  # expanded: take the order of the first tensor that has one
         like = next((x for x, (_, step) in zip(inputs, views, strict=True) if step), like)
     unreduced = reduced = output = None
     if outputs.loss and reduction == "none":

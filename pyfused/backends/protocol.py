@@ -166,7 +166,6 @@ class Backend(Protocol):
         divisor: Tensor | int | None = None,
         grad_output: Tensor | None = None,
         on_nan: Callable[[], Any] | None = None,
-        layout_operand: int = 0,
     ) -> LossResult:
         """Computes a pointwise loss, and the gradients of the operands.
 
@@ -178,7 +177,6 @@ class Backend(Protocol):
             divisor: The divisor of the sum of the losses, and of the gradients; None for 1.
             grad_output: The gradient of the loss, of their shape; None for ones.
             on_nan: Called if the loss has a NaN, unless reading it would synchronise a device.
-            layout_operand: The index of the operand whose memory order the results have.
 
         Returns:
             The loss of each element in the operands' dtype, or the sum in the accumulation dtype,

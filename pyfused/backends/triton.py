@@ -488,9 +488,8 @@ def pointwise_loss(
     divisor: Tensor | int | None = None,
     grad_output: Tensor | None = None,
     on_nan: Callable[[], Any] | None = None,  # noqa: ARG001 a NaN loss is not read
-    layout_operand: int = 0,
 ) -> LossResult:
-    like = dense_operand([operands[layout_operand], *operands])
+    like = dense_operand(operands)
     padding, unreduced = (None,) * (OPERANDS - len(operands)), reduction == "none"
     views, columns, strides = in_rows(like, [*operands, *padding, weight, grad_output])
     program = formula if isinstance(formula, Program) else formula.programs[0]

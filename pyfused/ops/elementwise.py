@@ -240,7 +240,6 @@ BINARY_CROSS_ENTROPY_WITH_LOGITS = PointwiseLoss(
     torch_backward=lambda grad, operands, _: (
         grad * _slope_of_binary_cross_entropy_with_logits(*operands)
     ),
-    layout_operand=1,
 )
 
 
@@ -290,7 +289,6 @@ KL_DIV = PointwiseLoss(
     reason=_differ_in_shape,
     formula=_kl_div,
     gradient=_gradient_of_kl_div,
-    layout_operand=1,
 )
 
 
@@ -391,7 +389,6 @@ GAUSSIAN_NLL_LOSS = PointwiseLoss(
     reason=_shape_reason,
     formula=_gaussian_nll_loss,
     gradient=_gradient_of_gaussian_nll_loss,
-    layout_operand=2,
 )
 
 SOFT_MARGIN_LOSS = PointwiseLoss(
@@ -422,7 +419,6 @@ HINGE_EMBEDDING_LOSS = PointwiseLoss(
     numbers=(Scalar("margin"),),
     clamps=True,
     formula=_hinge_embedding_loss,
-    layout_operand=1,
 )
 
 MARGIN_RANKING_LOSS = PointwiseLoss(
@@ -439,7 +435,6 @@ MARGIN_RANKING_LOSS = PointwiseLoss(
     formula=lambda input1, input2, target, margin: (margin - target * (input1 - input2)).clamp(
         min=0
     ),
-    layout_operand=2,
 )
 
 
@@ -461,7 +456,6 @@ QUANTILE_LOSS = PointwiseLoss(
         quantile * (target - input), (quantile - 1) * (target - input)
     ),
     gradient=_gradient_of_quantile_loss,
-    layout_operand=1,
 )
 
 
@@ -493,7 +487,6 @@ HINGE_LOSS = PointwiseLoss(
     numbers=(Scalar("margin"),),
     clamps=True,
     formula=_hinge_loss,
-    layout_operand=1,
 )
 
 
@@ -549,7 +542,6 @@ SIGMOID_FOCAL_LOSS = PointwiseLoss(
     reason=_differ_in_shape,
     formula=_sigmoid_focal_loss,
     gradient=_gradient_of_sigmoid_focal_loss,
-    layout_operand=1,
 )
 
 # ---- activations ---------------------------------------------------------------------------------

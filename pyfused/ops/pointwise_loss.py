@@ -28,7 +28,7 @@ from pyfused.dispatch.operator import (
 from pyfused.formula_compiler import trace
 from pyfused.formula_compiler.kernel import Kernel, Method, variant_name, variants
 from pyfused.formula_compiler.program import Program
-from pyfused.layout import common_dtype
+from pyfused.layout import common_dtype, have_one_order
 from pyfused.torch_internals import any_autocast
 from pyfused.types import NUMBER, Gradients, Outputs, Scalar, outputs_of
 
@@ -201,7 +201,6 @@ class PointwiseLoss(Operator):
             differentiates `reference` twice, which takes longer.
         clamps: Whether the formula's derivative depends on torch's derivative of clamp at a bound.
         masks: The indices of the operands that are bool in the formula.
-        layout_operand: The index of the operand whose memory order torch's unreduced loss has.
         nan_on_invalid: Whether the formula is NaN for values that torch's function refuses. If a
             kernel on a CPU reports NaN, torch's function is called, and raises its error.
         denominators: A function for each reduction except none and sum, which takes the broadcast
@@ -222,7 +221,6 @@ class PointwiseLoss(Operator):
     torch_backward: Callable[..., Tensor] | None = None
     clamps: bool = False
     masks: tuple[int, ...] = ()
-    layout_operand: int = 0
     nan_on_invalid: bool = False
     denominators: Mapping[str, Denominator] = field(default_factory=lambda: {"mean": elements})
     reads_values: bool = False
@@ -259,6 +257,9 @@ class PointwiseLoss(Operator):
     # ---- calls -----------------------------------------------------------------------------------
 
     def unsupported(self, tensors: Tensors, options: Options) -> str | None:
+        is_unreduced = not self.reduces or options.reduction == "none"
+        if is_unreduced and not have_one_order([x for x in tensors if isinstance(x, Tensor)]):
+            return "the operands have different memory orders"
         if self._is_uniform(tensors):
             return None
         if reason := super().unsupported(tensors, options):
@@ -355,9 +356,7 @@ class PointwiseLoss(Operator):
         kernel, parameters = self.source.find(cases, count, outputs)
         on_nan = partial(self._unreduced, operands, options) if self.nan_on_invalid else None
         arguments = operands, weight, parameters(options), reduction, outputs, divisor, grad_output
-        return backend_of(operands[0]).pointwise_loss(
-            kernel, *arguments, on_nan, self.layout_operand
-        )
+        return backend_of(operands[0]).pointwise_loss(kernel, *arguments, on_nan)
 
     # ---- the tensors of a call -------------------------------------------------------------------
 

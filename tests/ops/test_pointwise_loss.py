@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -239,20 +240,30 @@ def test_ignored_targets_keep_their_dtype(
         assert not torch.autograd.grad(*args)[0][::2].any()
 
 
-UNREDUCED = [x for x in FIRST if hasattr(F, x.op.name) or x.op.layout_operand]
+ORDERS: dict[str, Callable[[], Tensor]] = {
+    "contiguous": lambda: torch.rand(4, 5),
+    "transposed": lambda: torch.rand(5, 4).t(),
+    "columns of a transposed matrix": lambda: torch.rand(5, 6).t()[:4],
+    "expanded": lambda: torch.rand(1, 1).expand(4, 5),
+    "expanded rows": lambda: torch.rand(4, 1).expand(4, 5),
+    "overlapping": lambda: torch.rand(9).unfold(0, 5, 1)[:4],
+    "broadcast": lambda: torch.rand(4, 1),
+}
 
 
 @pytest.mark.interpreted
-@grid(loss=UNREDUCED)
+@grid(loss=FIRST)
+@pytest.mark.filterwarnings("ignore:Using a target size")
 def test_unreduced_losses_have_the_memory_order_of_torchs(loss: Loss) -> None:
     names = [operand.name for operand in loss.op.operands if not operand.optional]
-    for transposed in itertools.product((False, True), repeat=len(names)):
-        given = {
-            name: torch.rand(5, 4).t() if swapped else torch.rand(4, 5)
-            for name, swapped in zip(names, transposed, strict=True)
-        }
+    for orders in itertools.product(ORDERS, repeat=len(names)):
+        given = {name: ORDERS[order]() for name, order in zip(names, orders, strict=True)}
         call = Call(loss.op, given | loss.parameters | {"reduction": "none"})
-        assert call.ours().stride() == call.reference().stride(), transposed
+        try:
+            expected = call.reference()
+        except (RuntimeError, ValueError):  # some losses do not broadcast
+            continue
+        assert call.ours().stride() == expected.stride(), orders
 
 
 # ---- losses made of another loss -----------------------------------------------------------------
