@@ -310,7 +310,7 @@ def linear_cross_entropy(
         linear_bias: The layer's bias, of the input's dtype and shape (C) or (C, d1, ..., dk).
         weight: As in :func:`cross_entropy`.
         reduction: As in :func:`cross_entropy`. With ``"none"``, backward recomputes the logits,
-            unless they are kept because there are no more rows than features.
+            unless they are kept because they take no more memory than the weight.
         ignore_index: As in :func:`cross_entropy`; None means -100.
         label_smoothing: As in :func:`cross_entropy`.
         options: torch's ``LinearCrossEntropyOptions``, used only if the call falls back to torch's

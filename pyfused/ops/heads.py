@@ -56,9 +56,9 @@ class BlockResult(NamedTuple):
 class HeadBlocks:
     """The pass of a loss of a layer's output that computes blocks of rows with all classes.
 
-    The forward pass computes the gradients of a reduced loss. If the layer has fewer rows than
-    features, it keeps the gradient of the logits, which is smaller than that of the weight. For
-    float16, and for losses that are not reduced, the backward pass recomputes the logits.
+    The forward pass computes the gradients of a reduced loss. If the gradient of the logits takes
+    no more memory than the weight, it is kept instead of the gradients of the layer. For float16,
+    and for losses that are not reduced, the backward pass recomputes the logits.
 
     Attributes:
         op: Has a `rows.RowLoss` with a method `block`, which takes the logits; the tensors of a
@@ -128,7 +128,8 @@ class HeadBlocks:
             options = options._replace(reduction="sum", denominator=None)
         kept: Tensor | None = None
         n, features = input.shape
-        keeps = keeps and n <= min(self.size.rows, features) and not hooks_are_active()
+        is_small = n * self.loop.dtype.itemsize <= features * weight.dtype.itemsize
+        keeps = keeps and is_small and n <= self.size.rows and not hooks_are_active()
         results = list[Any]()
         sliced = row_operands if self.size.rows < input.shape[0] else []
 

@@ -77,6 +77,18 @@ def test_logits_no_larger_than_the_weight_are_kept(
             torch.testing.assert_close(got, expected, equal_nan=True)
 
 
+@pytest.mark.cpu
+@pytest.mark.parametrize("rows", [4, 6])
+def test_logits_of_half_weights_in_float32_are_kept_if_they_are_no_larger(
+    rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cpu, "product_dtype", lambda _: torch.float32)
+    leaves = [torch.randn(n, 8, dtype=torch.bfloat16, requires_grad=True) for n in (rows, 70)]
+    loss = fused.linear_cross_entropy(*leaves, torch.arange(rows), loss_dtype=torch.float32)
+    sizes = [x.numel() * x.element_size() for x in loss.grad_fn.saved_tensors]
+    assert (rows * 70 * 4 in sizes) == (rows == 4)  # the weight has 70 * 8 * 2 bytes
+
+
 @pytest.mark.parametrize("wanted", [0, 1])
 def test_gradients_of_few_rows_are_no_larger_than_needed(wanted: int) -> None:
     """A loss of few rows keeps the gradient of its logits only if the weight needs one."""
