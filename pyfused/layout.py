@@ -71,6 +71,16 @@ def loss_shape(input: Tensor, reduction: str) -> tuple[int, ...]:
     return input.shape[:-1] if input.dim() < 3 else input.shape[:1] + input.shape[2:]
 
 
+def class_targets(target: Tensor, shape: Sequence[int]) -> Tensor:
+    """Returns class indices as int64, in the shape of the losses; probabilities are unchanged.
+
+    Checks accept uint8, and the shape (1,) instead of ().
+    """
+    if target.dtype is torch.int64 and target.shape == shape:
+        return target
+    return target if target.is_floating_point() else target.long().reshape(tuple(shape))
+
+
 def with_leading_dims(results: Tensor, leading: Sequence[int]) -> Tensor:
     """Reshapes the results of rows to the input's leading dimensions; scalars are unchanged."""
     if len(leading) == 1 or not results.dim():
@@ -84,7 +94,7 @@ def logit_at(logits: Tensor, index: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     If the class is out of range, index and logit belong to an arbitrary class.
     """
     dim = min(logits.dim() - 1, 1)
-    index, classes = index.long().reshape(loss_shape(logits, "none")), logits.shape[dim]
+    index, classes = class_targets(index, loss_shape(logits, "none")), logits.shape[dim]
     clamped = index.clamp(0, classes - 1).unsqueeze(dim)
     return clamped, logits.gather(dim, clamped).squeeze(dim), (index >= 0) & (index < classes)
 

@@ -33,6 +33,7 @@ from pyfused.dispatch import report
 from pyfused.dispatch.autograd import compute, in_autocast_dtype
 from pyfused.dispatch.operator import Forward, Needs, Operand, Options, Tensors
 from pyfused.dispatch.reasons import unsupported
+from pyfused.layout import class_targets
 from pyfused.ops import definitions, operators
 from pyfused.ops.cross_entropy import split_factors
 from pyfused.ops.head_loop import HeadLoop
@@ -193,7 +194,8 @@ def _run(op: Any, tensors: list[Any], options: Options, shard: VocabShard) -> Te
         tensors: The operator's tensors, with the classes of this process.
     """
     options, classes, size = _checked(op, tensors, options, shard)
-    input, target = tensors[0], tensors[op.target].to(torch.int64)
+    input = tensors[0]
+    target = class_targets(tensors[op.target], op.target_shape(input))
     backend_of(input).check_class_indices(target, classes.total, options.ignore_index)
     tensors[op.target] = target
     if op.is_linear:

@@ -65,7 +65,9 @@ def compute(op: Any, tensors: Sequence[Any], options: Any) -> Any:
         output = apply((op, options, tuple(needs)), *inputs)
     else:
         output = op.forward(inputs, options, tuple(needs))[0]
-    return output if op.finish is None else op.finish(output, tensors, options)
+    if op.finish is None:
+        return output
+    return op.finish(output, inputs, options, tensors[0].shape[:-1])
 
 
 class Fused(torch.autograd.Function):

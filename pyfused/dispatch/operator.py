@@ -88,8 +88,8 @@ class Operator(ABC):
             ``torch`` support; None if `reason` looks at them.
         extends_torch: Takes the same, and returns whether the call uses an argument that torch's
             function lacks; None if it lacks none.
-        finish: Takes the output of a kernel, the tensors and the options of the call, and returns
-            the result; None if that is the output.
+        finish: Takes the output of a kernel, its inputs, the options of the call, and all but the
+            last size of the first tensor, and returns the result; None if that is the output.
         family: The name of the row of sizes.py for operators without their own row; by default the
             name of the class.
 
@@ -122,7 +122,7 @@ class Operator(ABC):
     reason: Callable[..., str | None] | None = None
     check_shapes: Callable[..., None] | None = None
     extends_torch: Callable[..., bool] | None = None
-    finish: Callable[[Any, Tensors, Options], Any] | None = None
+    finish: Callable[[Any, Tensors, Options, Sequence[int]], Any] | None = None
     family: str = ""
 
     in_torch: bool = field(init=False)

@@ -12,10 +12,9 @@ from torch import Tensor
 
 from pyfused import checks
 from pyfused.backends import backend_of, cpu, takes_triton
-from pyfused.dispatch.autograd import in_autocast_dtype
 from pyfused.dispatch.operator import Forward, Needs, Options, Tensors
 from pyfused.dispatch.reasons import SMALL
-from pyfused.layout import accumulate_dtype, with_leading_dims
+from pyfused.layout import accumulate_dtype, class_targets, loss_shape, with_leading_dims
 from pyfused.ops import definitions, metrics
 from pyfused.ops.head_loop import ALL_ROWS, HeadLoop, Rows, rows_that_count
 from pyfused.ops.heads import BlockResult, HeadBlocks, HeadResult, cap_backward, capped
@@ -49,14 +48,12 @@ class CrossEntropyLoss(RowLoss):
     weight of each class; and the factors.
     """
 
-    def finish(self, output: Any, tensors: Tensors, options: Options) -> Any:
+    def finish(self, output: Any, inputs: Tensors, options: Options, _: Sequence[int]) -> Any:
         if not options.with_metrics:
             return output
         loss, *found = output
         if len(found) == 1:  # the state of each row
-            (state,), input, target = found, *tensors[:2]
-            if not target.is_floating_point():
-                target = class_targets(input, target)
+            (state,), input, target = found, *inputs[:2]
             dtype = accumulate_dtype(input.dtype)
             found = metrics.from_results(state[[*METRICS]], target, options.ignore_index, dtype)
         return loss, metrics.Metrics(*found)
@@ -265,8 +262,8 @@ class CrossEntropy(RowOperator):
         if target.dtype is not torch.int64 and target.is_floating_point():
             dtype = definitions.operand_dtype(input, target, weight)
             input, target = input.to(dtype), target.to(dtype)
-        elif target.dtype is not torch.int64 or input.dim() == 1:
-            target = class_targets(input, target)
+        else:
+            target = class_targets(target, loss_shape(input, "none"))
         if not token_weight is denominator is None:
             token_weight, denominator = definitions.factors(token_weight, denominator, input.dtype)
         if options.softcap is not None:  # other kernels check class indices
@@ -299,12 +296,6 @@ class MetricsPass(KernelPass):
         return (loss, *found), saved, gradients
 
 
-def class_targets(input: Tensor, target: Tensor) -> Tensor:
-    """Returns class indices as int64, of the shape of the loss."""
-    target = target if target.dtype is torch.int64 else target.to(torch.int64)
-    return target.reshape(()) if input.dim() == 1 else target
-
-
 def cross_entropy_reason(
     input: Tensor, target: Tensor, weight: Tensor | None, *others: Any
 ) -> str | None:
@@ -329,20 +320,14 @@ class HeadCrossEntropyLoss(CrossEntropyLoss):
     def input_dtype(self, inputs: Tensors) -> torch.dtype:
         return definitions.operand_dtype(inputs[0], *inputs[3:5])
 
-    def finish(self, output: Any, tensors: Tensors, options: Options) -> Any:
-        input, target, leading = in_autocast_dtype(tensors[0]), tensors[3], tensors[0].shape[:-1]
-        dtype = definitions.dtype_of_loss(options, input, *tensors[3:5])
+    def finish(self, output: Any, inputs: Tensors, options: Options, leading: Sequence[int]) -> Any:
+        dtype = definitions.dtype_of_loss(options, inputs[0], *inputs[3:5])
         results = output if isinstance(output, tuple) else (output,)
         loss, state, prediction, *_ = *results, None, None
         loss, found = with_leading_dims(loss, leading).to(dtype), None
         if options.with_metrics:
-            if target.is_floating_point():
-                target = target.reshape(-1, target.shape[-1])
-            else:
-                target = target.to(torch.int64).flatten()
-            wide = accumulate_dtype(self.input_dtype((input, *tensors[1:])))
-            fields = state[[*METRICS]]
-            fields = metrics.from_results(fields, target, options.ignore_index, wide)
+            fields, wide = state[[*METRICS]], accumulate_dtype(self.input_dtype(inputs))
+            fields = metrics.from_results(fields, inputs[3], options.ignore_index, wide)
             found = metrics.Metrics(*[with_leading_dims(x, leading) for x in fields])
         if options.with_prediction:
             if prediction is None:
@@ -410,7 +395,7 @@ class NllLoss(RowOperator):
 
     def prepare(self, tensors: Tensors, options: Options) -> Tensors:  # noqa: ARG002
         input, target, weight = tensors
-        return input, class_targets(input, target), weight, None, None
+        return input, class_targets(target, loss_shape(input, "none")), weight, None, None
 
 
 def nll_loss_pass(_op: RowOperator, inputs: Tensors, options: Options, _: Needs) -> KernelPass:

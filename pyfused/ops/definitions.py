@@ -11,7 +11,13 @@ from pyfused import checks
 from pyfused.dispatch.autograd import autocast_dtype
 from pyfused.dispatch.operator import requires_grad
 from pyfused.dispatch.originals import F
-from pyfused.layout import accumulate_dtype, common_dtype, loss_shape, with_leading_dims
+from pyfused.layout import (
+    accumulate_dtype,
+    class_targets,
+    common_dtype,
+    loss_shape,
+    with_leading_dims,
+)
 from pyfused.ops import metrics
 from pyfused.ops.pointwise_loss import reduced
 from pyfused.types import CrossEntropyOptions, Head, LogProbsOptions
@@ -29,7 +35,8 @@ def cross_entropy(
         loss_options = options._replace(with_metrics=False)
         factors = weight, token_weight, denominator
         loss = masked_cross_entropy(input, target, *factors, loss_options)
-        input = _scaled(input.to(accumulate_dtype(input.dtype)), options)
+        dtype = accumulate_dtype(operand_dtype(input, target, weight))
+        input = _scaled(input.to(dtype), options)
         return loss, metrics.from_logits(input, target, options.ignore_index)
     ignore_index, label_smoothing = options.ignore_index, options.label_smoothing
     if token_weight is denominator is None and options.is_plain():
@@ -38,7 +45,7 @@ def cross_entropy(
     if isinstance(options.label_smoothing, Tensor) and options.label_smoothing.requires_grad:
         raise TypeError("label_smoothing: expected a float, got a Tensor that requires grad")
     soft, result_dtype = target.is_floating_point(), dtype_of_loss(options, input, target, weight)
-    target = target if soft else target.long()
+    target = class_targets(target, loss_shape(input, "none"))
     wide = accumulate_dtype(operand_dtype(input, target, weight))
     dtype = torch.promote_types(wide, result_dtype)
     options, dim = widened(options, denominator, dtype), 0 if input.dim() == 1 else 1
@@ -58,8 +65,8 @@ def cross_entropy(
         at_target = (target * weighted).sum(dim)
     else:
         at_target = -F.nll_loss(log_p, target, None, None, ignore_index, None, "none")
-        is_valid = target.reshape(shape) != ignore_index
-        divisors = target_weights(target.reshape(shape), weights, ignore_index, dtype)
+        is_valid = target != ignore_index
+        divisors = target_weights(target, weights, ignore_index, dtype)
         target_weight = None if weights is None else divisors
     smooth = weighted.sum(dim) if options.label_smoothing > 0 else None
     has_z_loss = isinstance(options.z_loss, Tensor) or options.z_loss
@@ -293,6 +300,8 @@ def head_cross_entropy(*call: Any) -> Any:
     """Returns `linear_cross_entropy` of valid arguments, computed from all logits."""
     *operands, token_weight, denominator, options = call
     head, leading = Head(*operands), operands[0].shape[:-1] or (1,)
+    shape = *head.input.shape[:-1], *head.linear_weight.shape[1:-1]
+    head = head._replace(target=class_targets(head.target, shape))
     if len(leading) > 1:
         head, token_weight = head.as_rows(token_weight)
     counts = counted(head.target, options.ignore_index, token_weight)
@@ -304,7 +313,8 @@ def head_cross_entropy(*call: Any) -> Any:
         return loss
     if token_weight is not None:  # rows of weight 0 also have metrics
         logits = head_logits(head.input.detach(), *head[1:3])
-    logits = _scaled(logits.to(accumulate_dtype(logits.dtype)), options)
+    dtype = accumulate_dtype(operand_dtype(logits, *head[3:]))
+    logits = _scaled(logits.to(dtype), options)
     fields = metrics.from_logits(logits, head.target, options.ignore_index)
     return loss, metrics.Metrics(*(with_leading_dims(x, leading) for x in fields))
 
@@ -334,25 +344,25 @@ def log_probs(logits: Tensor, target: Tensor, options: LogProbsOptions) -> Any:
     """
     dim, dtype = min(logits.dim() - 1, 1), accumulate_dtype(logits.dtype)
     options = widened(options, None, dtype)
-    shape, target = target.shape, target.long().reshape(loss_shape(logits, "none"))
+    target = class_targets(target, loss_shape(logits, "none"))
     valid = target != options.ignore_index
     x = logits.to(dtype).where(valid.unsqueeze(dim), 0)  # NaN would reach gradients
     x = (x if options.softcap is None else softcap(x, options.softcap)) / options.temperature
     log_p = x.log_softmax(dim)
     at_target = log_p.gather(dim, target.where(valid, 0).unsqueeze(dim)).squeeze(dim)
     if options.alone:
-        results = at_target.where(valid, 0).reshape(shape)
+        results = at_target.where(valid, 0)
     else:
         p = log_p.exp()
         entropy = -(p * log_p.where(p != 0, 0)).sum(dim)
         results = torch.stack(
             [result.where(valid, 0) for result in (at_target, entropy, metrics.log_sum_exp(x, dim))]
-        ).reshape(3, *shape)
+        )
     if not options.with_metrics:
         return results
     x = x.detach()
     is_top1 = (x.argmax(dim) == target) & valid
-    return results, is_top1.reshape(shape), x.mean(dim).where(valid, 0).reshape(shape)
+    return results, is_top1, x.mean(dim).where(valid, 0)
 
 
 def linear_log_probs(
@@ -366,8 +376,9 @@ def linear_log_probs(
     counts = counted(head.target, options.ignore_index, None)
     results = log_probs(head_logits(*head[:3], counts), head.target, options)
     results, *metrics = results if options.with_metrics else (results,)
-    results = results.reshape((*results.shape[: not options.alone], *target.shape))
-    return (results, *[x.reshape(target.shape) for x in metrics]) if metrics else results
+    leading = *input.shape[:-1], *linear_weight.shape[1:-1]
+    results = results.reshape((*results.shape[: not options.alone], *leading))
+    return (results, *[x.reshape(leading) for x in metrics]) if metrics else results
 
 
 def softcap(input: Tensor, cap: float = 30.0) -> Tensor:

@@ -179,8 +179,8 @@ def _with_rest(
 class DivergenceLoss(RowLoss):
     """The divergence of a student from a teacher: of logits, or of linear layers."""
 
-    def finish(self, output: Any, tensors: Tensors, options: Options) -> Any:
-        return output.reshape(tensors[0].shape[:-1]) if options.reduction == "none" else output
+    def finish(self, output: Any, _: Tensors, options: Options, leading: Sequence[int]) -> Any:
+        return output.reshape(leading) if options.reduction == "none" else output
 
     def bytes_per_logit(self, tensors: Tensors, options: Options) -> int:
         """Returns the bytes that a block needs for each of the teacher's logits."""

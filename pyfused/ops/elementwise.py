@@ -263,7 +263,7 @@ _MEAN_OF_KL_DIV = (  # torch's warning
 )
 
 
-def _warn_about_mean(loss: Tensor, _: Any, options: Options) -> Tensor:
+def _warn_about_mean(loss: Tensor, _inputs: Any, options: Options, _leading: Any) -> Tensor:
     if options.reduction == "mean":
         warnings.warn(_MEAN_OF_KL_DIV, stacklevel=stacklevel())
     return loss

@@ -312,7 +312,7 @@ def rows_that_count(valid: Tensor, backend: Backend) -> Rows:
     """
     if backend.ASYNCHRONOUS:
         return Rows(None, valid)
-    indices, total = valid.nonzero().flatten(), valid.shape[0]
+    (indices,), total = valid.nonzero(as_tuple=True), valid.shape[0]
     if indices.shape[0] == total:
         return ALL_ROWS
     if indices.shape[0] == 0:

@@ -102,10 +102,10 @@ class LogProbsLoss(RowLoss):
         result = rows if options.alone else (len(RESULTS), *rows)
         return result, (self.fields(options), *rows)
 
-    def finish(self, output: Any, tensors: Tensors, options: Options) -> Any:
+    def finish(self, output: Any, inputs: Tensors, options: Options, _: Sequence[int]) -> Any:
         if not options.with_metrics:
             return output
-        (values, state), (*layer, target) = output, tensors
+        (values, state), (*layer, target) = output, inputs
         state, classes = state.detach(), class_range(layer).total
         valid = target != options.ignore_index
         mean = state[PIVOT].nan_to_num(0, 0, 0) + state[SMOOTH] / classes

@@ -7,13 +7,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pyfused.layout import accumulate_dtype, logit_at, loss_shape
+from pyfused.layout import accumulate_dtype, class_targets, logit_at, loss_shape
 
 
 class Metrics(NamedTuple):
     """Metrics of each target, in the shape of class indices; none of them requires grad.
 
-    Floating-point metrics are float32, or float64 for float64 logits, and 0 for ignored targets.
+    Floating-point metrics are float32, or float64 for float64 logits or class probabilities, and 0
+    for ignored targets.
 
     Attributes:
         log_probability: ``input[target] - log_sum_exp``, in nats, without smoothing or weights;
@@ -59,7 +60,7 @@ def from_logits(input: Tensor, target: Tensor, ignore_index: int) -> Metrics:
     if target.is_floating_point():
         log_p = (target * log_p).sum(dim)
     else:
-        target = target.long().reshape(lse.shape)
+        target = class_targets(target, lse.shape)
         log_p, valid = logit_at(input, target)[1] - lse, target != ignore_index
         log_p, entropy, lse = (x.where(valid, 0) for x in (log_p, entropy, lse))
     results = [x.flatten() for x in (log_p, entropy, lse)]

@@ -30,7 +30,7 @@ from pyfused.dispatch.operator import (
     gradients_in_forward,
     needs_grad,
 )
-from pyfused.layout import accumulate_dtype
+from pyfused.layout import accumulate_dtype, class_targets, loss_shape
 from pyfused.ops import custom_operators, definitions
 from pyfused.ops.chunk_sizes import HeadSizes, head_sizes
 from pyfused.ops.head_loop import ALL_ROWS, HeadLoop, Rows, rows_that_count
@@ -55,8 +55,13 @@ class RowLoss:
     def check_values(self, tensors: Tensors) -> None:
         """Raises for invalid values of the loss's own tensors."""
 
-    def finish(self, output: Any, _tensors: Tensors, _options: Options) -> Any:
-        """Returns the result of a call, given the output of its pass."""
+    def finish(
+        self, output: Any, _inputs: Tensors, _options: Options, _leading: Sequence[int]
+    ) -> Any:
+        """Returns the result of a call, given the output of its pass and the inputs of the pass.
+
+        The last argument has the leading dimensions of the call's first tensor.
+        """
         return output
 
     def input_dtype(self, inputs: Tensors) -> torch.dtype:
@@ -159,8 +164,7 @@ class RowOperator(Operator):
             for i in self.autocast_operands:
                 inputs[i] = in_autocast_dtype(inputs[i])
         if at >= 0 and not inputs[at].is_floating_point():
-            if inputs[at].dtype is not torch.int64:
-                inputs[at] = inputs[at].to(torch.int64)
+            inputs[at] = class_targets(inputs[at], self.target_shape(tensors[0]))
             if not is_dynamo_compiling():
                 total = class_range(tensors[self.layer]).total
                 backend = backend_of(tensors[0])
@@ -171,6 +175,10 @@ class RowOperator(Operator):
         if self.flattens and inputs[0].dim() != 2:
             inputs = self._flattened(inputs)
         return inputs
+
+    def target_shape(self, input: Tensor) -> Sequence[int]:
+        """Returns the shape of class indices, which is that of the losses."""
+        return input.shape[:-1] if self.is_linear else loss_shape(input, "none")
 
     def _flattened(self, tensors: list[Any]) -> list[Any]:
         """Flattens the leading dimensions of an input (..., D) and of the tensors with its rows."""
@@ -243,7 +251,7 @@ class RowOperator(Operator):
         needs = [in_forward and need for need in needs_grad(inputs[: self.num_differentiable])]
         result, *_, state = custom_operators.call(self, inputs, options, needs)
         result = (result, state) if getattr(options, "with_metrics", False) else result
-        return self.loss.finish(result, tensors, options)
+        return self.loss.finish(result, inputs, options, tensors[0].shape[:-1])
 
     def fake(self, inputs: Tensors, options: Options) -> tuple[Tensor, Tensor]:
         """Returns empty tensors like the result and the state that a custom operator returns."""

@@ -340,6 +340,21 @@ def transforms(process: Process, case: str) -> None:
         assert error_of(lambda: gradients(loss)).startswith(expected)
 
 
+@check(uint8=(13,), one_row=())
+def forms_of_targets(process: Process, case: tuple[int, ...]) -> None:
+    """uint8 holds 100, which is -156 if it is compared with an int8; (1,) stands for ()."""
+    classes, shard = shard_of(process)
+    for name in ("linear_cross_entropy", "linear_log_probs"):
+        function = getattr(vocab_parallel, f"vocab_parallel_{name}")
+        leaves, target = [*Case(name, rows=case).leaves(classes).values()], torch.full(case, 100)
+        other = target.to(torch.uint8) if case else target.view(1)
+        found = []
+        for each in (target, other):
+            results = flattened(function(*leaves[:2], each, shard, ignore_index=-156))
+            found.append([*results, *torch.autograd.grad(results[0].sum(), leaves[:2])])
+        torch.testing.assert_close(*found, rtol=0, atol=0)
+
+
 @check(call=None)
 def reports(process: Process, case: None) -> None:
     call, (classes, shard) = Case("linear_log_probs"), shard_of(process)
