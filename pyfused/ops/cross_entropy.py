@@ -262,7 +262,7 @@ class CrossEntropy(RowOperator):
         if target.dtype is not torch.int64 and target.is_floating_point():
             dtype = definitions.operand_dtype(input, target, weight)
             input, target = input.to(dtype), target.to(dtype)
-        else:
+        elif target.dtype is not torch.int64 or input.dim() == 1:
             target = class_targets(target, loss_shape(input, "none"))
         if not token_weight is denominator is None:
             token_weight, denominator = definitions.factors(token_weight, denominator, input.dtype)

@@ -164,7 +164,8 @@ class RowOperator(Operator):
             for i in self.autocast_operands:
                 inputs[i] = in_autocast_dtype(inputs[i])
         if at >= 0 and not inputs[at].is_floating_point():
-            inputs[at] = class_targets(inputs[at], self.target_shape(tensors[0]))
+            if inputs[at].dtype is not torch.int64 or inputs[0].dim() == 1:
+                inputs[at] = class_targets(inputs[at], self.target_shape(inputs[0]))
             if not is_dynamo_compiling():
                 total = class_range(tensors[self.layer]).total
                 backend = backend_of(tensors[0])
