@@ -161,7 +161,8 @@ def class_options(
     if probabilities and options.ignore_index >= 0:
         expected = "a negative number with class probabilities as target"
         raise _error("ignore_index", expected, options.ignore_index)
-    _class_weight(input, classes, weight, options.loss_dtype, same_dtype=not probabilities)
+    if weight is not None:
+        _class_weight(input, classes, weight, options.loss_dtype, same_dtype=not probabilities)
     if options.gamma != 0 and probabilities:
         _raise_for_gamma()
 
@@ -179,7 +180,8 @@ def linear_cross_entropy(
     indices, probabilities = _head_shapes(input, linear_weight, linear_bias)
     _target(target, indices, probabilities)
     class_options(input, target, weight, linear_weight.shape[0], options)
-    row_factors(input, token_weight, denominator, indices, options)
+    if not token_weight is denominator is None:
+        row_factors(input, token_weight, denominator, indices, options)
 
 
 def _head_shapes(
@@ -210,7 +212,8 @@ def linear_log_probs(
 def nll_loss(input: Tensor, target: Tensor, weight: Tensor | None, _: Any) -> None:
     _floating("input", input)
     _target(target, loss_shape(input, "none"))
-    _class_weight(input, classes_of(input), weight)
+    if weight is not None:
+        _class_weight(input, classes_of(input), weight)
 
 
 def additive_margin(input: Tensor, target: Tensor, margin: float, kind: str) -> None:
@@ -253,12 +256,10 @@ def _target(
 def _class_weight(
     input: Tensor,
     classes: int,
-    weight: Tensor | None,
+    weight: Tensor,
     loss_dtype: torch.dtype | None = None,
     same_dtype: bool = True,
 ) -> None:
-    if weight is None:
-        return
     _shape("weight", weight, (classes,), "one factor for each class")
     same_device(input, weight=weight)
     if not same_dtype or _is_cast(input, weight):
@@ -403,10 +404,12 @@ def linear_layer(input: Tensor, weight: Tensor, bias: Any, prefix: str = "") -> 
         raise _error(f"{prefix}input", expected, input.shape)
     if bias is not None:
         _shape(f"{prefix}linear_bias", bias, shape)
-    parameters = {"linear_weight": weight, "linear_bias": bias}
-    same_device(input, prefix, **parameters)
-    for name, value in parameters.items():
-        if value is not None and not _is_cast(input, value):
+    for name, value in (("linear_weight", weight), ("linear_bias", bias)):
+        if value is None:
+            continue
+        if value.device != input.device:
+            same_device(input, prefix, **{name: value})
+        if value.dtype is not input.dtype and not _is_cast(input, value):
             raise _error(f"{prefix}{name}", f"the {prefix}input's dtype {input.dtype}", value.dtype)
 
 

@@ -371,7 +371,7 @@ def linear_cross_entropy(
         loss_dtype=loss_dtype,
         torch_options=options,
     )
-    return run(op, tensors, loss_options)
+    return run(op, tensors, loss_options, any_size=not small)
 
 
 def linear_cross_entropy_with_metrics(

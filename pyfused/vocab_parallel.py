@@ -290,8 +290,8 @@ class _ShardedOperator:
             return target, None
         if not self.op.is_linear:
             return target, LogitRows(layer[0], *inputs)
-        sizes = self.op.head_sizes(tensors, options)
-        loop = HeadLoop(backend_of(target), sizes.dtype, sizes.state_blocks, needs)
+        sizes = self.op.head_sizes(tensors, options, self.op.loss.input_dtype(tensors))
+        loop = HeadLoop(sizes.backend, sizes.dtype, sizes.state_blocks, needs)
         return target, HeadRows(loop, layer, *inputs)
 
     def forward(self, tensors: Tensors, options: Options, needs: Needs) -> Forward:

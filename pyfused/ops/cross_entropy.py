@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from pyfused import checks
-from pyfused.backends import backend_of, cpu, takes_triton
+from pyfused.backends import Backend, backend_of, cpu, takes_triton
 from pyfused.dispatch.operator import Forward, Needs, Options, Tensors
 from pyfused.dispatch.reasons import SMALL
 from pyfused.layout import accumulate_dtype, class_targets, loss_shape, with_leading_dims
@@ -145,9 +145,8 @@ class CrossEntropyLoss(RowLoss):
             return target != options.ignore_index  # type: ignore[no-any-return]
         return definitions.target_weights(target, weight, options.ignore_index)
 
-    def rows(self, tensors: Tensors, options: Options) -> Rows:
+    def rows(self, tensors: Tensors, options: Options, backend: Backend) -> Rows:
         *_, target, _, token_weight, _ = tensors
-        backend = backend_of(target)
         counts = definitions.counted(target, options.ignore_index, token_weight)
         computed = counts
         if options.with_metrics and token_weight is not None:  # rows of weight 0 also have metrics
@@ -344,13 +343,14 @@ def linear_cross_entropy_pass(
     op: RowOperator, inputs: Tensors, options: Options, needs: Needs
 ) -> Any:
     """Returns the pass of a call: blocks of rows, or states if a block cannot have all classes."""
-    sizes = row_sizes = op.head_sizes(inputs, options)
+    dtype = op.loss.input_dtype(inputs)
+    sizes = row_sizes = op.head_sizes(inputs, options, dtype)
     if options.softcap is not None:  # a copy of the logits
         row_sizes = replace(sizes, bytes_per_logit=3 * sizes.dtype.itemsize)
     has_probabilities = inputs[3].is_floating_point()
     size = row_sizes.row_blocks if has_probabilities else row_sizes.loss_blocks
-    loop = HeadLoop(backend_of(inputs[0]), sizes.dtype, size, needs)
-    blocks = HeadBlocks(op, loop, inputs, options)
+    loop = HeadLoop(sizes.backend, sizes.dtype, size, needs)
+    blocks = HeadBlocks(op, loop, inputs, options, dtype)
     if blocks.size.classes is None:
         return blocks
     return StatePass(op, loop=replace(loop, size=sizes.tile))

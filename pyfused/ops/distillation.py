@@ -256,12 +256,13 @@ class TopKLoss(DivergenceLoss):
 def linear_divergence_pass(
     op: RowOperator, inputs: Tensors, options: Options, needs: Needs
 ) -> HeadBlocks:
-    sizes = op.head_sizes(inputs, options)
+    dtype = inputs[0].dtype
+    sizes = op.head_sizes(inputs, options, dtype)
     cap_bytes = 0 if options.softcap is None else 3 * accumulate_dtype(sizes.dtype).itemsize
     bytes_per_logit = op.loss.bytes_per_logit(inputs, options)
     sizes = replace(sizes, bytes_per_logit=sizes.dtype.itemsize + cap_bytes + bytes_per_logit)
-    loop = HeadLoop(backend_of(inputs[0]), sizes.dtype, sizes.row_blocks, needs)
-    return HeadBlocks(op, loop, inputs, options)
+    loop = HeadLoop(sizes.backend, sizes.dtype, sizes.row_blocks, needs)
+    return HeadBlocks(op, loop, inputs, options, dtype)
 
 
 def divergence_pass(*_: Any) -> KernelPass:

@@ -64,20 +64,27 @@ class HeadBlocks:
         op: Has a `rows.RowLoss` with a method `block`, which takes the logits; the tensors of a
             call after the layer; the gradient of the loss, None for ones; the options of a call
             with the reduction "none" or "sum"; and the outputs.
+        dtype: The dtype in which kernels take the layer's input.
         rows: The rows to compute.
         tensors: The tensors of these rows.
         size: The size of a block. If it does not have all classes, `compute` cannot be called.
     """
 
-    def __init__(self, op: RowOperator, loop: HeadLoop, tensors: Tensors, options: Options) -> None:
-        self.op, self.loop, self.options, self.wide = op, loop, options, op.wide_dtype(tensors)
-        self.has_rows = [operand.has_rows for operand in op.all_operands]
-        dtype = op.loss.input_dtype(tensors)
+    def __init__(
+        self,
+        op: RowOperator,
+        loop: HeadLoop,
+        tensors: Tensors,
+        options: Options,
+        dtype: torch.dtype,
+    ) -> None:
+        self.op, self.loop, self.options = op, loop, options
         self.has_gradients_in_forward = gradients_in_forward(options.reduction, dtype)
-        self.rows = op.loss.rows(tensors, options)
+        self.rows = op.loss.rows(tensors, options, loop.backend)
         if self.rows.indices is not None:
-            pairs = zip(tensors, self.has_rows, strict=True)
-            tensors = [self.rows.take(x) if has and x is not None else x for x, has in pairs]
+            tensors = list(tensors)
+            for i in op.row_operands:
+                tensors[i] = self.rows.take(tensors[i])
         self.tensors, self.size = tensors, loop.size(tensors[0].shape[0])
 
     def forward(self, inputs: Tensors, _: Options, needs: Needs) -> Forward:
@@ -90,7 +97,7 @@ class HeadBlocks:
         return result, saved, gradients
 
     def backward(self, saved: Tensors, _: Options, needs: Needs, grad_output: Tensor) -> Gradients:
-        kept = (*saved[len(self.has_rows) :], None, None)[1]
+        kept = (*saved[len(self.op.all_operands) :], None, None)[1]
         if kept is not None and self.has_gradients_in_forward:
             return self.gradients(needs, kept, grad_output)
         return self.compute(needs, grad_output, kept)[0].gradients
@@ -120,9 +127,9 @@ class HeadBlocks:
         input, weight, bias, *operands = loss.prepared(self.tensors, options, rows_at_once)
         divisor = loss.divisor(self.tensors, options, rows.counts is None) if is_mean else None
         grad_output = self._grad_of_rows(grad_output, divisor if needs else None)
-        row_operands = [i for i, has in enumerate(self.has_rows[3:]) if has]
+        row_operands = self.op.row_operands[1:]  # without the input
         for i, x in enumerate(operands):  # hooks may have changed saved tensors
-            if x is not None and (i in row_operands or x.dim() < 2):
+            if x is not None and (i + 3 in row_operands or x.dim() < 2):
                 operands[i] = x.contiguous()
         if is_mean:
             options = options._replace(reduction="sum", denominator=None)
@@ -131,13 +138,13 @@ class HeadBlocks:
         is_small = n * self.loop.dtype.itemsize <= features * weight.dtype.itemsize
         keeps = keeps and is_small and n <= self.size.rows and not hooks_are_active()
         results = list[Any]()
-        sliced = row_operands if self.size.rows < input.shape[0] else []
+        sliced = row_operands if self.size.rows < n else []
 
         def step(logits: Tensor, block: slice, _: slice) -> Tensor | None:
             nonlocal kept
             part, grad = [*operands], grad_output
             for i in sliced:
-                part[i] = None if part[i] is None else part[i][block]
+                part[i - 3] = None if part[i - 3] is None else part[i - 3][block]
             grad = grad[block] if unreduced and grad is not None else grad
             result = loss.block(logits, part, grad, options, outputs)
             results.append(result)
@@ -160,8 +167,9 @@ class HeadBlocks:
         if self.options.reduction == "none":
             grad_output = self.rows.take(grad_output)
         if divisor is not None:
-            grad = self.tensors[0].new_ones((), dtype=self.wide)
-            grad_output = ((grad if grad_output is None else grad_output) / divisor).to(self.wide)
+            wide = self.loop.wide
+            grad = self.tensors[0].new_ones((), dtype=wide)
+            grad_output = ((grad if grad_output is None else grad_output) / divisor).to(wide)
         return None if grad_output is None else grad_output.contiguous()
 
     def gradients(self, needs: Needs, kept: Tensor, grad_output: Tensor) -> Gradients:
@@ -189,24 +197,29 @@ class HeadBlocks:
             gradients: The gradients of the layer.
             count: The number of gradients to return.
         """
-        (losses, parts, *others), rows = zip(*results, strict=True), self.rows
-        unreduced = self.options.reduction == "none"
-        loss = joined(losses, unreduced)
+        unreduced, rows = self.options.reduction == "none", self.rows
+        result = results[0] if len(results) == 1 else joined(results, unreduced)
+        loss, (_, grad_target), state, prediction = result
         if loss is not None:
-            loss = (loss if divisor is None else loss / divisor).to(self.wide)
+            loss = (loss if divisor is None else loss / divisor).to(self.loop.wide)
+        gradients = *gradients, grad_target
+        if rows.indices is not None:
             loss = rows.spread(loss) if unreduced else loss
-        records = [None if x[0] is None else rows.spread(torch.cat(x, 1), 1) for x in others]
-        grad_input, *grad_layer = gradients
-        grad_target = joined([grad_target for _, grad_target in parts], True)
-        gradients = rows.spread(grad_input), *grad_layer, rows.spread(grad_target)
-        return BlockResult(loss, gradients[:count], *records)
+            state, prediction = rows.spread(state, 1), rows.spread(prediction, 1)
+            gradients = rows.spread(gradients[0]), *gradients[1:3], rows.spread(grad_target)
+        return BlockResult(loss, gradients[:count], state, prediction)
 
 
-def joined(parts: Sequence[Any], unreduced: bool) -> Tensor | None:
-    """Returns the concatenation of the parts, or their sum in float64; None if they are None."""
-    if len(parts) < 2 or parts[0] is None:
-        return parts[0]  # type: ignore[no-any-return]
-    return torch.cat([*parts]) if unreduced else torch.stack([*parts]).sum(dtype=torch.float64)
+def joined(results: Sequence[BlockResult], unreduced: bool) -> BlockResult:
+    """Concatenates the results of blocks, except for sums of losses, which are added in float64."""
+    losses, parts, states, predictions = zip(*results, strict=True)
+    loss = losses[0]
+    if loss is not None:
+        loss = torch.cat(losses) if unreduced else torch.stack(losses).sum(dtype=torch.float64)
+    grad_targets = [grad_target for _, grad_target in parts]
+    grad_target = None if grad_targets[0] is None else torch.cat(grad_targets)
+    records = [None if x[0] is None else torch.cat(x, 1) for x in (states, predictions)]
+    return BlockResult(loss, (None, grad_target), *records)
 
 
 # ---- capped logits -------------------------------------------------------------------------------

@@ -15,7 +15,6 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from pyfused.backends import backend_of
 from pyfused.dispatch.operator import Needs, Options, Tensors
 from pyfused.ops.head_loop import HeadLoop
 from pyfused.ops.row_sources import class_range
@@ -115,6 +114,6 @@ class LogProbsLoss(RowLoss):
 def log_probs_pass(op: RowOperator, inputs: Tensors, options: Options, needs: Needs) -> StatePass:
     results, loop = 1 if options.alone else len(RESULTS), None
     if op.is_linear:
-        sizes = op.head_sizes(inputs, options)
-        loop = HeadLoop(backend_of(inputs[0]), sizes.dtype, sizes.state_blocks, needs)
+        sizes = op.head_sizes(inputs, options, inputs[0].dtype)
+        loop = HeadLoop(sizes.backend, sizes.dtype, sizes.state_blocks, needs)
     return StatePass(op, results=results, loop=loop, keeps_logits=True)

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.compiler import is_dynamo_compiling
 
 from pyfused import checks
-from pyfused.backends import backend_of
+from pyfused.backends import Backend, backend_of
 from pyfused.backends.protocol import LossResult
 from pyfused.dispatch.autograd import differentiate, in_autocast_dtype
 from pyfused.dispatch.operator import (
@@ -74,12 +74,10 @@ class RowLoss:
 
     # ---- blocks of rows with all classes: see `heads.HeadBlocks` ---------------------------------
 
-    def rows(self, tensors: Tensors, _: Options) -> Rows:
+    def rows(self, tensors: Tensors, _: Options, backend: Backend) -> Rows:
         """Returns the rows to compute."""
         token_weight = tensors[-2]
-        if token_weight is None:
-            return ALL_ROWS
-        return rows_that_count(token_weight != 0, backend_of(token_weight))
+        return ALL_ROWS if token_weight is None else rows_that_count(token_weight != 0, backend)
 
     def prepared(self, tensors: Tensors, _options: Options, _rows: int) -> Tensors:
         """Returns the tensors of the rows to compute in the form that blocks of rows take."""
@@ -140,6 +138,7 @@ class RowOperator(Operator):
         ]
         self.target = self.names.index("target") if "target" in self.names else -1
         self.layer = slice(3 if self.is_linear else 1)
+        self.row_operands = [i for i, x in enumerate(self.all_operands) if x.has_rows]
         self.finish = self.loss.finish
 
     check_choices = staticmethod(checks.row_choices)
@@ -184,13 +183,10 @@ class RowOperator(Operator):
     def _flattened(self, tensors: list[Any]) -> list[Any]:
         """Flattens the leading dimensions of an input (..., D) and of the tensors with its rows."""
         leading = tensors[0].shape[:-1]
-        pairs = zip(self.all_operands, tensors, strict=True)
-        return [
-            x.reshape(math.prod(leading), *x.shape[len(leading) :])
-            if operand.has_rows and x is not None
-            else x
-            for operand, x in pairs
-        ]
+        for i in self.row_operands:
+            if (x := tensors[i]) is not None:
+                tensors[i] = x.reshape(math.prod(leading), *x.shape[len(leading) :])
+        return tensors
 
     def forward(self, inputs: Tensors, options: Options, needs: Needs) -> Forward:
         chosen = self.choose_pass(self, inputs, options, needs)
@@ -206,10 +202,14 @@ class RowOperator(Operator):
         """Returns the dtype in which kernels accumulate."""
         return accumulate_dtype(self.loss.input_dtype(tensors))
 
-    def head_sizes(self, tensors: Tensors, options: Options) -> HeadSizes:
-        """Returns the sizes of the blocks of a layer's logits."""
+    def head_sizes(self, tensors: Tensors, options: Options, dtype: torch.dtype) -> HeadSizes:
+        """Returns the sizes of the blocks of a layer's logits.
+
+        Args:
+            dtype: The dtype in which kernels take the layer's input.
+        """
         backend = backend_of(tensors[0])
-        dtype = backend.product_dtype(self.loss.input_dtype(tensors))
+        dtype = backend.product_dtype(dtype)
         converts = dtype is not tensors[0].dtype
         limits: Any = tensors[1].shape, dtype, backend, options.memory_budget
         return head_sizes(*limits, None, converts)

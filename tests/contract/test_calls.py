@@ -66,8 +66,8 @@ CALLS: dict[str, tuple[Callable[[Tensor], Tensor], int]] = {
     "softmax": (lambda x: fused.softmax(x, 1).sum(), 25),
     "log_probs": (lambda x: fused.log_probs(x, CLASSES)[0].sum(), 51),
     "kl_div_with_logits": (lambda x: fused.kl_div_with_logits(x, OTHER), 47),
-    "linear_cross_entropy": (lambda x: fused.linear_cross_entropy(x, OTHER, CLASSES), 102),
-    "linear_log_probs": (lambda x: fused.linear_log_probs(x, OTHER, CLASSES)[0].sum(), 106),
+    "linear_cross_entropy": (lambda x: fused.linear_cross_entropy(x, OTHER, CLASSES), 83),
+    "linear_log_probs": (lambda x: fused.linear_log_probs(x, OTHER, CLASSES)[0].sum(), 100),
 }
 
 
