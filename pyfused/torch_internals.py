@@ -305,17 +305,6 @@ def leave_traced_frame() -> None:
         raise sys.modules["torch._dynamo.exc"].SkipFrame("lazy logits are not traced")
 
 
-_jit_builtins: Any = getattr(torch.jit, "_builtins", None)
-
-
-def script_as_builtin(function: Any, original: Callable[..., Any]) -> None:
-    """Makes torch.jit.script compile a function as torch's original if the latter is a built-in."""
-    find = getattr(_jit_builtins, "_find_builtin", lambda _: None)
-    register = getattr(_jit_builtins, "_register_builtin", lambda *_: None)
-    if operator_name := find(original):
-        register(function, operator_name)
-
-
 def is_compiled_module(module: Any) -> bool:
     """Returns whether a module was compiled by ``module.compile()`` or ``torch.compile``."""
     kind = getattr(sys.modules.get("torch._dynamo"), "OptimizedModule", ())

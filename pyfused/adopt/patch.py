@@ -4,21 +4,20 @@ from __future__ import annotations
 
 import functools
 import sys
-import threading
 from collections.abc import Callable, Mapping
 from types import FunctionType
 from typing import Any
 
-import torch
-from torch import Tensor
 from torch.compiler import is_dynamo_compiling
 from torch.nn import functional as F
 
 from pyfused import functional
 from pyfused.dispatch import originals, report
 from pyfused.dispatch.sizes import COMPILED
+from pyfused.locks import fork_safe_lock
+from pyfused.ops.activation import Activation
 from pyfused.ops.operators import OPERATORS
-from pyfused.torch_internals import forget_functions, script_as_builtin
+from pyfused.torch_internals import forget_functions
 
 Functions = Mapping[str, Callable[..., Any]]
 
@@ -36,9 +35,7 @@ def _patched(name: str) -> Callable[..., Any]:
         function = _original_if_compiled(name, original, function)
     functools.update_wrapper(function, original)
     function.__module__, function.__qualname__ = F.__name__, name  # pickles refer to torch
-    # torch.jit.script compiles what this returns, or the operator of a built-in.
-    vars(function)["__prepare_scriptable__"] = lambda: _SOURCES.get(name, original)
-    script_as_builtin(function, original)
+    vars(function)["__prepare_scriptable__"] = lambda: original  # torch.jit.script compiles this
     return function
 
 
@@ -52,30 +49,16 @@ def _original_if_compiled(name: str, original: Any, ours: Any) -> Any:
     return function
 
 
-# torch.jit.script compiles an attribute of a module from its source, which built-ins do not have.
-
-
-def _gelu(input: Tensor, approximate: str = "none") -> Tensor:
-    return torch.ops.aten.gelu(input, approximate=approximate)  # type: ignore[no-any-return]
-
-
-def _logsigmoid(input: Tensor) -> Tensor:
-    return torch.ops.aten.log_sigmoid(input)  # type: ignore[no-any-return]
-
-
-def _softplus(input: Tensor, beta: float = 1.0, threshold: float = 20.0) -> Tensor:
-    return torch.ops.aten.softplus(input, beta, threshold)  # type: ignore[no-any-return]
-
-
-_SOURCES = {"gelu": _gelu, "logsigmoid": _logsigmoid, "softplus": _softplus}
-_NAMES = [name for name in OPERATORS if hasattr(originals.F, name)]
+# Modules keep activations as attributes, such as torch.nn.TransformerEncoderLayer. While another
+# function had their name, these modules could not be pickled.
+_NAMES = [x.name for x in OPERATORS.values() if x.in_torch and not isinstance(x, Activation)]
 _UNPATCHED = {name: getattr(originals.F, name) for name in _NAMES}
 _PATCHED = {name: _patched(name) for name in _NAMES}
 
 
 # ---- patch and unpatch ---------------------------------------------------------------------------
 
-_lock = threading.Lock()
+_lock = fork_safe_lock()
 _calls: frozenset[Patch] = frozenset()  # of patch(), without unpatch() or a block
 _blocks = 0  # the number of active ``with`` blocks of all threads
 
@@ -83,25 +66,32 @@ _blocks = 0  # the number of active ``with`` blocks of all threads
 class Patch:
     """The result of :func:`pyfused.patch`, a context manager."""
 
+    _entered = 0  # the number of its active blocks
+
     def __enter__(self) -> Patch:
         with _lock:
             _set(_calls - {self}, _blocks + 1)
+            self._entered += 1
         return self
 
     def __exit__(self, *error: object) -> None:
         with _lock:
+            if not self._entered:
+                raise RuntimeError("patch: the block was left without being entered, or left twice")
+            self._entered -= 1
             _set(_calls | {self}, _blocks - 1)
             _set(_calls - {self}, _blocks)  # if this raises an error, unpatch() ends the call
 
 
 def patch(function: None = None, /) -> Patch:
-    """Makes torch's losses and activations call pyfused's.
+    """Makes torch's losses, softmax and log_softmax call pyfused's.
 
-    The patch replaces functions of :mod:`torch.nn.functional`, such as ``cross_entropy`` and
-    ``gelu``. It reaches what calls them through this module: torch's modules and most libraries. It
-    does not reach names that were imported before, by ``from torch.nn.functional import ...``, nor
-    built-ins such as ``torch.relu`` and ``Tensor.relu``. Errors are torch's, and pickles refer to
-    torch only. In programs that are compiled, also by ``torch.jit.script``, patched functions are
+    The patch replaces functions of :mod:`torch.nn.functional`, such as ``cross_entropy``. It
+    reaches what calls them through this module: torch's modules and most libraries. It does not
+    reach names that were imported before, by ``from torch.nn.functional import ...``, nor built-ins
+    such as ``torch.softmax`` and ``Tensor.softmax``. Activations stay torch's, because modules keep
+    them as attributes and could not be pickled. Errors are torch's, and pickles refer to torch
+    only. In programs that are compiled, also by ``torch.jit.script``, patched functions are
     torch's.
 
     - ``patch()`` lasts until :func:`unpatch`; a second call changes nothing.

@@ -13,7 +13,6 @@ import math
 import os
 import platform
 import sys
-import threading
 import time
 import timeit
 from collections.abc import Callable, Sequence
@@ -38,6 +37,7 @@ from pyfused.layout import (
     loss_shape,
     row_sizes,
 )
+from pyfused.locks import fork_safe_lock
 from pyfused.torch_internals import default_state
 from pyfused.types import EmbeddingOptions, Outputs, RowBlock
 
@@ -191,7 +191,7 @@ HALF_PRODUCTS = os.environ.get("PYFUSED_HALF_PRODUCTS") or None  # None: measure
 if HALF_PRODUCTS not in (None, "half", "float32"):
     raise ImportError(f"PYFUSED_HALF_PRODUCTS: expected half or float32, got {HALF_PRODUCTS!r}")
 _measured: dict[torch.dtype, torch.dtype] = {}
-_lock = threading.RLock()  # held while products are measured
+_lock = fork_safe_lock()  # held while products are measured
 
 
 def product_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -226,15 +226,6 @@ def _faster_dtype(dtype: torch.dtype) -> torch.dtype:
 def least_seconds(compute: Callable[[], Any]) -> float:
     """Returns this thread's CPU time for a function, the least of two."""
     return min(timeit.repeat(compute, timer=time.thread_time, number=1, repeat=2))
-
-
-def _renew_lock() -> None:
-    global _lock
-    _lock = threading.RLock()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_renew_lock)
 
 
 # A half-precision product is added to a float32 tensor in parts of this many bytes, which stay in

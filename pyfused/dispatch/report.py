@@ -2,27 +2,23 @@
 
 from __future__ import annotations
 
-import os
 import threading
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import cache
 from time import perf_counter
 from typing import Any
 
 from pyfused.dispatch import reasons
 from pyfused.dispatch.operator import Operator, Options, Tensors
+from pyfused.locks import fork_safe_lock
 from pyfused.torch_internals import called_while_tracing, compiler_traces
 
 active: list[Report] = []  # the reports whose blocks have not ended
 clock = perf_counter  # read before and after a kernel
 traced: set[str] = set()  # the operators whose calls torch.compile has left to torch
 reasons_of_torch: list[Callable[[], str]] = []  # return further lines for reports without kernels
-# Events that have not been counted yet, as functions and their arguments. Threads, signal handlers
-# and finalizers may call kernels at once, so one of them counts, and none waits.
-_events: deque[tuple[Callable[..., None], tuple[Any, ...]]] = deque()
-_lock = threading.Lock()  # held while events are counted
+_lock = fork_safe_lock()  # held while counts change
 
 
 class Report:
@@ -35,14 +31,18 @@ class Report:
         self._kernel_seconds = self._seconds = 0.0
 
     def __enter__(self) -> Report:
-        _renew_lock_in_children()
-        self._seconds -= perf_counter()
-        active.append(self)
+        with _lock:
+            active.append(self)
+            self._seconds -= perf_counter()
         return self
 
     def __exit__(self, *error: object) -> None:
-        active.remove(self)
-        self._seconds += perf_counter()
+        with _lock:
+            if self not in active:
+                message = "report: the block was left without being entered, or left twice"
+                raise RuntimeError(message)
+            active.remove(self)
+            self._seconds += perf_counter()
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the counts and times, for logging; ``json`` can write them.
@@ -54,18 +54,18 @@ class Report:
             of dispatched calls by operator and reason. ``compiled``: the number of calls in
             compiled programs by operator.
         """
-        _count()
-        left: dict[str, dict[str, int]] = {}
-        for (op, reason), count in self._left.copy().most_common():
-            left.setdefault(op, {})[reason] = count
-        rows = sorted(self._ran.copy().items(), key=lambda row: -row[1]["calls"])
-        return {
-            "seconds": self._seconds + (perf_counter() if self in active else 0.0),
-            "kernel_seconds": self._kernel_seconds,
-            "operators": {op: dict(row) for op, row in rows},
-            "left_to_torch": left,
-            "compiled": dict(self._compiled),
-        }
+        with _lock:
+            left: dict[str, dict[str, int]] = {}
+            for (op, reason), count in self._left.most_common():
+                left.setdefault(op, {})[reason] = count
+            rows = sorted(self._ran.items(), key=lambda row: -row[1]["calls"])
+            return {
+                "seconds": self._seconds + perf_counter() * active.count(self),
+                "kernel_seconds": self._kernel_seconds,
+                "operators": {op: dict(row) for op, row in rows},
+                "left_to_torch": left,
+                "compiled": dict(self._compiled),
+            }
 
     def _add_call(self, op: str, elements: int) -> None:
         row = self._ran.setdefault(op, {"calls": 0, "largest_input": 0})
@@ -185,32 +185,6 @@ def count_seconds(seconds: float) -> None:
 
 
 def _record(add: Callable[..., None], *values: Any) -> None:
-    for report in active.copy():
-        _events.append((add, (report, *values)))
-    _count()
-
-
-def _count() -> None:
-    """Counts the events, unless another call is counting, which then counts these, too."""
-    while _events:
-        lock = _lock  # a forked child has another one
-        if not lock.acquire(blocking=False):
-            return
-        try:
-            while _events:
-                add, arguments = _events.popleft()
-                add(*arguments)
-        finally:
-            lock.release()
-
-
-@cache
-def _renew_lock_in_children() -> None:
-    """Gives child processes a new lock, as a thread of the parent may hold its lock."""
-
-    def renew() -> None:
-        global _lock
-        _lock = threading.Lock()
-
-    if hasattr(os, "register_at_fork"):
-        os.register_at_fork(after_in_child=renew)
+    with _lock:
+        for report in active:
+            add(report, *values)

@@ -206,7 +206,7 @@ def test_a_small_call_by_torch(name: str) -> None:
     assert added == (5 if name == "linear_cross_entropy" else 3)
     with pyfused.patch():
         assert call(F).equal(call(fused))
-        if name != "linear_cross_entropy":  # torch's calls cross_entropy, which is patched
+        if name in ("softmax", "mse_loss", "kl_div", "cross_entropy"):  # these are patched
             assert python_calls(lambda: call(F)) == python_calls(lambda: call(fused))
 
 

@@ -70,7 +70,7 @@ def test_importing_has_no_side_effects(tmp_path: Path) -> None:
 # ---- the order of imports ------------------------------------------------------------------------
 
 LAYERS = (  # each layer may import from itself and from earlier layers
-    ("types", "layout", "torch_internals"),
+    ("types", "layout", "locks", "torch_internals"),
     ("checks",),
     ("formula_compiler",),
     ("kernels",),
