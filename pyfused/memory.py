@@ -16,13 +16,14 @@ import os
 import sys
 import threading
 import warnings
-import weakref
-from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
+
 from pyfused.backends import cpu
+from pyfused.locks import fork_safe_lock
 
 __all__ = ["Keep", "Stats", "keep", "recycle", "release", "stats", "trim"]
 
@@ -56,6 +57,7 @@ class Stats(NamedTuple):
 
 # ---- all memory of the process -------------------------------------------------------------------
 
+_BLOCK = 64 << 20  # bytes of a block that is allocated to see where torch's memory comes from
 # Parameters of glibc's mallopt, from malloc.h.
 _TRIM_THRESHOLD, _MMAP_THRESHOLD, _MMAP_MAX = -1, -3, -4
 _KEEP = {_MMAP_MAX: 0, _TRIM_THRESHOLD: -1}  # no block has its own mapping; the heap never shrinks
@@ -71,38 +73,28 @@ class _Setting(NamedTuple):
 
 
 _OFF = _Setting(False)
-# The block entered last decides, and without blocks the last call that is not a block. The lists
-# change in single steps, so that threads, signal handlers and finalizers need no lock.
-_blocks: list[tuple[_Setting, object]] = []
-_calls: list[tuple[_Setting, weakref.ref[Keep]]] = []
 _active = _OFF
-_lock = threading.Lock()  # held while malloc's parameters are set; nothing waits for it
-_stop: Any = None  # a lock, whose release ends the thread that returns free pages
+_lock = fork_safe_lock()  # held while malloc's parameters are set
+_stop = threading.Event()  # ends the thread that returns free pages
 
 
 class Keep:
     """The result of :func:`keep`, a context manager."""
 
-    def __init__(self, setting: Any) -> None:
-        self._setting, self._entered = setting, list[Any]()
+    def __init__(self, before: _Setting) -> None:
+        self._before, self._process, self._state = before, os.getpid(), "not entered"
 
     def __enter__(self) -> None:
-        block = self._setting, object()
-        self._entered.append(block)
-        _blocks.append(block)
-        _discard(_calls, (self._setting, weakref.ref(self)))
-        _apply()
+        if self._state != "not entered":
+            raise RuntimeError("keep: expected one block for each call, got another one")
+        self._state = "active"
 
     def __exit__(self, *error: object) -> None:
-        if not self._entered:
+        if self._state != "active":
             raise RuntimeError("keep: the block was left without being entered, or left twice")
-        _discard(_blocks, self._entered.pop())  # a forked child has cleared the list
-        _apply()
-
-
-def _discard(entries: list[Any], entry: Any) -> None:
-    with suppress(ValueError):
-        entries.remove(entry)
+        self._state = "left"
+        if self._process == os.getpid():  # a forked child has glibc's settings
+            _set(self._before)
 
 
 def keep(enabled: bool = True, *, trim_every: float | None = 30.0) -> Keep:
@@ -112,9 +104,9 @@ def keep(enabled: bool = True, *, trim_every: float | None = 30.0) -> Keep:
     training step pays for new pages. From this call on, in all threads, blocks are taken from the
     heap, and the heap does not shrink. The process then holds the most memory that it has ever
     used, and more if blocks of many sizes fragment the heap. A daemon thread therefore returns the
-    free pages every ``trim_every`` seconds, which makes one step slower. Call `keep` at the start
-    of a program. ``with keep():`` and ``with keep(False):`` last for the block, in all threads: the
-    block that was entered last decides, and without blocks the last call.
+    free pages every ``trim_every`` seconds, which makes one step slower. Call `keep` once, at the
+    start of a program: it is a setting of the process, and the last call decides, in all threads.
+    ``with keep():`` and ``with keep(False):`` restore at the end of the block what was set before.
 
     It sets two parameters of ``mallopt``: ``M_MMAP_MAX`` to 0 and ``M_TRIM_THRESHOLD`` to its
     maximum. Blocks of 64 MiB or more of other threads than the main one are not kept, because
@@ -129,7 +121,7 @@ def keep(enabled: bool = True, *, trim_every: float | None = 30.0) -> Keep:
             again. None for never: call :func:`trim`.
 
     Returns:
-        A context manager: the call ends when the block ends. Leaving more blocks than were entered
+        A context manager for one block. Entering another one, or leaving one that was not entered,
         raises a RuntimeError.
 
     Raises:
@@ -137,9 +129,10 @@ def keep(enabled: bool = True, *, trim_every: float | None = 30.0) -> Keep:
         ValueError: ``trim_every`` is not positive, or not finite.
 
     Warns:
-        RuntimeWarning: Nothing has changed, because ``malloc`` is not glibc's, or because the
-            environment configures it (``MALLOC_MMAP_MAX_``, ``GLIBC_TUNABLES``, and others). The
-            message says whether freed memory is kept anyway.
+        RuntimeWarning: Nothing has changed, because torch's memory does not come from glibc's
+            ``malloc``, which is measured, or because the environment configures it
+            (``MALLOC_MMAP_MAX_``, ``GLIBC_TUNABLES``, and others). The message says whether freed
+            memory is kept anyway.
     """
     if not isinstance(enabled, bool):
         raise TypeError(f"enabled: expected a bool, got {type(enabled).__name__} {enabled!r}")
@@ -154,16 +147,9 @@ def keep(enabled: bool = True, *, trim_every: float | None = 30.0) -> Keep:
         state = "kept without it" if pages_are_kept() else "not kept"
         message = f"keep: nothing has changed: {reason}; freed memory is {state}"
         warnings.warn(message, RuntimeWarning, stacklevel=2)
-    setting = _Setting(True, trim_every) if enabled else _OFF
-    new, calls = Keep(setting), _calls.copy()
-    # A call whose result no longer exists cannot become a block, so it lasts, and calls before it
-    # have no effect.
-    lasting = [i for i, (_, call) in enumerate(calls) if call() is None]
-    for call in calls[: max(lasting, default=0)]:
-        _discard(_calls, call)
-    _calls.append((setting, weakref.ref(new)))
-    _apply()
-    return new
+    call = Keep(_active)
+    _set(_Setting(True, trim_every) if enabled else _OFF)
+    return call
 
 
 def trim() -> bool:
@@ -187,25 +173,26 @@ def pages_are_kept() -> bool:
 @cache
 def _reuses_pages() -> bool:
     """Allocates, touches and frees a block a few times, and counts the page faults."""
-    libc, size = _libc(), 64 << 20
-    if libc is None:
+    if _libc() is None:
         return False
     import resource
 
-    allocate = ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_size_t)(("malloc", libc))
     # An allocator may return some freed pages from time to time, or use other pages at first.
     for number in range(4):
         faults = -resource.getrusage(resource.RUSAGE_THREAD).ru_minflt
-        address = allocate(size)
-        if not address:
-            return False
-        for offset in range(0, size, 1 << 16):  # one of 16 pages is enough
+        address = (block := _block()).data_ptr()
+        for offset in range(0, _BLOCK, 1 << 16):  # one of 16 pages is enough
             ctypes.c_ubyte.from_address(address + offset).value = 0
-        libc.free(ctypes.c_void_p(address))
+        del block
         faults += resource.getrusage(resource.RUSAGE_THREAD).ru_minflt
-        if number and faults < size >> 22:  # half the number of its huge pages
+        if number and faults < _BLOCK >> 22:  # half the number of its huge pages
             return True
     return False
+
+
+def _block() -> torch.UntypedStorage:
+    """Returns a large block of torch's memory, whatever modes are active."""
+    return torch.UntypedStorage(_BLOCK, device="cpu")
 
 
 @cache
@@ -217,6 +204,11 @@ def why_not_kept() -> str | None:
     library = _library_of(libc.posix_memalign)
     if library != _library_of(libc.gnu_get_libc_version):
         return f"malloc comes from {library}"
+    if not _torch_uses_glibc():
+        return (
+            "torch's memory does not come from glibc's malloc. If it comes from mimalloc, as on "
+            "ARM64, set MIMALLOC_PURGE_DELAY=-1 before the process starts"
+        )
     variables = _environment()
     known = [f"MALLOC_{name.upper()}_" for name in _VARIABLES]
     names = [name for name in known if name in variables]
@@ -227,53 +219,64 @@ def why_not_kept() -> str | None:
     return f"the environment configures malloc; unset {', '.join(names)}" if names else None
 
 
-def _requested() -> _Setting:
-    """Returns the setting of the innermost block, or of the last call."""
-    last: Any = _blocks[-1:] or _calls[-1:]
-    return last[0][0] if last else _OFF
+class _MallocInfo(ctypes.Structure):
+    """The result of mallinfo2; hblkhd and uordblks are at the indices 4 and 7."""
+
+    _fields_ = [("sizes", ctypes.c_size_t * 10)]
 
 
-def _apply() -> None:
-    """Sets malloc's parameters as requested.
+def _used() -> int | None:
+    """Returns the bytes of all blocks of glibc's malloc, None if it has no counters."""
+    libc: Any = _libc()
+    if not hasattr(libc, "mallinfo2"):  # before glibc 2.33
+        return None
+    libc.mallinfo2.restype = _MallocInfo
+    sizes = libc.mallinfo2().sizes
+    return int(sizes[4] + sizes[7])
 
-    If another thread, or the code that a signal handler interrupts, is already setting them, it
-    looks for new requests when it is done, so nothing waits for the lock.
-    """
-    while not why_not_kept() and _requested() != _active:
-        lock = _lock  # a forked child has another one
-        if not lock.acquire(blocking=False):
-            return
-        try:
-            _set(_requested())
-        finally:
-            lock.release()
+
+def _torch_uses_glibc() -> bool:
+    """Returns whether a block of torch's is counted by glibc; True without counters."""
+    for _ in range(3):  # another thread may free memory meanwhile
+        before = _used()
+        block = _block()
+        after = _used()
+        del block
+        if before is None or after is None or after - before > _BLOCK // 2:
+            return True
+    return False
 
 
 def _set(setting: _Setting) -> None:
+    """Sets malloc's parameters, and starts or ends the thread that returns free pages."""
     global _active, _stop
-    libc: Any = _libc()
+    if why_not_kept() is not None:
+        return
     _restore_in_children()
-    if setting.enabled != _active.enabled:
-        for parameter, value in (_KEEP if setting.enabled else _DEFAULTS).items():
-            if libc.mallopt(parameter, value) != 1:
-                raise RuntimeError(f"mallopt({parameter}, {value}): expected 1, got 0")
-    _active = setting
-    if _stop is not None:
-        _stop.release()
-        _stop = None
-    if not setting.enabled:
-        libc.malloc_trim(0)
-    elif setting.trim_every is not None:
-        _stop = threading.Lock()
-        _stop.acquire()
-        arguments = setting.trim_every, _stop
-        threading.Thread(target=_trim_every, args=arguments, name="keep", daemon=True).start()
+    with _lock:
+        if setting == _active:
+            return
+        if setting.enabled != _active.enabled:
+            _set_parameters(_KEEP if setting.enabled else _DEFAULTS)
+        _active = setting
+        _stop.set()
+        if not setting.enabled:
+            trim()
+        elif setting.trim_every is not None:
+            _stop = threading.Event()
+            arguments = setting.trim_every, _stop
+            threading.Thread(target=_trim_every, args=arguments, name="keep", daemon=True).start()
 
 
-def _trim_every(seconds: float, stop: Any) -> None:
-    while not stop.acquire(timeout=seconds):
+def _set_parameters(parameters: dict[int, int]) -> None:
+    for parameter, value in parameters.items():
+        if _libc().mallopt(parameter, value) != 1:
+            raise RuntimeError(f"mallopt({parameter}, {value}): expected 1, got 0")
+
+
+def _trim_every(seconds: float, stop: threading.Event) -> None:
+    while not stop.wait(seconds):
         trim()
-    stop.release()
 
 
 @cache
@@ -284,13 +287,11 @@ def _restore_in_children() -> None:
     """
 
     def restore() -> None:
-        global _active, _lock, _stop
-        if _lock.locked():  # another thread may have set some of the parameters
-            _active = _Setting(True)
-        _lock, _stop = threading.Lock(), None
-        _blocks.clear()
-        _calls.clear()
-        _apply()
+        global _active, _stop
+        if _active.enabled:
+            _active, _stop = _OFF, threading.Event()
+            _set_parameters(_DEFAULTS)
+            trim()
 
     os.register_at_fork(after_in_child=restore)
 

@@ -104,7 +104,7 @@ os._exit(3)
     assert done.returncode == 3, done.stderr
 
 
-LOCKS = "adopt.patch._lock", "backends.cpu._lock", "dispatch.report._lock"
+LOCKS = "adopt.patch._lock", "backends.cpu._lock", "dispatch.report._lock", "memory._lock"
 
 
 @forks
