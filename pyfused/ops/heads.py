@@ -64,7 +64,6 @@ class HeadBlocks:
         op: Has a `rows.RowLoss` with a method `block`, which takes the logits; the tensors of a
             call after the layer; the gradient of the loss, None for ones; the options of a call
             with the reduction "none" or "sum"; and the outputs.
-        dtype: The dtype in which kernels take the layer's input.
         rows: The rows to compute.
         tensors: The tensors of these rows.
         size: The size of a block. If it does not have all classes, `compute` cannot be called.
@@ -78,6 +77,7 @@ class HeadBlocks:
         options: Options,
         dtype: torch.dtype,
     ) -> None:
+        """Takes a call, and the dtype in which kernels take the layer's input."""
         self.op, self.loop, self.options = op, loop, options
         self.has_gradients_in_forward = gradients_in_forward(options.reduction, dtype)
         self.rows = op.loss.rows(tensors, options, loop.backend)
