@@ -152,6 +152,20 @@ graph_is_retained: Callable[[], bool] = getattr(
 )
 # A number for the backward pass that runs in this thread.
 current_graph_task: Callable[[], Any] = getattr(torch._C, "_current_graph_task_id", object)
+
+
+def at_end_of_backward(function: Callable[[], None]) -> bool:
+    """Calls a function when the backward pass ends that runs in this thread.
+
+    Returns False if none runs.
+    """
+    queue = getattr(torch.autograd.Variable._execution_engine, "queue_callback", None)
+    if queue is None or current_graph_task() == -1:
+        return False
+    queue(function)
+    return True
+
+
 _NO_INPUT = torch.zeros((), device="cpu", requires_grad=True)
 
 

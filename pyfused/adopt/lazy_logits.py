@@ -9,7 +9,8 @@ The head of a converted model returns `LazyLogits`, a tensor without memory, whi
    topk(1): `_largest`.
 4. All other operators of ATen read the logits, which are then computed once.
 
-The tensor is a wrapper subclass with torch's own autograd graph, which begins with `_Head`.
+The tensor is a wrapper subclass with torch's own autograd graph, which begins with `_Head`. A loss
+is a child of the logits in it, and the gradient that it returns is lazy, too: `lazy_gradients.py`.
 ``__torch_function__`` replaces a few functions, such as losses: `_FUNCTIONS`.
 ``__torch_dispatch__`` receives the operators of all others: it returns the lazy result of an
 operator that has a rule, and calls any other with the values.
@@ -21,11 +22,8 @@ frame that uses lazy logits is left to Python, where Dynamo would break its grap
 from __future__ import annotations
 
 import math
-import threading
 import weakref
-from collections import OrderedDict
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from typing import Any
@@ -35,18 +33,42 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pyfused import torch_internals
+from pyfused.adopt.lazy_gradients import (
+    COST,
+    OF_MEMORY,
+    Gradient,
+    LazyGrad,
+    LazyTensor,
+    LazyValue,
+    Part,
+    compute_alive,
+    input_gradients,
+    lazy_tensor,
+    metadata,
+    name_of,
+    values_of,
+)
 from pyfused.dispatch import reasons, report
-from pyfused.dispatch.operator import Options, Tensors, requires_grad
+from pyfused.dispatch.autograd import SAVED, Fused, compute
+from pyfused.dispatch.operator import Options, Tensors, needs_grad, requires_grad
+from pyfused.dispatch.reasons import unsupported
 from pyfused.dispatch.run import fallback_reason, run
 from pyfused.ops.operators import LINEAR_CROSS_ENTROPY, OPERATORS
-from pyfused.torch_internals import PLAIN, DisableTorchFunctionSubclass, tree_map_only, version_of
+from pyfused.torch_internals import (
+    PLAIN,
+    DisableTorchFunctionSubclass,
+    active_mode,
+    current_graph_task,
+    graph_is_retained,
+    tree_map_only,
+    version_of,
+)
 
 # The product of a head with few rows takes as long as reading its weight. On an AMD EPYC, 64 losses
 # of 4 rows took several times as long as with all logits, and losses of 64 rows 1.1 times.
 FEW_ROWS = 32
-_COST = "This takes time, and memory for all logits."
 _ADVICE = (
-    f"{_COST} One cross_entropy of each row needs no logits, and afterwards the argmax of rows "
+    f"{COST} One cross_entropy of each row needs no logits, and afterwards the argmax of rows "
     "that count in it is known: select these first, as in logits[mask].argmax(-1). For other "
     "losses, call pyfused.functional.linear_log_probs, or linear_cross_entropy(z_loss=...) for a "
     "z-loss. Or call pyfused.revert(model)"
@@ -72,11 +94,11 @@ class HeadCall:
         largest: The largest logit of each row before a scale and a cap, and its class, of shape
             (2, N); the class is -1 if no fused loss counts the row. None before such a loss.
         prior: The constant that was added to these logits, None for 0.
-        needs_grad: Whether the logits require a gradient.
+        token: Stands for the call in the node of the head, which does not keep the call.
+        needs: Whether each input needs a gradient.
         computed: Whether an operator has read the logits.
-        bypassed: Whether a loss that requires a gradient was computed without the logits.
-        ended: Is set when a backward pass reaches such a loss.
-        hooks_of_grad: Hooks of the logits' gradient, which that backward pass calls.
+        ended_by: The last backward pass that has reached a fused loss, or None. Logits can be read
+            until it ends.
         values: Weak references to the values of lazy tensors that may not have been computed.
     """
 
@@ -88,9 +110,8 @@ class HeadCall:
         self.is_fused = torch.zeros(hidden.shape[:-1].numel(), dtype=torch.bool, device="cpu")
         self.largest: Tensor | None = None
         self.prior: Tensor | None = None
-        self.needs_grad = self.computed = self.bypassed = False
-        self.ended = threading.Event()
-        self.hooks_of_grad: OrderedDict[int, Callable[[Any], None]] = OrderedDict()
+        self.needs, self.token = needs_grad(inputs), object()
+        self.computed, self.ended_by = False, None
         self.values: list[Callable[[], _Value | None]] = []
         self.inputs = hidden.clone() if hidden.is_inference() else hidden, weight, bias
         watched = [x for x in self.inputs if x is not None and not x.is_inference()]
@@ -103,9 +124,7 @@ class HeadCall:
         row_index = torch.arange(len(self.is_fused), device="cpu").view(shape[:-1])
         example = torch.empty(shape, dtype=dtype, device="meta")
         value = _Value(self, row_index, example, len(shape) - 1, self.linear)
-        tensor = _head(value, *self.inputs)
-        self.needs_grad = value.needs_grad = tensor.requires_grad
-        return tensor
+        return _head(value, *self.inputs)
 
     def linear(self) -> Tensor:
         """Returns the values of the logits."""
@@ -115,7 +134,8 @@ class HeadCall:
 
     def why_ended(self) -> str | None:
         """Returns why the logits cannot be computed any more, None if they can be."""
-        if self.ended.is_set():
+        backward = current_graph_task()
+        if self.ended_by is not None and (backward == -1 or backward != self.ended_by):
             return "the backward pass of their loss"
         freed = not self.inputs[1].untyped_storage().nbytes()  # by FSDP
         if freed or any(version_of(x) != version for x, version in self.versions):
@@ -152,7 +172,7 @@ class HeadCall:
         self.values.clear()
 
     def warn(self, reader: str) -> None:
-        if self.needs_grad or self.is_fused.any():
+        if any(self.needs) or self.is_fused.any():
             self.options.warn(f"its logits are read by {reader}")
 
     def operands(self, value: _Value, index: Any) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -183,38 +203,9 @@ class HeadCall:
             return self.prior is constant
         return torch.equal(self.prior, constant)
 
-    def register_hook(self, tensor: Any, hook: Callable[[Any], Any]) -> Any:
-        """Registers a hook of a gradient that the backward pass of the loss does not compute.
-
-        Wrappers of models register such hooks on all outputs: FSDP and DeepSpeed prepare the
-        backward pass in them, before any gradient of a parameter, and Fabric checks who has started
-        it. So a hook runs once in a backward pass, when that reaches a loss that has bypassed the
-        logits, with None, as torch passes for an undefined gradient; or at the node of the logits
-        if another operator leads there.
-        """
-        last: Any = None  # the backward pass in which the hook has run
-
-        def run_once(_: Any) -> None:
-            nonlocal last
-            before, last = last, torch_internals.current_graph_task()
-            if last != before and hook(None) is not None:
-                raise _error_of_gradient("a hook that changes the gradient")
-
-        handle = tensor.register_hook(run_once)
-        self.hooks_of_grad[handle.id] = run_once
-        handle.extra_dict_ref = (weakref.ref(self.hooks_of_grad),)
-        return handle
-
-
-@torch_internals.never_traced
-def _start_backward(ended: threading.Event, hooks: dict[int, Any], grad_outputs: Any) -> None:
-    ended.set()
-    for hook in [*hooks.values()]:
-        hook(grad_outputs)
-
 
 @dataclass(eq=False)
-class _Value:
+class _Value(LazyValue):
     """Describes how a lazy tensor is computed.
 
     The tensor is ``scale * x``, or with a cap ``scale * cap * tanh(x / cap)``, where
@@ -227,7 +218,7 @@ class _Value:
         example: A meta tensor of the same shape, strides and dtype.
         dim: The dimension of the classes.
         operation: Returns the values; None afterwards.
-        needs_grad: Whether the result of the operator requires a gradient.
+        is_recorded: Whether autograd has recorded all operators on the output of the head.
         constant: A tensor (C) in the equation above, None for 0.
         scale, cap: The numbers in the equation above.
         log: Whether log_softmax has been applied.
@@ -239,7 +230,7 @@ class _Value:
     example: Tensor
     dim: int
     operation: Callable[[], Tensor] | None
-    needs_grad: bool = False
+    is_recorded: bool = field(default_factory=torch.is_grad_enabled)
     constant: Tensor | None = None
     scale: float = 1.0
     cap: float | None = None
@@ -248,14 +239,8 @@ class _Value:
 
     def tensor(self) -> Any:
         """Returns a lazy tensor with this value."""
-        x = self.example
-        tensor: Any = torch_internals.make_wrapper_subclass(
-            LazyLogits, x.shape, strides=x.stride(), dtype=x.dtype, device=self.call.device
-        )
-        torch_internals.throw_on_data_ptr(tensor)
-        tensor.value = self
         self.call.values.append(weakref.ref(self))
-        return tensor
+        return lazy_tensor(LazyLogits, self)
 
     def compute(self) -> Tensor:
         """Returns the values."""
@@ -277,17 +262,15 @@ class _Value:
         call.compute()
         return self.compute()
 
-    def records_grad(self) -> bool:
-        """Returns whether the result of an operator requires a gradient."""
-        return torch.is_grad_enabled() and self.needs_grad
-
     def has_rules(self, tensor: Any) -> bool:
         """Returns whether results of this lazy tensor may be lazy, or known without the logits."""
         inference = tensor.is_inference()
         if self.call.computed or inference != torch.is_inference_mode_enabled():
             return False
-        # An autograd function changes these if it returns the tensor.
-        return tensor.requires_grad == self.needs_grad and (inference or not version_of(tensor))
+        if not tensor.requires_grad:
+            return True
+        # An autograd function may have another gradient than the operators that it calls.
+        return self.is_recorded and not tensor.is_leaf
 
     def result(self, example: Tensor, function: Any, *args: Any, **changes: Any) -> Any:
         """Returns the lazy result of an operator, with some changed attributes.
@@ -297,8 +280,13 @@ class _Value:
                 as operators of numbers on meta tensors import torch's compiler (one second).
         """
         operation = lambda: function(self.compute(), *args)  # noqa: E731
-        changes = {"needs_grad": self.records_grad()} | changes
+        changes = {"is_recorded": torch.is_grad_enabled()} | changes
         return replace(self, example=example, operation=operation, **changes).tensor()
+
+    def identity(self, example: Tensor) -> dict[str, Any]:
+        """Returns the changes of an operator that may return the tensor as it is."""
+        same = (example.shape, example.dtype) == (self.example.shape, self.example.dtype)
+        return {"is_recorded": self.is_recorded} if same and not torch.is_grad_enabled() else {}
 
     def dims(self) -> tuple[int, int]:
         """Returns the dimension of the classes, counted from the front and from the back."""
@@ -324,17 +312,25 @@ class _Value:
         x = x.to(call.autocast or call.inputs[0].dtype).double()
         return self.scaled(x), classes.long()
 
-    def largest_with_gradient(self, results: Any) -> Any:
-        """Returns recorded logits, whose gradient is computed without all logits, and classes."""
-        values, classes = results
-        if not values.requires_grad or self.call.why_ended():
-            return results
-        rows, weight, bias = self.call.operands(self, self.index())
-        index, dtype = classes.view(self.row_index.shape), self.call.autocast or rows.dtype
-        pair = [x.to(dtype).double() for x in (rows, F.embedding(index, weight))]
-        x = (pair[0] * pair[1]).sum(-1)
-        x = x if bias is None else x + bias[index].to(dtype)
-        return type(results)((self.scaled(x).view_as(values), classes))
+    def gradient_of_largest(self, grad: Tensor, largest: Tensor, classes: Tensor) -> Part:
+        """Returns the gradients of the head's inputs, given that of the recorded logits."""
+        call, index, selected = self.call, self.index(), classes.flatten()
+        call.check("the gradient of the largest logits")
+        rows, weight, bias = call.operands(self, index)
+        rows, grad = rows.flatten(0, -2).double(), grad.reshape(-1, 1).double()
+        if self.cap is not None:  # the nodes before multiply by the scale
+            grad = grad * (1 - (largest.reshape(-1, 1).double() / (self.scale * self.cap)) ** 2)
+
+        def spread(x: Tensor, like: Tensor) -> Tensor:
+            return aten.embedding_dense_backward(x.to(like.dtype), selected, len(weight), -1, False)  # type: ignore[no-any-return]
+
+        of_rows = (grad * F.embedding(selected, weight)).to(call.inputs[0].dtype)
+        return Part(
+            1.0,
+            ((index, of_rows),) if call.needs[0] else (),
+            spread(grad * rows, weight) if call.needs[1] else None,
+            spread(grad, bias).flatten() if bias is not None and call.needs[2] else None,
+        )
 
     def scaled(self, x: Tensor) -> Tensor:
         """Returns logits with this x of the equation above, in float64."""
@@ -364,10 +360,10 @@ def _copy(value: _Value, function: Any, args: Any, kwargs: Any) -> Any:  # noqa:
     moves = (kwargs.get("device") or device) != device or kwargs.get("pin_memory")
     if moves or not (widens or dtype is before):
         return None
-    needs_grad = value.records_grad() and function is not aten.detach.default
     options = {name: x for name, x in kwargs.items() if name in ("dtype", "memory_format")}
     function = partial(function, **options)
-    return value.result(function(value.example), function, needs_grad=needs_grad)
+    example = function(value.example)
+    return value.result(example, function, **value.identity(example))
 
 
 def _view(value: _Value, function: Any, args: Any, kwargs: Any) -> Any:  # noqa: ARG001
@@ -378,7 +374,8 @@ def _view(value: _Value, function: Any, args: Any, kwargs: Any) -> Any:  # noqa:
     if len(dims) != 1:
         return None
     row_index = value.row_index.reshape(shape[: dims[0]] + shape[dims[0] + 1 :])
-    return value.result(example, function, *args, dim=dims[0], row_index=row_index)
+    changes = {"dim": dims[0], "row_index": row_index} | value.identity(example)
+    return value.result(example, function, *args, **changes)
 
 
 def _move(value: _Value, function: Any, args: Any, kwargs: Any) -> Any:  # noqa: ARG001
@@ -505,26 +502,24 @@ _RULES: dict[Any, Callable[..., Any]] = {
     **dict.fromkeys(_LARGEST, _largest),
 }
 _EQUATION = _scale, _cap, _add, _log_softmax  # the rules that apply only before log_softmax
-# Operators without values whose results are not new tensors.
-_OF_METADATA = "is_same_size", "is_pinned", "dense_dim", "sparse_dim"
 
 
 # ---- functions that are not called as they are ---------------------------------------------------
 
 
 @dataclass(eq=False)
-class _Loss:
+class _LossCall:
     """A call of cross_entropy with lazy logits, or of nll_loss with lazy log-probabilities.
 
     Attributes:
         value: The value of the lazy tensor.
-        takes_log: Whether the function is nll_loss.
+        function: torch's function.
         index, rows: The rows of the head's output, for tensors on its device and on the CPU.
         dtype: The dtype of the loss.
     """
 
     value: _Value
-    takes_log: bool
+    function: Callable[..., Tensor]
     target: Any
     weight: Any = None
     size_average: bool | None = None
@@ -547,7 +542,7 @@ class _Loss:
         value, target, weight, call = self.value, self.target, self.weight, self.value.call
         if value.dim != 1:
             return "dimension 1 does not hold the classes"
-        if value.log != self.takes_log:
+        if value.log != (self.function is _NLL_LOSS):
             return f"log_softmax {'precedes' if value.log else 'does not precede'} it"
         if isinstance(target, Tensor) and target.is_floating_point():
             return "target holds class probabilities; call linear_cross_entropy for these"
@@ -568,41 +563,58 @@ class _Loss:
             return "it is one of several losses of few rows; compute one loss of all rows"
         if not self.size_average is self.reduce is None:
             return "size_average and reduce are deprecated"
-        with self.modes():
+        with self.autocast():
             return fallback_reason(LINEAR_CROSS_ENTROPY, *self.arguments)
 
-    def compute(self) -> Tensor:
-        """Returns the loss, computed by a kernel, and records the other results of the kernel.
+    def compute(self, compute: Any) -> Tensor:
+        """Returns the loss, and records the other results of the kernel.
+
+        Args:
+            compute: Computes the call by a kernel; see `run`.
 
         Raises:
             IndexError: A class index is out of range.
         """
         call = self.value.call
-        with self.modes():
+        with self.autocast():
             # torch's loss of few rows needs the logits of all rows.
-            result = run(LINEAR_CROSS_ENTROPY, *self.arguments, any_size=True)
+            result = run(LINEAR_CROSS_ENTROPY, *self.arguments, any_size=True, compute=compute)
         loss, metrics, prediction = (result, None, None) if type(result) is Tensor else result
         if prediction is not None:
             call.record(self.value, self.index, prediction, self.target != self.ignore_index)
         if metrics is not None:
             call.head.pyfused_metrics = metrics
         call.is_fused[self.rows] = True
-        if (node := loss.grad_fn) is not None:
-            call.bypassed = True  # the node does not keep the call
-            node.register_prehook(partial(_start_backward, call.ended, call.hooks_of_grad))
         return loss
 
-    @contextmanager
-    def modes(self) -> Iterator[None]:
-        """Sets autocast as it was for the head, and whether the loss records a gradient."""
+    def autocast(self) -> Any:
+        """Returns a context with autocast as it was for the head."""
         call = self.value.call
-        autocast = torch.autocast(call.device.type, call.autocast, call.autocast is not None)
-        with autocast, torch.set_grad_enabled(self.value.records_grad()):
-            yield
+        return torch.autocast(call.device.type, call.autocast, call.autocast is not None)
+
+    def gradient(self, grad: Tensor, logits: Tensor) -> Tensor:
+        """Returns the gradient of computed logits, given that of the loss, by torch's operators."""
+        x = logits.to(self.dtype).movedim(1, -1)
+        valid, weight, smoothing = self.target != self.ignore_index, self.weight, 0.0
+        index = self.target.where(valid, 0)
+        row_weights = valid.to(x.dtype) if weight is None else weight[index].where(valid, 0)
+        if self.reduction == "mean":
+            grad = grad / row_weights.sum()
+        if self.function is not _NLL_LOSS:
+            smoothing = self.label_smoothing
+        of_target = ((smoothing - 1) * grad * row_weights).where(valid, 0).unsqueeze(-1)
+        gradient = torch.zeros_like(x).scatter(-1, index.unsqueeze(-1), of_target)
+        if smoothing:
+            of_class = (grad * smoothing / x.shape[-1]).expand(valid.shape).where(valid, 0)
+            of_class = of_class.unsqueeze(-1)
+            gradient = gradient - (of_class if weight is None else of_class * weight)
+        if self.function is not _NLL_LOSS:
+            gradient = gradient - x.softmax(-1) * gradient.sum(-1, keepdim=True)
+        return gradient.movedim(-1, 1).to(logits.dtype)
 
     @cached_property
     def arguments(self) -> tuple[Tensors, Options]:
-        """Returns the tensors and options of ``linear_cross_entropy`` for this loss."""
+        """The tensors and options of ``linear_cross_entropy`` for this loss."""
         value, call = self.value, self.value.call
         metrics = call.options.metrics
         options = LINEAR_CROSS_ENTROPY.options(
@@ -616,8 +628,103 @@ class _Loss:
             with_metrics=metrics,
             with_prediction=metrics or call.device.type == "cpu",  # where it costs nothing
         )
-        tensors = *call.operands(value, self.index), self.target, self.weight, None, None
+        with torch.no_grad():
+            tensors = *call.operands(value, self.index), self.target, self.weight, None, None
         return tensors, options
+
+
+class _Loss(torch.autograd.Function):
+    """`linear_cross_entropy` of the head's inputs, as a function of the logits."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Any, loss: _LossCall) -> Tensor:
+        call = loss.value.call
+        needs = [need and ctx.needs_input_grad[0] for need in call.needs]
+        ctx.loss, ctx.logits = loss, logits
+        ctx.version = None if logits.is_inference() else version_of(logits)
+
+        def output_of(op: Any, options: Options, inputs: Tensors) -> Any:
+            constants = [False] * (op.num_differentiable - len(needs))
+            output = Fused.forward(ctx, (op, options, (*needs, *constants)), *inputs)
+            ctx.output = output[0] if isinstance(output, tuple) else output
+            return output
+
+        result = loss.compute(partial(compute, output_of=output_of))
+        ctx.output = ctx.output.dtype, ctx.output.shape
+        return result
+
+    @staticmethod
+    @torch_internals.never_traced
+    def backward(ctx: Any, grad_output: Tensor | None) -> Any:
+        """Returns a lazy gradient, or a dense one that can be differentiated again."""
+        if grad_output is None:
+            return None, None
+        loss, logits, alive = ctx.loss, ctx.logits, list[Any]()
+        if logits is None:
+            raise RuntimeError("Trying to backward through the graph a second time")
+        if not graph_is_retained():
+            ctx.loss = ctx.logits = None
+        value: _Value = loss.value
+        call = value.call
+
+        def computed() -> Tensor:
+            call.check("the gradient")
+            if version_of(logits) != ctx.version:
+                raise _error("expected no change in place of logits whose gradient is read")
+            return value.compute()
+
+        if not _begin_backward(call, grad_output, alive):
+            call.options.warn(f"their gradient is computed by torch's operators. {COST}")
+            computed()
+            call.compute()
+            return loss.gradient(grad_output, aten.alias(logits)), None
+        part = None
+        if any(call.needs):
+            dtype, shape = ctx.output
+            _, rows, *others = Fused.backward(ctx, grad_output.to(dtype).reshape(shape))
+            pairs = () if rows is None else ((loss.index, rows),)
+            # The nodes between the loss and the head multiply by the scale once more.
+            part = Part(1 / value.scale, pairs, *others[:2])
+        operation = lambda: loss.gradient(grad_output, computed())  # noqa: E731
+        return Gradient(call, value.example, alive, operation, part).tensor(), None
+
+
+class _Largest(torch.autograd.Function):
+    """The recorded logits of some classes, as a function of the logits."""
+
+    @staticmethod
+    def forward(ctx: Any, _: Any, value: _Value, largest: Tensor, classes: Tensor) -> Tensor:
+        ctx.value = value
+        ctx.save_for_backward(largest, classes)
+        return largest.clone()
+
+    @staticmethod
+    @torch_internals.never_traced
+    def backward(ctx: Any, grad_output: Tensor) -> Any:
+        """Returns a lazy gradient, or a dense one that can be differentiated again."""
+        value, (largest, classes), alive = ctx.value, ctx.saved_tensors, list[Any]()
+        shape, keepdim = value.example.shape, largest.dim() == value.example.dim()
+        operation = partial(
+            aten.value_selecting_reduction_backward, grad_output, value.dim, classes, shape, keepdim
+        )
+        if not graph_is_retained():
+            ctx.value = None
+        if not _begin_backward(value.call, grad_output, alive):
+            return operation(), None, None, None
+        part = value.gradient_of_largest(grad_output, largest, classes)
+        return Gradient(value.call, value.example, alive, operation, part).tensor(), *(None,) * 3
+
+
+def _begin_backward(call: HeadCall, grad_output: Tensor, alive: list[Any]) -> bool:
+    """Returns whether a gradient can be lazy; it is computed if it outlives the backward pass."""
+    call.ended_by = current_graph_task()
+    if torch.is_grad_enabled() or active_mode() or unsupported(SAVED, (grad_output,)):
+        return False
+    return torch_internals.at_end_of_backward(partial(compute_alive, alive))
+
+
+_loss: Any = torch_internals.apply_of(_Loss)
+_largest_of: Any = torch_internals.apply_of(_Largest)
 
 
 def _call(function: Any, args: Any, kwargs: Any) -> Any:
@@ -628,7 +735,7 @@ def _call(function: Any, args: Any, kwargs: Any) -> Any:
 
 def _call_loss(function: Any, args: Any, kwargs: Any) -> Any:
     """Computes a loss without the logits, or calls torch's function with their values."""
-    original, name, reason = _original(function), _name_of(function), None
+    original, name, reason = _original(function), name_of(function), None
     if args and isinstance(tensor := args[0], LazyLogits):
         call = tensor.value.call
         if call.options.metrics:
@@ -636,15 +743,15 @@ def _call_loss(function: Any, args: Any, kwargs: Any) -> Any:
         with DisableTorchFunctionSubclass():
             if tensor.value.has_rules(tensor):
                 call.check("cross_entropy")
-                loss = _Loss(tensor.value, _LOSSES[original], *args[1:], **kwargs)
+                loss = _LossCall(tensor.value, original, *args[1:], **kwargs)
                 reason = loss.reason_not_fused()
                 if reason is None:
-                    return loss.compute()
+                    return _loss(tensor, loss)
                 call.compute()
-    args, kwargs = _values_of(args, kwargs, name)
+    args, kwargs = _views_of(args, kwargs, name)
     result = function(*args, **kwargs)
     if reason is not None:  # only now, as the arguments were valid
-        call.warn(f"{name}, because {reason}. {_COST}")
+        call.warn(f"{name}, because {reason}. {COST}")
         if report.active and function is original:
             report.count_call(OPERATORS[name], args, (), reason)
     return result
@@ -652,39 +759,20 @@ def _call_loss(function: Any, args: Any, kwargs: Any) -> Any:
 
 def _call_with_values(function: Any, args: Any, kwargs: Any) -> Any:
     """Calls a function that accesses memory without an operator of ATen."""
-    args, kwargs = _values_of(args, kwargs, _name_of(function))
+    args, kwargs = _views_of(args, kwargs, name_of(function))
     return function(*args, **kwargs)
-
-
-def _call_of_node(function: Any, args: Any, kwargs: Any) -> Any:
-    """Calls a function of the tensor's node, which its views do not have."""
-    tensor = args[0]
-    with DisableTorchFunctionSubclass():
-        if tensor.value.call.bypassed and tensor.requires_grad:
-            if function is Tensor.register_hook:
-                return tensor.value.call.register_hook(*args, **kwargs)
-            if function == _GRAD_FN:
-                return _BypassedNode()
-        _expect_gradient(tensor, _name_of(function))
-        return function(*args, **kwargs)
-
-
-def _call_backward(function: Any, args: Any, kwargs: Any) -> Any:
-    """Runs a backward pass, which may return gradients of lazy logits."""
-    with DisableTorchFunctionSubclass():
-        expect = partial(_expect_gradient, reader="autograd.grad")
-        tree_map_only(LazyLogits, expect, (args[1:], kwargs))
-        return function(*args, **kwargs)
 
 
 def _call_largest(function: Any, args: Any, kwargs: Any) -> Any:
     """Calls max or topk, whose results may be known from a loss."""
-    with DisableTorchFunctionSubclass():
-        result = function(*args, **kwargs)
-        tensor = args[0] if args else None
-        if isinstance(tensor, LazyLogits) and not tensor.value.call.computed:
-            return tensor.value.largest_with_gradient(result)
+    result = _call(function, args, kwargs)
+    tensor = args[0] if args else kwargs.get("input")
+    if not isinstance(tensor, LazyLogits) or tensor.value.call.why_ended():
         return result
+    with DisableTorchFunctionSubclass():
+        if tensor.value.call.computed or not result[0].requires_grad:
+            return result
+        return type(result)((_largest_of(tensor, tensor.value, *result), result[1]))
 
 
 def _set_data(function: Any, args: Any, kwargs: Any) -> Any:  # noqa: ARG001
@@ -696,28 +784,20 @@ def _original(function: Any) -> Any:
     return getattr(function, "__wrapped__", function)
 
 
-def _values_of(args: Any, kwargs: Any, reader: str) -> Any:
+def _views_of(args: Any, kwargs: Any, reader: str) -> Any:
     """Returns the arguments of a function with plain tensors in the place of lazy ones."""
     with DisableTorchFunctionSubclass():
         return tree_map_only(LazyLogits, partial(_view_of, reader=reader), (args, kwargs))
 
 
-_LOSSES = {_original(F.cross_entropy): False, _original(F.nll_loss): True}  # _Loss.takes_log
-_GRAD_FN = getattr(Tensor, "grad_fn").__get__  # noqa: B009
-_SET_DATA = getattr(Tensor, "data").__set__  # noqa: B009
-_OF_MEMORY = (
-    "numpy tolist data_ptr const_data_ptr storage untyped_storage share_memory_"
-    " __array__ __dlpack__ __deepcopy__ __reduce_ex__"
-)
+_NLL_LOSS = _original(F.nll_loss)
+_LOSSES = _original(F.cross_entropy), _NLL_LOSS
 _MAX = torch.max, Tensor.max, aten.max, aten.max.dim
 _TOPK = torch.topk, Tensor.topk, aten.topk, aten.topk.default
+_SET_DATA = getattr(Tensor, "data").__set__  # noqa: B009
 _FUNCTIONS: dict[Any, Callable[..., Any]] = {  # `_call` calls all others
     **dict.fromkeys(_LOSSES, _call_loss),
-    **dict.fromkeys((_GRAD_FN, Tensor.register_hook, Tensor.retain_grad), _call_of_node),
-    **dict.fromkeys((getattr(Tensor, x, None) for x in _OF_MEMORY.split()), _call_with_values),
-    torch.autograd.grad: _call_backward,
-    torch.autograd.backward: _call_backward,
-    Tensor.backward: _call_backward,
+    **dict.fromkeys(OF_MEMORY, _call_with_values),
     **dict.fromkeys((*_MAX, *_TOPK), _call_largest),
     _SET_DATA: _set_data,
 }
@@ -726,15 +806,10 @@ _FUNCTIONS: dict[Any, Callable[..., Any]] = {  # `_call` calls all others
 # ---- the tensor subclass -------------------------------------------------------------------------
 
 
-class LazyLogits(Tensor):
+class LazyLogits(LazyTensor):
     """The output of a converted head, or of an operator on it, without memory."""
 
     value: _Value
-
-    def __getattr__(self, name: str) -> Any:
-        if name == "__tensor_flatten__":  # Dynamo asks whether it can trace the operators
-            torch_internals.leave_traced_frame()
-        return object.__getattribute__(self, name)  # raises the error
 
     @classmethod
     def __torch_function__(
@@ -742,16 +817,6 @@ class LazyLogits(Tensor):
     ) -> Any:
         call: Any = _FUNCTIONS.get(_original(function), _call)
         return call(function, args, kwargs or {})
-
-    def __repr__(self) -> str:  # type: ignore[override]
-        """Shows what is known, so that print and a debugger do not compute the logits."""
-        value = self.value
-        if value.operation is None:
-            return repr(value.real)
-        description = f"shape={tuple(self.shape)}, dtype={self.dtype}, device={self.device}"
-        return f"LazyLogits({description}, not computed)"
-
-    __format__ = object.__format__
 
     def as_subclass(self, cls: Any) -> Any:
         """Reads the logits, because a tensor that ``__torch_dispatch__`` returns has its class."""
@@ -762,12 +827,10 @@ class LazyLogits(Tensor):
     def __torch_dispatch__(  # type: ignore[override]
         cls, function: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
-        kwargs, name = kwargs or {}, _name_of(function)
+        kwargs, name = kwargs or {}, name_of(function)
         tensor: Any = args[0] if args else None
-        is_new = name.startswith("new_") or name.endswith("_like")
-        if is_new or name in _OF_METADATA:
-            args = tree_map_only(LazyLogits, lambda x: x.value.example, args)
-            return function(*args, **({"device": tensor.device} if is_new else {}) | kwargs)
+        if (result := metadata(function, args, kwargs)) is not None:
+            return result
         if isinstance(tensor, LazyLogits) and tensor.value.has_rules(tensor):
             rule: Any = _RULES.get(function)
             applies = rule is not None and not (tensor.value.log and rule in _EQUATION)
@@ -776,7 +839,7 @@ class LazyLogits(Tensor):
                 result = function.decompose(*args, **kwargs)
             if result is not None and result is not NotImplemented:
                 return result
-        values, kwargs = tree_map_only(LazyLogits, lambda x: x.value.read(name), (args, kwargs))
+        values, kwargs = values_of((args, kwargs), name)
         result = function(*values, **kwargs)
         if result is not values[0]:
             return result
@@ -795,24 +858,44 @@ class _Head(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, value: _Value, *inputs: Any) -> Any:
         ctx.save_for_backward(*inputs)
-        ctx.materialize_grads = False
+        ctx.set_materialize_grads(False)
+        ctx.token, ctx.shape = value.call.token, inputs[0].shape
+        ctx.dtypes = [x if x is None else x.dtype for x in inputs]
         return value.tensor()
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor | None) -> Any:
+    def backward(ctx: Any, grad: Any) -> Any:
         if grad is None:
             return (None,) * 4
-        hidden, weight, bias = ctx.saved_tensors
+        part, dense = None, grad
+        if isinstance(grad, LazyGrad):
+            is_own = grad.value.call.token is ctx.token
+            part, dense = grad.value.terms() if is_own else (None, grad.value.compute())
         _, *needed = ctx.needs_input_grad
-        rows, dtype = grad.reshape(-1, grad.shape[-1]), grad.dtype
-        inputs = hidden.reshape(-1, hidden.shape[-1])
-        with torch.autocast(grad.device.type, enabled=False):
-            return (
-                None,
-                (grad @ weight.to(dtype)).to(hidden.dtype) if needed[0] else None,
-                (rows.t() @ inputs.to(dtype)).to(weight.dtype) if needed[1] else None,
-                rows.sum(0).to(bias.dtype) if needed[2] else None,
-            )
+        found = list[Any]((None, None, None))
+        if dense is not None:
+            found = _products(dense, ctx.saved_tensors, needed)
+        if part is not None:
+            shape, dtypes = ctx.shape, ctx.dtypes
+            for i, x in enumerate(input_gradients(part, shape[:-1].numel())):
+                if x is not None and needed[i]:
+                    x = x.view(shape) if i == 0 else x
+                    x = x.to(dtypes[i])
+                    found[i] = x if found[i] is None else found[i] + x
+        return None, *found
+
+
+def _products(grad: Tensor, inputs: Any, needed: Sequence[bool]) -> list[Tensor | None]:
+    """Returns the gradients of a linear layer's inputs, given that of its output."""
+    hidden, weight, bias = inputs
+    rows, dtype = grad.reshape(-1, grad.shape[-1]), grad.dtype
+    x = hidden.reshape(-1, hidden.shape[-1])
+    with torch.autocast(grad.device.type, enabled=False):
+        return [
+            (grad @ weight.to(dtype)).to(hidden.dtype) if needed[0] else None,
+            (rows.t() @ x.to(dtype)).to(weight.dtype) if needed[1] else None,
+            rows.sum(0).to(bias.dtype) if needed[2] else None,
+        ]
 
 
 _head: Any = torch_internals.apply_of(_Head)
@@ -825,28 +908,6 @@ def _view_of(x: LazyLogits, reader: str) -> Tensor:
         return aten.alias(x)  # type: ignore[no-any-return]  # with any layout of the gradient
 
 
-def _expect_gradient(x: Any, reader: str) -> None:
-    """Computes logits, so that their gradient passes through their node.
-
-    Raises:
-        RuntimeError: Their loss was computed without them, so the gradient would lack it.
-    """
-    if x.value.call.bypassed and x.requires_grad:
-        raise _error_of_gradient("retain_grad or autograd.grad")
-    x.value.read(reader)
-
-
-def _error_of_gradient(expected: str) -> RuntimeError:
-    return _error(f"expected {expected} of logits before their loss, got it after. Call it before")
-
-
-class _BypassedNode:
-    """The ``grad_fn`` of logits that no backward pass reaches, which can only be compared."""
-
-    def __getattr__(self, name: str) -> Any:
-        raise _error_of_gradient(f"{name} of the grad_fn")
-
-
 def _error(problem: str) -> RuntimeError:
     return RuntimeError(f"pyfused.convert: {problem}. Or call pyfused.revert(model)")
 
@@ -855,11 +916,3 @@ def active_autocast(x: Tensor) -> torch.dtype | None:
     """Returns the dtype of autocast on a tensor's device, None if it is disabled."""
     device = x.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-
-
-def _name_of(function: Any) -> str:
-    """Returns the name of a function, or of an operator of ATen, in messages."""
-    name = getattr(function, "__name__", str(function))
-    if name in ("__get__", "__set__"):
-        return function.__self__.__name__  # type: ignore[no-any-return]
-    return name.partition(".")[0].strip("_")

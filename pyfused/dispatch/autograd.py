@@ -26,7 +26,7 @@ from pyfused.torch_internals import (
 )
 from pyfused.types import Gradients
 
-_SAVED = (Operand("gradient"),)
+SAVED = (Operand("gradient"),)
 
 
 def autocast_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
@@ -54,14 +54,26 @@ def without_autocast(device: str) -> AbstractContextManager[Any]:
     return torch.autocast(device, enabled=False) if enabled else nullcontext()
 
 
-def compute(op: Any, tensors: Sequence[Any], options: Any) -> Any:
-    """Returns the result of a call from its kernel, with an autograd graph if it needs one."""
+def compute(
+    op: Any,
+    tensors: Sequence[Any],
+    options: Any,
+    output_of: Callable[..., Any] | None = None,
+) -> Any:
+    """Returns the result of a call from its kernel, with an autograd graph if it needs one.
+
+    Args:
+        output_of: Computes the output, given the operator, the options and the inputs of a kernel,
+            in another autograd function; None to make a node of `Fused`.
+    """
     inputs = op.prepare(tensors, options)
     needs = [False] * op.num_differentiable
-    if torch.is_grad_enabled() and not torch.is_inference_mode_enabled():
+    if output_of is None and torch.is_grad_enabled() and not torch.is_inference_mode_enabled():
         for i, x in enumerate(inputs[: op.num_differentiable]):
             needs[i] = x is not None and x.requires_grad
-    if True in needs:
+    if output_of is not None:
+        output = output_of(op, options, inputs)
+    elif True in needs:
         output = apply((op, options, tuple(needs)), *inputs)
     else:
         output = op.forward(inputs, options, tuple(needs))[0]
@@ -117,7 +129,7 @@ class Fused(torch.autograd.Function):
         reason = (
             (torch.is_grad_enabled() and "create_graph")
             or active_mode()
-            or unsupported(_SAVED, (grad_output,))
+            or unsupported(SAVED, (grad_output,))
         )
         gradients: Gradients | None = None
         if not reason and ctx.gradients:
@@ -132,7 +144,7 @@ class Fused(torch.autograd.Function):
 
 def _format(x: Tensor | None) -> Any:
     """Returns what kernels assume of a saved tensor, whose strides they read."""
-    return None if x is None else (unsupported(_SAVED, (x,)), x.dtype, x.device, x.shape)
+    return None if x is None else (unsupported(SAVED, (x,)), x.dtype, x.device, x.shape)
 
 
 def _changed_by_hooks(ctx: Any, saved: Sequence[Any]) -> bool:

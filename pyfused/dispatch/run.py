@@ -6,6 +6,7 @@ If ``PYFUSED_BACKEND`` is set, kernels run for tensors of any size.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from functools import lru_cache
 from numbers import Integral
 from types import NoneType
@@ -27,12 +28,19 @@ _FLOATS = frozenset((float, NoneType))
 _PLAIN_OPTIONS = frozenset((str, bool, int, float, torch.dtype, NoneType))
 
 
-def run(op: Any, tensors: Tensors, options: Options, any_size: bool = False) -> Any:
+def run(
+    op: Any,
+    tensors: Tensors,
+    options: Options,
+    any_size: bool = False,
+    compute: Callable[..., Any] = compute,
+) -> Any:
     """Returns an operator's result, from a fused kernel or from torch's operator.
 
     Args:
         any_size: Whether a kernel computes small calls, too. Functions that torch has decide about
             the size before.
+        compute: Computes a call by a kernel, given the operator, the tensors and the options.
     """
     if is_dynamo_compiling():
         return _run_compiled(op, tensors, options)

@@ -153,7 +153,7 @@ WRAPPERS = {
     "DDP, loss outside": Wrapper(ddp, "fused", "fused", {"has_loss": False}),
     "FSDP1": Wrapper(fsdp1(False), "fused", "fused"),
     "FSDP1, flat": Wrapper(fsdp1(True), "fused", "fused"),
-    "FSDP1, loss outside": Wrapper(fsdp1(False), "warned", "warned", {"has_loss": False}),
+    "FSDP1, loss outside": Wrapper(fsdp1(False), "fused", "fused", {"has_loss": False}),
     "root unit, tied": Wrapper(fsdp2(""), "fused", "refused", {"tied": True}),
     "root unit, bf16": Wrapper(fsdp2("", **HALF), "fused", "refused", {}, 2e-2),
     "unit": Wrapper(fsdp2(), "warned", "refused"),
