@@ -38,11 +38,13 @@ def restored() -> Iterator[None]:
 def assert_setting(enabled: bool, trim_every: float | None) -> None:
     assert memory.stats().keeps is memory.pages_are_kept() is enabled
     assert [vars(x)["_args"][0] for x in trimming()] == [trim_every] * bool(enabled and trim_every)
-    before = memory._used()
-    block = torch.empty(64 * MIB, dtype=torch.uint8)
-    mapped = ctypes.c_char.from_address(block.data_ptr() - 8).value[0] & 2  # IS_MMAPPED of glibc
-    assert (not mapped) is enabled
-    assert before is None or memory._used() - before >= 64 * MIB
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallinfo2"):  # from glibc 2.33 on
+        libc.mallinfo2.restype = memory._MallocInfo
+        arena, *_, mapped = libc.mallinfo2().sizes[:5]
+        size = 33 * MIB if enabled else arena + 33 * MIB  # larger than any free block
+        block = torch.empty(size, dtype=torch.uint8)
+        assert (libc.mallinfo2().sizes[4] == mapped) is enabled, len(block)
 
 
 @glibc
