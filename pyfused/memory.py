@@ -178,7 +178,7 @@ def _reuses_pages() -> bool:
     import resource
 
     # An allocator may return some freed pages from time to time, or use other pages at first.
-    for number in range(4):
+    for number in range(8):
         faults = -resource.getrusage(resource.RUSAGE_THREAD).ru_minflt
         address = (block := _block()).data_ptr()
         for offset in range(0, _BLOCK, 1 << 16):  # one of 16 pages is enough
