@@ -12,6 +12,7 @@
 #include <stdexcept>
 #include <string>
 #include <tuple>
+#include <utility>
 
 #if defined(__x86_64__) && defined(__GNUC__)
 #include <cpuid.h>
@@ -206,7 +207,7 @@ int64_t run_invalid_class_index(int64_t target, int64_t n, int64_t classes, int6
 // ---- the state of rows --------------------------------------------------------------------------
 
 using BlockSizes = std::array<int64_t, 4>;  // rows, classes, first class, stride of rows
-using RowNumbers = std::array<double, 2>;  // scale, softcap
+using RowNumbers = std::pair<double, std::optional<double>>;  // scale, softcap
 using FieldsTuple = std::array<int64_t, 3>;  // address, stride, count
 using GradientFieldsTuple = std::array<int64_t, 5>;  // address, stride, row stride, count, itemsize
 

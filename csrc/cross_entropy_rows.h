@@ -32,7 +32,7 @@ template <class T, bool kInPlace> class RowBlock {
       const int64_t position = first + i;
       T* const grad = ce.grad_logits.data ? ce.at(ce.grad_logits, position) : nullptr;
       const T* const logits = ce.at(ce.logits, position);
-      OneRow& row = Workspace<OneRow>{row_memory}.make(logits, ce.classes, ce.scale, 0.0);
+      OneRow& row = Workspace<OneRow>{row_memory}.make(logits, ce.classes, ce.scale);
       const A row_max = next_max;
       if (ce.prediction) ce.prediction[ce.positions() + position] = -1;
       if (ce.ignored(position)) {

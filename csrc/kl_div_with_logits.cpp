@@ -29,8 +29,8 @@ template <class T, bool kInPlace> class KlDivRow {
 
  public:
   KlDivRow(const KlDiv<T>& kl, int64_t row)
-      : kl(kl), student(kl.student + row * kl.student_stride, kl.classes, kl.scale, 0),
-        teacher(kl.teacher + row * kl.teacher_stride, kl.classes, kl.scale, 0) {
+      : kl(kl), student(kl.student + row * kl.student_stride, kl.classes, kl.scale),
+        teacher(kl.teacher + row * kl.teacher_stride, kl.classes, kl.scale) {
     find_normalizer(student);
     find_normalizer(teacher);
   }

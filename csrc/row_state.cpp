@@ -76,8 +76,7 @@ template <class T, bool kInPlace> class LogitRow {
     const RowTerms terms = row_terms(g, value(kSum), value(kWeighted), rows.scale);
     T at_target{};
     if (has_target()) {
-      const double t =
-          rows.softcap > 0 ? std::tanh(double(widen(logits[label])) / rows.softcap) : 0;
+      const double t = rows.softcap ? std::tanh(double(widen(logits[label])) / *rows.softcap) : 0;
       const double shifted = value(kTargetLogit) - value(kPivot);
       const double weight = rows.weight ? double(rows.weight[rows.first_class + label]) : 1;
       const double dx = terms.at_target(std::exp(shifted), shifted, weight);
@@ -177,7 +176,7 @@ template <class T, class Body> void for_rows(const LogitRows<T>& rows, const Bod
     using OneRow = LogitRow<T, decltype(in_place)::value>;
     for_blocks<OneRow>(rows.rows, rows_of_block(rows.classes), rows.threads, run);
   };
-  const bool in_place = kReadsInPlace<T> && rows.scale == 1 && rows.softcap == 0;
+  const bool in_place = kReadsInPlace<T> && rows.scale == 1 && !rows.softcap;
   in_place ? run_blocks(std::bool_constant<kReadsInPlace<T>>()) : run_blocks(std::false_type());
 }
 

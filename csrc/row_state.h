@@ -17,6 +17,7 @@
 #pragma once
 
 #include <cstdint>
+#include <optional>
 
 #include "vec.h"
 
@@ -65,7 +66,7 @@ template <class T> struct LogitRows {
   const int64_t* target;  // for each row an index into all classes; null for none
   int64_t ignore_index;  // a row with this target has a state and a gradient of 0
   double scale;
-  double softcap;  // 0 for none
+  std::optional<double> softcap;
   const Accumulate<T>* weight;  // one for each of all classes; null for ones
   int threads;
 };

@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
+#include <optional>
 #include <type_traits>
 
 #include "exponentials.h"
@@ -113,8 +114,9 @@ template <class T, bool kInPlace> class Row {
   Normalizer<T> state;
 
   // kInPlace: x is z.
-  Row(const T* logits, int64_t classes, double scale, double softcap)
-      : logits(logits), classes(classes), scale(A(scale)), softcap(A(softcap)) {}
+  Row(const T* logits, int64_t classes, double scale, std::optional<double> cap = {})
+      : logits(logits), classes(classes), scale(A(scale)), capped(cap),
+        softcap(A(std::max(cap.value_or(1), double(std::numeric_limits<A>::min())))) {}
 
   // n elements x from a class on. The next call may overwrite them.
   PYFUSED_INLINE auto chunk(int64_t first, int64_t n) {
@@ -123,7 +125,7 @@ template <class T, bool kInPlace> class Row {
       return z;
     } else {
       load(z, x, n);
-      if (softcap > 0) {
+      if (capped) {
         PYFUSED_SIMD()
         for (int64_t i = 0; i < n; ++i) {
           const A t = tanh_of(x[i] / softcap);
@@ -150,7 +152,7 @@ template <class T, bool kInPlace> class Row {
   void write_gradient(const RowTerms& terms, bool keeps, T* grad, bool streams,
                       const Weights& weights) {
     const A pivot = state.pivot, a = A(terms.a), b = A(terms.b), s = A(terms.s);
-    const bool capped = softcap > 0, plain = s == 0 && !capped;
+    const bool plain = s == 0 && !capped;
     for_chunks(classes, [&](int64_t number, int64_t first, int64_t n) {
       T* const out = grad + first;
       const A* e = state.kept + first;
@@ -180,7 +182,9 @@ template <class T, bool kInPlace> class Row {
  private:
   const T* const logits;
   const int64_t classes;
-  const A scale, softcap;
+  const A scale;
+  const bool capped;
+  const A softcap;  // at least the smallest normal number
   alignas(kVectorBytes) A buffer[kChunk];
   alignas(kVectorBytes) A x[kInPlace ? 1 : kChunk];
   alignas(kVectorBytes) A slopes[kInPlace ? 1 : kChunk];  // dx/dz / scale, with a softcap

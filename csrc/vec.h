@@ -125,10 +125,13 @@ template <> PYFUSED_INLINE float16 narrow<float16>(float x) {
 }
 #else
 PYFUSED_INLINE float widen(float16 x) {
-  // A multiplication rebiases the exponent, which is right for subnormal numbers as well.
   const uint32_t magnitude = uint32_t(x.bits & 0x7fff) << 13;
-  const uint32_t finite = bit_cast<uint32_t>(bit_cast<float>(magnitude) * 0x1p112f);
-  const uint32_t value = magnitude >= 0x0f800000u ? magnitude | 0x70000000u : finite;
+  // A subnormal number is the fraction of one from 2^-14 on. No float here is subnormal, because
+  // torch.set_flush_denormal would turn it into 0.
+  const float small = bit_cast<float>(magnitude + 0x38800000u) - 0x1p-14f;
+  const uint32_t large =
+      magnitude >= 0x0f800000u ? magnitude | 0x70000000u : magnitude + 0x38000000u;
+  const uint32_t value = magnitude < 0x00800000u ? bit_cast<uint32_t>(small) : large;
   return bit_cast<float>(value | uint32_t(x.bits & 0x8000) << 16);
 }
 template <> PYFUSED_INLINE float16 narrow<float16>(float x) {

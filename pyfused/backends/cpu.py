@@ -424,7 +424,7 @@ def _row_arguments(block: RowBlock) -> tuple[Any, ...]:
         logits.data_ptr(),
         0 if target is None else target.data_ptr(),
         options.ignore_index,
-        (options.scale, options.softcap or 0.0),
+        (options.scale, options.softcap),
         0 if weight is None else weight.data_ptr(),
     )
 

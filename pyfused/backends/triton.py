@@ -389,8 +389,11 @@ def _run_rows(
 ) -> None:
     logits, options, (n, columns) = block.logits, block.options, block.logits.shape
     kernel = _row_kernel(name, logits.element_size(), columns, strides[0], constants)
-    cap, scale = options.softcap, None if options.scale == 1 else options.scale
-    floats: Any = (None, None, scale) if cap is None else (cap, cap * options.scale, scale)
+    scale = None if options.scale == 1 else options.scale
+    floats: Any = None, None, scale
+    if options.softcap is not None:  # as a subnormal number, it would be 0
+        cap = max(options.softcap, torch.finfo(accumulate_dtype(logits.dtype)).tiny)
+        floats = cap, cap * options.scale, scale
     if logits.dtype is torch.float64:
         floats = encoded(floats)
     targets = block.target, block.weight, None, options.ignore_index

