@@ -1,7 +1,9 @@
 """Makes the trainers of TRL compute log-probabilities with pyfused.
 
 The trainers for SFT, DPO, GRPO, KTO and RLOO do not compute all logits. They pass hidden states to
-``trl.trainer.utils._ChunkedLogProbFunction.apply``, which `patch_trl` replaces.
+``trl.trainer.utils._ChunkedLogProbFunction.apply``, which `patch_trl` replaces. They pass the rows
+whose label counts if ``trl.trainer.utils._use_triton`` is true for the device, else all rows.
+`patch_trl` replaces this name, too. TRL's functions have names of their own for their kernels.
 """
 
 from __future__ import annotations
@@ -24,6 +26,7 @@ from pyfused.functional import linear_log_probs
 from pyfused.ops.operators import LINEAR_LOG_PROBS
 
 _MODULE, _NAME = "trl.trainer.utils", "_ChunkedLogProbFunction"
+_SELECTS = "_use_triton"
 # The results besides the log-probabilities, and the parameters of TRL's forward, both in order.
 _OUTPUTS = ("entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
 _PARAMETERS = (
@@ -38,11 +41,12 @@ def patch_trl() -> None:
     TRL computes the log-probabilities, entropies and statistics of tokens from hidden states by
     ``trl.trainer.utils._ChunkedLogProbFunction``. ``patch_trl`` replaces it with a function
     with the same arguments and results, which calls :func:`~pyfused.functional.linear_log_probs`.
+    On CPUs, it also makes the trainers leave out prompts and padding before the head, as TRL does
+    on GPUs, so that the time and memory of the head are those of the tokens that count.
 
     TRL's function still computes the calls that pyfused cannot: with a weight that ZeRO-3
-    partitions, on other devices, in other dtypes, or with ``log_sum_sq_probs``. A warning names
-    each reason once. If TRL's function has other parameters, in another version of TRL, nothing is
-    replaced, and a warning says so.
+    partitions, on other devices, or in other dtypes. A warning names each reason once. If one of
+    TRL's functions differs, in another version of TRL, nothing is replaced, and a warning says so.
 
     Raises:
         ImportError: TRL is not installed.
@@ -53,31 +57,37 @@ def patch_trl() -> None:
         if error.name != "trl":
             raise
         raise ImportError("patch_trl: TRL is not installed") from None
-    function = getattr(utils, _NAME, None)
-    if isinstance(function, _LogProbFunction):
-        function = function.original
-    if _is_known(function):
-        setattr(utils, _NAME, _LogProbFunction(function))
-    else:
-        message = f"pyfused.patch_trl: TRL is left unchanged, because {_MODULE}.{_NAME} "
-        message += "has different parameters from those in TRL 1.16"
-        warnings.warn(message, RuntimeWarning, stacklevel=2)
+    functions = [_original(utils, name) for name in (_NAME, _SELECTS)]
+    for name, function, is_known in zip((_NAME, _SELECTS), functions, _KNOWN, strict=True):
+        if not is_known(function):
+            message = f"pyfused.patch_trl: TRL is left unchanged, because {_MODULE}.{name} "
+            message += "differs from that of TRL 1.16"
+            warnings.warn(message, RuntimeWarning, stacklevel=2)
+            return
+    setattr(utils, _NAME, _LogProbFunction(functions[0]))
+    setattr(utils, _SELECTS, _Selection(functions[1]))
 
 
 def unpatch_trl() -> None:
-    """Restores TRL's function.
+    """Restores TRL's functions.
 
     Raises:
         RuntimeError: TRL is not patched.
     """
     utils = sys.modules.get(_MODULE)
-    function = getattr(utils, _NAME, None)
-    if not isinstance(function, _LogProbFunction):
+    if not isinstance(getattr(utils, _NAME, None), _LogProbFunction):
         raise RuntimeError("unpatch_trl() called without patch_trl()")
-    setattr(utils, _NAME, function.original)
+    for name in (_NAME, _SELECTS):
+        setattr(utils, name, _original(utils, name))
 
 
-def _is_known(function: Any) -> bool:
+def _original(module: Any, name: str) -> Any:
+    """Returns TRL's function of a name, None if there is none."""
+    function = getattr(module, name, None)
+    return function.original if isinstance(function, _Patched) else function
+
+
+def _is_log_prob_function(function: Any) -> bool:
     """Returns whether it is an autograd function with the arguments and results of TRL 1.16."""
     if not hasattr(function, "forward"):
         return False
@@ -85,11 +95,37 @@ def _is_known(function: Any) -> bool:
     return (*parameters,) == _PARAMETERS and parameters["outputs"].default == _OUTPUTS
 
 
-class _LogProbFunction:
-    """Takes the place of TRL's autograd function."""
+def _is_selection(function: Any) -> bool:
+    """Returns whether it is a function of a device that selects no rows on CPUs, as in TRL 1.16."""
+    if not callable(function) or (*inspect.signature(function).parameters,) != ("device",):
+        return False
+    return function(torch.device("cpu")) is False
+
+
+_KNOWN = _is_log_prob_function, _is_selection
+
+
+class _Patched:
+    """Takes the place of a function of TRL."""
 
     def __init__(self, original: Any) -> None:
         self.original = original
+
+
+class _Selection(_Patched):
+    """Makes trainers pass only the rows that count, on CPUs too.
+
+    TRL's own function takes any number of rows, so calls that pyfused leaves to it get fewer, too.
+    A program that ``torch.compile`` traces keeps all rows: their number is known to the compiler.
+    """
+
+    def __call__(self, device: torch.device) -> bool:
+        is_eager_on_cpu = device.type == "cpu" and not is_dynamo_compiling()
+        return is_eager_on_cpu or bool(self.original(device))
+
+
+class _LogProbFunction(_Patched):
+    """Takes the place of TRL's autograd function."""
 
     def apply(
         self,
@@ -108,7 +144,7 @@ class _LogProbFunction:
         factors = temperature, logit_scale, 1.0 if softcap is None else softcap
         call = LINEAR_LOG_PROBS, (hidden, weight, bias, targets), LINEAR_LOG_PROBS.options()
         small = not is_dynamo_compiling() and torch_computes(*call[:2])
-        reason = None if small else _reason_not_fused(call, factors, outputs)
+        reason = None if small else _reason_not_fused(call, factors)
         if small or reason is not None:
             if reason is not None and not is_dynamo_compiling():
                 message = f"pyfused.patch_trl: TRL's own function ran, because {reason}"
@@ -116,26 +152,34 @@ class _LogProbFunction:
             arguments = hidden, weight, bias, targets, temperature, chunk_size, softcap
             return self.original.apply(*arguments, logit_scale, outputs)
         # softcap(scale x) / temperature, with the scale folded into softcap and temperature
+        tensors, temperature = (hidden, weight, targets), temperature / logit_scale
+        softcap = None if softcap is None else softcap / logit_scale
+        log_sum_sq_probs = None
         results = linear_log_probs(
-            hidden,
-            weight,
-            targets,
+            *tensors,
             linear_bias=bias,
-            softcap=None if softcap is None else softcap / logit_scale,
-            temperature=temperature / logit_scale,
+            softcap=softcap,
+            temperature=temperature,
             return_entropy="entropy" in outputs,
             return_metrics="mean_logits" in outputs or "is_top1" in outputs,
         )
+        if "log_sum_sq_probs" in outputs:
+            # With half the temperature, the log-probability of the target t is 2 z_t - lse(2 z).
+            with torch.no_grad():
+                doubled = linear_log_probs(
+                    *tensors, linear_bias=bias, softcap=softcap, temperature=temperature / 2
+                )
+                log_sum_sq_probs = (2 * results.log_probability - doubled.log_probability).float()
         return (  # TRL's result is float32 even for float64 inputs
             results.log_probability.float(),
             results.entropy.float() if "entropy" in outputs else None,
-            None,
+            log_sum_sq_probs,
             results.mean_logit.float() if "mean_logits" in outputs else None,
             results.is_top1 if "is_top1" in outputs else None,
         )
 
 
-def _reason_not_fused(call: Any, factors: Sequence[float], outputs: Sequence[str]) -> str | None:
+def _reason_not_fused(call: Any, factors: Sequence[float]) -> str | None:
     """Returns why TRL's function has to compute a call, None if pyfused can.
 
     Args:
@@ -145,8 +189,6 @@ def _reason_not_fused(call: Any, factors: Sequence[float], outputs: Sequence[str
     hidden, weight, bias, _ = call[1]
     if hasattr(weight, "ds_id"):
         return "the weight is partitioned by ZeRO-3"
-    if "log_sum_sq_probs" in outputs:
-        return "log_sum_sq_probs is requested"
     if min(factors) <= 0:
         return "the temperature, the scale or the softcap is not positive"
     dtypes = {tensor.dtype for tensor in (hidden, weight, bias) if tensor is not None}
