@@ -1,19 +1,25 @@
-"""Writes csrc/sizes.txt, the bytes of machine code of each kernel of the modules.
+"""Prints the kernels whose machine code has another size than at another revision.
 
+    .venv/bin/python tools/sizes.py compare main~1
+
+It builds the revision in a folder of its own, for the instruction sets of this folder's modules.
 One compiler makes the same machine code from the same source, on any machine, and a kernel that has
-grown usually takes longer. `tests/repo/test_packaging.py` compares the table with the modules.
+grown usually takes longer.
 """
 
 from __future__ import annotations
 
+import os
 import re
+import shutil
 import subprocess
-import sysconfig
+import sys
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from collections import Counter
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 ROOT = Path(__file__).parents[1]
-TABLE = ROOT / "csrc" / "sizes.txt"
 # Growth that is not reported, as a factor and in bytes: an instruction or two in a short function.
 FACTOR, FEW_BYTES = 1.05, 32
 
@@ -24,20 +30,10 @@ def output(*command: str | Path, input: str | None = None) -> str:
     return subprocess.run(command, input=input, capture_output=True, text=True, check=True).stdout
 
 
-def modules() -> dict[str, Path]:
-    """Returns the compiled modules by instruction set."""
-    found = sorted((ROOT / "pyfused").glob("_cpu_*.so"))
+def modules(root: Path = ROOT) -> dict[str, Path]:
+    """Returns the compiled modules of a folder by instruction set."""
+    found = sorted((root / "pyfused").glob("_cpu_*.so"))
     return {path.name.split(".")[0].removeprefix("_cpu_"): path for path in found}
-
-
-def compiler() -> str:
-    """Returns the compilers of the modules with their versions, as GCC and Clang write them."""
-    comments = output("readelf", "--string-dump=.comment", *modules().values())
-    names = {line.split("]", 1)[1].strip() for line in comments.splitlines() if "]  " in line}
-    names = {re.sub(r"(\d)-[^)\s]*", r"\1", name) for name in names}  # no revision of a package
-    # The other flags that Python adds do not change the machine code.
-    flags = re.findall(r"-fstack-protector\S*", sysconfig.get_config_var("CFLAGS") or "")
-    return ", ".join([*sorted(names), *flags])
 
 
 def kernel_of(function: str) -> str:
@@ -78,25 +74,13 @@ def sizes_of(module: Path) -> Counter[str]:
     return sizes
 
 
-def measured() -> Sizes:
-    """Returns the bytes of each kernel in the modules."""
+def measured(root: Path) -> Sizes:
+    """Returns the bytes of each kernel in the modules of a folder."""
     found: Sizes = {}
-    for isa, module in modules().items():
+    for isa, module in modules(root).items():
         for kernel, size in sizes_of(module).items():
             found.setdefault(kernel, {})[isa] = size
-    return dict(sorted(found.items()))
-
-
-def written() -> tuple[str, list[str], Sizes]:
-    """Returns the compiler, the instruction sets and the sizes of the table."""
-    title, header, *rows = TABLE.read_text(encoding="utf-8").splitlines()
-    *isas, _ = header.split()
-    found: Sizes = {}
-    for row in rows:
-        *sizes, kernel = row.split(maxsplit=len(isas))
-        pairs = zip(isas, sizes, strict=True)
-        found[kernel] = {isa: int(size) for isa, size in pairs if size != "-"}
-    return title.partition(" by ")[2], isas, found
+    return found
 
 
 def changed(old: Sizes, new: Sizes, isas: list[str]) -> list[str]:
@@ -115,13 +99,27 @@ def changed(old: Sizes, new: Sizes, isas: list[str]) -> list[str]:
     return lines
 
 
+def compare(revision: str) -> list[str]:
+    """Returns a line for each kernel that differs from a revision."""
+    isas = [*modules()]
+    with TemporaryDirectory() as folder:
+        archive = Path(folder, "sources.tar")
+        output("git", "-C", ROOT, "archive", "--output", archive, revision)
+        shutil.unpack_archive(archive, folder)
+        subprocess.run(
+            [sys.executable, "setup.py", "--quiet", "build_ext", "--inplace"],
+            cwd=folder,
+            env=os.environ | {"PYFUSED_ISAS": ",".join(isas)},
+            check=True,
+        )
+        return changed(measured(Path(folder)), measured(ROOT), isas)
+
+
 def main() -> None:
-    isas, sizes = list(modules()), measured()
-    lines = [f"Bytes of machine code of each kernel, compiled by {compiler()}"]
-    lines.append(" ".join([*(f"{isa:>9}" for isa in isas), "kernel"]))
-    for kernel, row in sizes.items():
-        lines.append(" ".join([*(f"{row.get(isa, '-'):>9}" for isa in isas), kernel]))
-    TABLE.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
+    parser.add_argument("command", choices=["compare"])
+    parser.add_argument("revision", help="a revision of git")
+    print(*compare(parser.parse_args().revision) or ["no kernel differs"], sep="\n")
 
 
 if __name__ == "__main__":

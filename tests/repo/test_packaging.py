@@ -241,17 +241,17 @@ def test_a_clone_is_imported_in_the_folder_beside_it(tmp_path: Path) -> None:
         assert run("-c", "import pyfused", folder=folder, path=path).stdout == "other\n"
 
 
-# ---- the table of machine code, csrc/sizes.txt ---------------------------------------------------
+# ---- machine code --------------------------------------------------------------------------------
 
 
-def test_no_kernel_has_grown() -> None:
-    """Skipped with another compiler than that of the table, which `-ra` reports in CI."""
-    compiler, isas, old = sizes.written()
-    built = [isa for isa in sizes.modules() if isa in isas]
-    if not built or sizes.compiler() != compiler:
-        ours = f"{sizes.compiler()} for {', '.join(sizes.modules())}"
-        table = f"csrc/sizes.txt is of {compiler} for {', '.join(isas)}"
-        pytest.skip(f"NO KERNEL IS CHECKED: {table}, and the modules of {ours}")
-    lines = sizes.changed(old, sizes.measured(), built)
-    advice = "If no kernel is slower, run tools/sizes.py and commit the table: tools/README.md."
-    assert not lines, "\n".join(["csrc/sizes.txt differs from the kernels:", *lines, advice])
+def test_kernels_that_differ_in_size_are_named() -> None:
+    found = sizes.measured(sizes.ROOT)
+    isa = next(iter(sizes.modules()))
+    kernel = max(found, key=lambda name: found[name].get(isa, 0))
+    assert sizes.changed(found, found, [isa]) == []
+    size = found[kernel][isa]
+    grown = found | {kernel: {isa: 2 * size}, "new<float>": {isa: 100}}
+    assert sizes.changed(found, grown, [isa]) == [
+        f"{kernel} ({isa}): {size} bytes, now {2 * size}",
+        f"new<float> ({isa}): new",
+    ]
