@@ -33,8 +33,9 @@ def explain(op: str | Callable[..., Any] | Module, *args: Any, **kwargs: Any) ->
     ``create_graph``, are not among the reasons.
 
     Args:
-        op: The name of a function in :mod:`pyfused.functional`; a function of that name in torch or
-            pyfused; a module of :mod:`pyfused.nn`, or one of ``torch.nn`` that
+        op: The name of a function in :mod:`pyfused.functional`, or the function; a function of torch
+            with such a name, which torch computes unless :func:`pyfused.patch` has replaced it; a
+            module of :mod:`pyfused.nn`, or one of ``torch.nn`` that
             :func:`pyfused.convert` replaces; a formula of :func:`pyfused.loss` or
             :func:`pyfused.activation`, or its module.
         args, kwargs: The call's arguments.
@@ -44,6 +45,10 @@ def explain(op: str | Callable[..., Any] | Module, *args: Any, **kwargs: Any) ->
         Exception: The call raises it.
     """
     call, name = _callable(op)
+    if not isinstance(op, (str, Module, Formula)) and _library(op) != "pyfused":
+        op(*args, **kwargs)
+        reason = f"it is torch's own function; pass {name!r} to explain pyfused's"
+        return Explanation(name, "torch", reason)
     with recorded() as calls:
         call(*args, **kwargs)
     if calls:
@@ -72,8 +77,7 @@ def _callable(op: Any) -> tuple[Callable[..., Any], str]:
             return op, names.get(type(op).__name__, "")
     else:
         name = op if isinstance(op, str) else getattr(op, "__name__", "")
-        library = str(getattr(op, "__module__", None)).partition(".")[0]
-        if name in functional.__all__ and (op is name or library in _LIBRARIES):
+        if name in functional.__all__ and (op is name or _library(op) in _LIBRARIES):
             return getattr(functional, name), name
     hint = ". torch computes all others"
     if isinstance(op, str) and not hasattr(torch.nn.functional, op):
@@ -83,6 +87,13 @@ def _callable(op: Any) -> tuple[Callable[..., Any], str]:
     raise ValueError(
         f"op: expected a function of pyfused.functional or a module of pyfused.nn, got {op!r}{hint}"
     )
+
+
+def _library(function: Any) -> str:
+    """Returns the package that defines a function, "pyfused" for a function of torch's patch."""
+    where = function if hasattr(function, "__wrapped__") else None
+    names = getattr(where, "__globals__", {}).get("__name__") or getattr(function, "__module__", "")
+    return str(names).partition(".")[0]
 
 
 def _arguments(call: Any, name: str, args: Any, kwargs: dict[str, Any]) -> dict[str, Any]:

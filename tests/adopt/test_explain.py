@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import re
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 from conftest import KernelCalls
 from torch import Tensor, nn
 from torch.autograd import forward_ad
+from torch.nn import functional as F
 from torch.overrides import BaseTorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -69,6 +71,21 @@ def test_explanations_match_the_calls(
     else:
         assert explanation[1:] == ("cpu", None, None)
         assert str(explanation) == f"{explanation.op}: cpu"
+
+
+def test_functions_of_torch_are_torchs_unless_patched() -> None:
+    for function in (torch.relu, F.relu, F.tanh):
+        for context in (contextlib.nullcontext, pyfused.patch):
+            with context():
+                backend, reason, _ = pyfused.explain(function, X)[1:]
+            assert backend == "torch"
+            assert f"pass '{function.__name__}' to explain" in str(reason)
+    assert pyfused.explain(F.mse_loss, X, X).backend == "torch"
+    with pyfused.patch():
+        assert pyfused.explain(F.mse_loss, X, X).backend == "cpu"
+    assert pyfused.explain(pyfused.functional.mse_loss, X, X).backend == "cpu"
+    with pytest.raises(TypeError, match="must be Tensor"):
+        pyfused.explain(torch.relu, 1)
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
