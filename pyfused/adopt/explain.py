@@ -33,11 +33,10 @@ def explain(op: str | Callable[..., Any] | Module, *args: Any, **kwargs: Any) ->
     ``create_graph``, are not among the reasons.
 
     Args:
-        op: The name of a function in :mod:`pyfused.functional`, or the function; a function of torch
-            with such a name, which torch computes unless :func:`pyfused.patch` has replaced it; a
-            module of :mod:`pyfused.nn`, or one of ``torch.nn`` that
-            :func:`pyfused.convert` replaces; a formula of :func:`pyfused.loss` or
-            :func:`pyfused.activation`, or its module.
+        op: A function of :mod:`pyfused.functional`, or its name; a function of torch with such a
+            name, which torch computes unless :func:`pyfused.patch` has replaced it; a module of
+            :mod:`pyfused.nn`, or one of ``torch.nn`` that :func:`pyfused.convert` replaces; a
+            formula of :func:`pyfused.loss` or :func:`pyfused.activation`, or its module.
         args, kwargs: The call's arguments.
 
     Raises:
