@@ -6,7 +6,7 @@ import logging
 import sys
 import warnings
 from collections import Counter
-from collections.abc import Container
+from collections.abc import Container, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -78,7 +78,7 @@ class Conversion(NamedTuple):
 def convert(
     model: Model,
     *,
-    head: str | None = None,
+    head: str | Sequence[str] | None = None,
     evaluation: bool = False,
     metrics: bool = False,
     memory_budget: int | None = None,
@@ -110,13 +110,15 @@ def convert(
         model: Any module; its submodules are replaced, and the module itself if it is supported.
         head: The name of the :class:`torch.nn.Linear` that computes the logits, with dots for a
             nested layer: ``"cls.predictions.decoder"``. ``model`` may then be a language model of
-            any library whose loss is torch's cross-entropy of this layer's output. By default, it
-            is the head of a transformers model, or the head that an earlier call has named.
+            any library whose loss is torch's cross-entropy of this layer's output. A list names
+            several heads, each with losses of its own: ``["heads.0", "heads.1"]``. By default, it
+            is the head of a transformers model, or the heads that an earlier call has named.
         evaluation: Whether the head also returns such logits in evaluation mode, under ``no_grad``
             and in inference mode, for losses without logits.
         metrics: Whether each call of a language model sets its attribute ``pyfused_metrics`` to the
             :class:`~pyfused.ops.metrics.Metrics` of its last cross-entropy, from the same pass, or
-            to None if that cross-entropy was not fused. Losses of few logits are fused, too.
+            to None if that cross-entropy was not fused; of several heads, to a dict from their
+            names to these. Losses of few logits are fused, too.
         memory_budget: The bytes for the logits that a fused loss has in memory at once, as in
             :func:`pyfused.functional.linear_cross_entropy`; None for the default.
 
@@ -131,18 +133,19 @@ def convert(
     checks.memory_budget(memory_budget)
     options = heads.Options(evaluation, metrics, memory_budget)
     plan, modules = plan_conversion(model, head=head), dict(_modules(model))
-    _log.info("pyfused.convert: %s", _replace(plan, modules, head, options))
-    _warn(plan, modules, head, any(options))
+    names = heads.names_of(head)
+    _log.info("pyfused.convert: %s", _replace(plan, modules, names, options))
+    _warn(plan, modules, names, any(options))
     return model
 
 
 def _replace(
-    plan: Conversion, modules: dict[str, Module], head: str | None, options: heads.Options
+    plan: Conversion, modules: dict[str, Module], names: tuple[str, ...], options: heads.Options
 ) -> str:
     """Replaces the modules of a plan, and returns a line for the log."""
     for left in plan.left:
         if isinstance(left, AlreadyConverted) and heads.is_converted(module := modules[left.name]):
-            heads.fuse(module, head if left.name == "." else None, options)
+            heads.fuse(module, names if left.name == "." else (), options)
     kinds: Counter[str] = Counter()
     for name in plan.swapped:
         module = modules[name]
@@ -152,7 +155,7 @@ def _replace(
             nn.keep_in_graphs(module)
             setattr(module, MARK, True)
         else:
-            heads.fuse(module, head if name == "." else None, options)
+            heads.fuse(module, names if name == "." else (), options)
             kind = f"head and loss of {kind}"
         kinds[kind] += 1
     listed = ", ".join(f"{n} {kind}" for kind, n in kinds.items())
@@ -163,12 +166,14 @@ def _replace(
     return made if kinds else str(plan)
 
 
-def _warn(plan: Conversion, modules: dict[str, Module], head: str | None, options: bool) -> None:
+def _warn(
+    plan: Conversion, modules: dict[str, Module], names: tuple[str, ...], options: bool
+) -> None:
     """Warns if `convert` changed nothing, left a language model as is, or ignored an option."""
     messages = []
     for left in plan.left:
         module = modules[left.name]
-        is_named = heads.is_converted(module) or (head is not None and left.name == ".")
+        is_named = heads.is_converted(module) or (bool(names) and left.name == ".")
         is_model = is_named or (heads.has_head(module) and not heads.has_converted_head(module))
         if is_model and not isinstance(left, AlreadyConverted):
             messages.append(f"{left.kind} computes all of its logits: {left.reason}")
@@ -181,13 +186,13 @@ def _warn(plan: Conversion, modules: dict[str, Module], head: str | None, option
         listed = (f"{name} may compute logits: {reason}" for name, _, reason in possible)
         messages = ["; ".join(listed)]
     elif options and not any(map(heads.is_converted, modules.values())):
-        names = "evaluation, metrics and memory_budget"
-        messages = [f"{names} have no effect, because no head was converted"]
+        message = "evaluation, metrics and memory_budget have no effect, because no head was "
+        messages = [message + "converted"]
     for message in messages:
         warnings.warn(f"pyfused.convert: {message}", RuntimeWarning, stacklevel=stacklevel())
 
 
-def plan_conversion(model: Module, *, head: str | None = None) -> Conversion:
+def plan_conversion(model: Module, *, head: str | Sequence[str] | None = None) -> Conversion:
     """Previews the changes of :func:`convert` to a model.
 
     Args:
@@ -201,18 +206,18 @@ def plan_conversion(model: Module, *, head: str | None = None) -> Conversion:
     Raises:
         TypeError, ValueError: As in :func:`convert`.
     """
-    modules = _modules(model)
-    sizes = {} if head else _possible_heads(dict(modules))
+    modules, names = _modules(model), heads.names_of(head)
+    sizes = {} if names else _possible_heads(dict(modules))
     swapped, left, rows = [], [], []
     for name, module in modules:
-        head_name, kind = head if name == "." else None, type(module).__name__
-        if reason := _unconverted(name, module, head_name, sizes):
+        head_names, kind = names if name == "." else (), type(module).__name__
+        if reason := _unconverted(name, module, head_names, sizes):
             left.append(reason)
             size, verb = (f"({sizes[name]})", "") if name in sizes else ("", "left: ")
             rows.append((name, kind + size, verb + reason.reason))
             continue
-        if _has_head(module, head_name):
-            replacement = heads.description(module, head_name)
+        if _has_head(module, head_names):
+            replacement = heads.description(module, head_names)
         elif type(module) in REPLACEMENTS:
             in_place = ", but torch computes it in place" * bool(getattr(module, "inplace", False))
             replacement = f"pyfused.nn.{kind}{in_place}"
@@ -225,22 +230,22 @@ def plan_conversion(model: Module, *, head: str | None = None) -> Conversion:
     return Conversion(tuple(swapped), tuple(left), "\n".join(lines))
 
 
-def _has_head(module: Module, head: str | None = None) -> bool:
-    """Returns whether the head of a module is known, by the name that a user has passed or not."""
-    return head is not None or heads.has_head(module) or heads.is_converted(module)
+def _has_head(module: Module, names: tuple[str, ...] = ()) -> bool:
+    """Returns whether the heads of a module are known, by names that a user has passed or not."""
+    return bool(names) or heads.has_head(module) or heads.is_converted(module)
 
 
 def _unconverted(
-    name: str, module: Module, head: str | None, possible_heads: Container[str]
+    name: str, module: Module, head_names: tuple[str, ...], possible_heads: Container[str]
 ) -> Unconverted | None:
     """Returns a module and why it is not replaced, None if it is or pyfused has no counterpart."""
     kind = type(module).__name__
-    if _has_head(module, head):
-        if head is not None:
+    if _has_head(module, head_names):
+        for head in head_names:
             heads.check_name(module, head)
-        if heads.is_converted(module) and heads.has_converted_head(module, head):
+        if heads.is_converted(module) and heads.has_converted_head(module, head_names):
             return AlreadyConverted(name, kind, "is already converted")
-        reason = heads.reason_to_leave_model(module, head)
+        reason = heads.reason_to_leave_model(module, head_names)
     elif name in possible_heads:
         return PossibleHead(name, kind, f"pass head={name!r} to fuse it with its loss")
     elif type(module).__module__ == nn.__name__:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 import weakref
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -38,7 +39,11 @@ _CAST_DTYPES = {torch.float32, torch.bfloat16, torch.float16}  # dtypes that aut
 
 
 class Options(NamedTuple):
-    """The mark of a converted head: options of `convert`, and the name of the model's class."""
+    """The mark of a converted head: options of `convert`, and a name for messages.
+
+    Attributes:
+        model_name: The class of the model; of several heads, also the name of the head.
+    """
 
     evaluation: bool
     metrics: bool
@@ -182,9 +187,15 @@ def _of_model(kind: Any) -> dict[str, Any]:  # noqa: ARG001
 
 
 def _metrics(model: Any) -> Any:
-    """Returns the metrics of the last call of a converted model's head, None if there are none."""
-    metrics = [vars(head).get("pyfused_metrics") for head in _heads_of(model)]
-    return next((each for each in metrics if each is not None), None)
+    """Returns the metrics of the last call of a converted model's head, None if there are none.
+
+    Of several heads, returns a dict from their names to these.
+    """
+    by_name = {}
+    for name in _names(model, ()):
+        metrics = [vars(head).get("pyfused_metrics") for head in _copies(model, name)]
+        by_name[name] = next((each for each in metrics if each is not None), None)
+    return by_name if len(by_name) > 1 else next(iter(by_name.values()))
 
 
 def has_head(module: Any) -> bool:
@@ -195,14 +206,29 @@ def has_head(module: Any) -> bool:
     return module.get_output_embeddings() is not None
 
 
-def _heads_of(model: Any, name: str | None = None) -> list[Any]:
-    """Returns the head of a model, and its copies in PEFT's ``modules_to_save``.
+def names_of(head: str | Sequence[str] | None) -> tuple[str, ...]:
+    """Returns the names of the heads that a user has passed, empty if there are none."""
+    if head is None:
+        return ()
+    several = isinstance(head, Sequence) and not isinstance(head, str)
+    names: tuple[Any, ...] = tuple(dict.fromkeys(head)) if several else (head,)
+    if not names:
+        raise ValueError(f"head: expected None or at least one name, got {head!r}")
+    return names
+
+
+def _names(model: Any, names: tuple[str, ...]) -> tuple[str | None, ...]:
+    """Returns the names of the heads of a model; None is the head of a transformers model.
 
     Args:
-        name: The name of the head if the user passed one; None for a transformers model, or for the
-            head that an earlier call of `convert` has named.
+        names: The names that the user has passed; empty for a transformers model, or for the heads
+            that an earlier call of `convert` has named.
     """
-    name = name or vars(model).get(MARK)
+    return names or vars(model).get(MARK) or (None,)
+
+
+def _copies(model: Any, name: str | None) -> list[Any]:
+    """Returns a head, and its copies in PEFT's ``modules_to_save``."""
     head = model.get_submodule(name) if name else model.get_output_embeddings()
     if type(head) is getattr(sys.modules.get("peft.utils.other"), "ModulesToSaveWrapper", None):
         return [head.original_module, *head.modules_to_save.values()]
@@ -229,14 +255,21 @@ def _may_be_head(module: Any) -> bool:
     return is_linear or hasattr(module, "modules_to_save") or is_adapter
 
 
-def reason_to_leave_model(model: Any, name: str | None) -> str | None:
-    """Returns why a model with a head is not converted, None if it can be."""
-    return next(filter(None, map(reason_to_leave, _heads_of(model, name))), None)
+def reason_to_leave_model(model: Any, names: tuple[str, ...]) -> str | None:
+    """Returns why a model with heads is not converted, None if it can be."""
+    for name in _names(model, names):
+        for head in _copies(model, name):
+            if reason := reason_to_leave(head):
+                return reason if len(_names(model, names)) == 1 else f"{name}: {reason}"
+    return None
 
 
-def description(model: Any, name: str | None) -> str:
-    """Describes what replaces the head of a model and its loss."""
-    return _description(_heads_of(model, name)[0])
+def description(model: Any, names: tuple[str, ...]) -> str:
+    """Describes what replaces the heads of a model and their losses."""
+    heads = {name: _description(_copies(model, name)[0]) for name in _names(model, names)}
+    if len(heads) == 1:
+        return heads.popitem()[1]
+    return ", ".join(f"{text} for {name}" for name, text in heads.items())
 
 
 def _description(head: Any) -> str:
@@ -256,27 +289,28 @@ def is_converted(model: Any) -> bool:
     return subclass.is_fused(model, _of_model) and MARK in vars(model)
 
 
-def has_converted_head(model: Any, name: str | None = None) -> bool:
-    """Returns whether the head of a model is converted, also if it shares it with another model."""
-    return MARK in vars(_heads_of(model, name)[0])
+def has_converted_head(model: Any, names: tuple[str, ...] = ()) -> bool:
+    """Returns whether the heads are converted, also if the model shares them with another one."""
+    return all(MARK in vars(_copies(model, name)[0]) for name in _names(model, names))
 
 
-def fuse(model: Any, name: str | None, options: Options) -> None:
-    """Makes the head of a model return lazy logits, or changes the options of a converted model.
+def fuse(model: Any, names: tuple[str, ...], options: Options) -> None:
+    """Makes the heads of a model return lazy logits, or changes the options of a converted model.
 
     Args:
-        name: The name of the head; None for a transformers model or the head of the last call.
+        names: The names of the heads; empty for a transformers model or the heads of the last call.
         options: The options of `convert`.
     """
-    name = name or vars(model).get(MARK)
-    subclass.fuse(model, _of_model, name)
-    options = options._replace(model_name=type(model).__name__)
-    for head in _heads_of(model, name):
-        if MARK not in vars(head):
-            where = f"{name or 'the head'} of {options.model_name}"
-            _uncalled[options.model_name] = weakref.ref(head), where
-        subclass.fuse(head, _of_head, options)
-        vars(head)["pyfused_metrics"] = None
+    heads, kind = _names(model, names), type(model).__name__
+    subclass.fuse(model, _of_model, names or vars(model).get(MARK))
+    for name in heads:
+        where = f"{name or 'the head'} of {kind}"
+        named = options._replace(model_name=kind if len(heads) == 1 else where)
+        for head in _copies(model, name):
+            if MARK not in vars(head):
+                _uncalled[named.model_name] = weakref.ref(head), where
+            subclass.fuse(head, _of_head, named)
+            vars(head)["pyfused_metrics"] = None
 
 
 def unfuse(module: Any) -> None:

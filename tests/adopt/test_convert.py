@@ -389,6 +389,87 @@ def test_a_report_names_heads_that_were_never_called() -> None:
     assert "never called" not in str(report)
 
 
+class Heads(nn.Module):
+    """Several heads of one body, as of models that predict several tokens."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Linear(8, 16)
+        self.heads = nn.ModuleList([nn.Linear(16, 30 + i) for i in range(3)])
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        x = self.body(x)
+        return [head(x) for head in self.heads]
+
+
+HEADS = [f"heads.{i}" for i in range(3)]
+
+
+@pytest.mark.parametrize(
+    "restore", [lambda x: x, copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))]
+)
+def test_several_heads(restore: Any, kernel_calls: KernelCalls) -> None:
+    """Each of them has losses and metrics of its own."""
+    torch.manual_seed(0)
+    plain = Heads()
+    x, targets = torch.randn(40, 8), torch.randint(30, (3, 40))
+    plan = pyfused.plan_conversion(plain, head=HEADS)
+    assert plan.swapped == (".",)
+    assert "linear_cross_entropy(16 -> 32) for heads.2" in str(plan)
+    model = restore(pyfused.convert(copy.deepcopy(plain), head=HEADS, metrics=True))
+    assert pyfused.plan_conversion(model, head=HEADS).left[0].reason == "is already converted"
+    gradients = []
+    for each in (plain, model):
+        losses = [F.cross_entropy(*pair) for pair in zip(each(x), targets, strict=True)]
+        sum(losses).backward()  # type: ignore[union-attr]
+        gradients.append([*losses, *[parameter.grad for parameter in each.parameters()]])
+    assert kernel_calls["row_state"] == 3
+    assert_close(gradients[1], gradients[0])
+    assert list(model.pyfused_metrics) == HEADS
+    for metrics, logits in zip(model.pyfused_metrics.values(), plain(x), strict=True):
+        assert torch.equal(metrics.prediction, logits.argmax(1))
+    assert pyfused.revert(model) == (".",)
+    assert types(model) == types(plain)
+
+
+def test_some_of_several_heads() -> None:
+    """The options of an earlier call's heads change, and others can follow."""
+    model: Any = pyfused.convert(Heads(), head=HEADS[:2])
+    assert [type(logits) is LazyLogits for logits in model(torch.randn(4, 8))] == [
+        True,
+        True,
+        False,
+    ]
+    pyfused.convert(model, evaluation=True)
+    with torch.no_grad():
+        kinds = [type(logits) is LazyLogits for logits in model(torch.randn(4, 8))]
+    assert kinds == [True, True, False]
+    pyfused.convert(model, head=HEADS)
+    assert all(type(logits) is LazyLogits for logits in model(torch.randn(4, 8)))
+
+
+def test_messages_tell_several_heads_apart() -> None:
+    model: Any = Heads()
+    for names, got in (([*HEADS, "heads.3"], "'heads.3'"), (["heads.0", "body.0"], "'body.0'")):
+        with pytest.raises(ValueError, match=rf"head: expected the name .* got {got}"):
+            pyfused.convert(model, head=names)
+    with pytest.raises(ValueError, match=r"head: expected None or at least one name, got \[\]"):
+        pyfused.convert(model, head=[])
+    assert types(model) == types(Heads())
+    model.heads[1].register_forward_hook(lambda *_: None)
+    with pytest.warns(RuntimeWarning, match=r"Heads computes all .*: heads\.1: its head has hooks"):
+        pyfused.convert(model, head=HEADS)
+    assert types(model) == types(Heads())
+    model = pyfused.convert(Heads(), head=HEADS)
+    with pyfused.report() as report:
+        model.heads[1](model.body(X.new_zeros(4, 8, dtype=torch.float32)))
+    assert "heads.0 of Heads" in str(report)
+    assert "heads.1 of Heads" not in str(report)
+    model.heads[2].register_forward_hook(lambda *_: None)
+    with pytest.warns(RuntimeWarning, match=r"heads\.2 of Heads computes all of its logits"):
+        model(torch.randn(4, 8))
+
+
 def test_a_head_that_was_replaced_after_the_conversion() -> None:
     model: Any = converted()
     base = model.head
