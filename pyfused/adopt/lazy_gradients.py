@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from pyfused import torch_internals
+from pyfused.ops.heads import KeptGradient
 from pyfused.torch_internals import (
     PLAIN,
     DisableTorchFunctionSubclass,
@@ -135,14 +136,17 @@ class Part(NamedTuple):
     Attributes:
         rows: The indices of rows, and the gradients (n, D) of their hidden states.
         weight, bias: (C, D) and (C).
+        kept: The indices of rows, and the gradients (n, C) of their logits, whose products with
+            the inputs are not computed yet.
 
     A gradient is None, and `rows` is empty, if the input needs no gradient.
     """
 
     factor: float
-    rows: tuple[tuple[Any, Tensor], ...]
-    weight: Tensor | None
-    bias: Tensor | None
+    rows: tuple[tuple[Any, Tensor], ...] = ()
+    weight: Tensor | None = None
+    bias: Tensor | None = None
+    kept: tuple[tuple[Any, KeptGradient], ...] = ()
 
     def times(self, factor: float) -> Part:
         return self._replace(factor=self.factor * factor)
@@ -151,22 +155,64 @@ class Part(NamedTuple):
         """Returns the same part with the factor 1, from which rounding may have moved it."""
         if math.isclose(self.factor, 1, rel_tol=1e-14):
             return self._replace(factor=1.0)
-        weight, bias = (x if x is None else x * self.factor for x in self[2:])
-        return Part(1.0, tuple((i, x * self.factor) for i, x in self.rows), weight, bias)
+        factor, rows, weight, bias, kept = self
+        return Part(
+            1.0,
+            tuple([(i, x * factor) for i, x in rows]),
+            None if weight is None else weight * factor,
+            None if bias is None else bias * factor,
+            tuple([(i, x._replace(memory=x.memory * factor)) for i, x in kept]),
+        )
 
     def plus(self, other: Part) -> Part:
         """Returns the sum, so that parts do not have a gradient of the weight each."""
         a, b = self.multiplied(), other.multiplied()
-        pairs: Any = zip(a[2:], b[2:], strict=True)
-        weight, bias = (None if x is None else x + y for x, y in pairs)
-        return Part(1.0, a.rows + b.rows, weight, bias)
+        weight, bias = _sum(a.weight, b.weight), _sum(a.bias, b.bias)
+        return Part(1.0, a.rows + b.rows, weight, bias, a.kept + b.kept)
+
+    def with_products(self) -> Part:
+        """Returns the same part without kept gradients of logits."""
+        part = self._replace(kept=())
+        for index, kept in self.kept:
+            rows, weight, bias, *_ = kept.products()
+            pairs = () if rows is None else ((index, rows),)
+            part = part.plus(Part(self.factor, pairs, weight, bias))
+        return part
+
+
+def _sum(x: Tensor | None, y: Tensor | None) -> Tensor | None:
+    return x if y is None else y if x is None else x + y
 
 
 def input_gradients(part: Part, count: int) -> Sequence[Tensor | None]:
     """Returns the gradients of the hidden states (count, D), the weight and the bias."""
-    _, rows, weight, bias = part.multiplied()
+    _, rows, weight, bias, _ = part.with_products().multiplied()
     sums = [_spread(index, x, count) for index, x in rows]
     return (reduce(torch.add, sums) if sums else None), weight, bias
+
+
+def with_kept(dense: Tensor, part: Part, owns_dense: bool) -> tuple[Tensor, Part]:
+    """Adds the kept gradients of logits to a dense gradient, which then needs one pair of products.
+
+    Returns the sum, and the rest of the part.
+
+    Args:
+        owns_dense: Whether the dense gradient may be overwritten.
+    """
+    if not part.kept:
+        return dense, part
+    part, total = part.multiplied(), dense.flatten(0, -2)
+    total = total if owns_dense else total.clone()
+    for index, kept in part.kept:
+        selected, gradient = kept.rows()
+        if selected is not None:
+            all_rows = torch.arange(len(total), device=total.device)
+            index = all_rows[index][selected]
+        if type(index) is slice:
+            total[index] += gradient
+        else:
+            total.index_add_(0, index.to(total.device), gradient.to(total.dtype))
+    return total.view(dense.shape), part._replace(kept=())
 
 
 def _spread(index: Any, rows: Tensor, count: int) -> Tensor:
@@ -194,6 +240,7 @@ class Gradient(LazyValue):
         operation: Returns the gradient.
         part: The part that losses have computed, None for 0.
         dense: The sum of the gradients of operators that have read the logits, None for 0.
+        owns_dense: Whether nothing else refers to the memory of the dense gradient.
         base: The gradient of which this one is a view, None if it has its own memory.
         written: Whether a function may have changed the computed gradient in place.
     """
@@ -204,6 +251,7 @@ class Gradient(LazyValue):
     operation: Callable[[], Tensor]
     part: Part | None = None
     dense: Tensor | None = None
+    owns_dense: bool = False
     base: Gradient | None = None
     written: bool = False
 
@@ -443,15 +491,16 @@ def _linear(rule: Any, function: Any, args: Any, kwargs: Any) -> Any:
     known = [dense for _, dense in terms if dense is not None]
     if rule is _add:
         known += [x for x in args if not isinstance(x, LazyGrad)]
-        dense = reduce(torch.add, known) if known else None
+        dense, owns_dense = reduce(torch.add, known) if known else None, len(known) > 1
     else:
         if rule is _join:  # autograd passes zeros for undefined gradients
             plain = [x for x in args[0] if not isinstance(x, LazyGrad)]
             known += [x for x in plain if not _is_zero(x)]
         dense = operation("compute_dense") if known else None
+        owns_dense = grad.owns_dense or rule is not _view
     part = reduce(Part.plus, parts) if parts else None
     base = grad if rule is _view else None
-    result = Gradient(grad.call, example, grad.alive, operation, part, dense, base)
+    result = Gradient(grad.call, example, grad.alive, operation, part, dense, owns_dense, base)
     if is_in_place:
         args[0].value = result
         grad.alive.append(weakref.ref(result))

@@ -26,6 +26,7 @@ import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -47,12 +48,14 @@ from pyfused.adopt.lazy_gradients import (
     metadata,
     name_of,
     values_of,
+    with_kept,
 )
 from pyfused.dispatch import reasons, report
 from pyfused.dispatch.autograd import SAVED, Fused, compute
 from pyfused.dispatch.operator import Options, Tensors, needs_grad, requires_grad
 from pyfused.dispatch.reasons import unsupported
 from pyfused.dispatch.run import fallback_reason, run
+from pyfused.ops.heads import KeptGradient
 from pyfused.ops.operators import LINEAR_CROSS_ENTROPY, OPERATORS
 from pyfused.torch_internals import (
     PLAIN,
@@ -99,6 +102,7 @@ class HeadCall:
         computed: Whether an operator has read the logits.
         ended_by: The last backward pass that has reached a fused loss, or None. Logits can be read
             until it ends.
+        kept: Returns the logits if an unreduced loss has kept them, else None.
         values: Weak references to the values of lazy tensors that may not have been computed.
     """
 
@@ -112,6 +116,7 @@ class HeadCall:
         self.prior: Tensor | None = None
         self.needs, self.token = needs_grad(inputs), object()
         self.computed, self.ended_by = False, None
+        self.kept: Callable[[], Tensor | None] = lambda: None
         self.values: list[Callable[[], _Value | None]] = []
         self.inputs = hidden.clone() if hidden.is_inference() else hidden, weight, bias
         watched = [x for x in self.inputs if x is not None and not x.is_inference()]
@@ -130,6 +135,10 @@ class HeadCall:
         """Returns the values of the logits."""
         dtype = self.autocast or self.inputs[0].dtype
         hidden, weight, bias = (x if x is None else x.to(dtype) for x in self.inputs)
+        if (kept := self.kept()) is not None and kept.dtype is dtype:
+            return kept.view(
+                *self.inputs[0].shape[:-1], -1
+            ).clone()  # a backward pass overwrites it
         return F.linear(hidden, weight, bias)  # type: ignore[arg-type]
 
     def why_ended(self) -> str | None:
@@ -633,6 +642,15 @@ class _LossCall:
         return tensors, options
 
 
+# The operator, whose backward pass may return a gradient of the logits before its products.
+_DEFERRED = SimpleNamespace(
+    name=LINEAR_CROSS_ENTROPY.name,
+    forward=LINEAR_CROSS_ENTROPY.forward,
+    backward=LINEAR_CROSS_ENTROPY.backward_of_logits,
+    reference_backward=LINEAR_CROSS_ENTROPY.reference_backward,
+)
+
+
 class _Loss(torch.autograd.Function):
     """`linear_cross_entropy` of the head's inputs, as a function of the logits."""
 
@@ -645,8 +663,10 @@ class _Loss(torch.autograd.Function):
 
         def output_of(op: Any, options: Options, inputs: Tensors) -> Any:
             constants = [False] * (op.num_differentiable - len(needs))
-            output = Fused.forward(ctx, (op, options, (*needs, *constants)), *inputs)
+            output = Fused.forward(ctx, (_DEFERRED, options, (*needs, *constants)), *inputs)
             ctx.output = output[0] if isinstance(output, tuple) else output
+            if options.reduction == "none":
+                _keep_logits(loss.value, ctx, len(op.all_operands))
             return output
 
         result = loss.compute(partial(compute, output_of=output_of))
@@ -684,9 +704,28 @@ class _Loss(torch.autograd.Function):
             _, rows, *others = Fused.backward(ctx, grad_output.to(dtype).reshape(shape))
             pairs = () if rows is None else ((loss.index, rows),)
             # The nodes between the loss and the head multiply by the scale once more.
-            part = Part(1 / value.scale, pairs, *others[:2])
+            part = Part(1 / value.scale)
+            if isinstance(rows, KeptGradient):
+                part = part._replace(kept=pairs)
+            else:
+                part = Part(1 / value.scale, pairs, *others[:2])
         operation = lambda: loss.gradient(grad_output, computed())  # noqa: E731
         return Gradient(call, value.example, alive, operation, part).tensor(), None
+
+
+def _keep_logits(value: _Value, ctx: Any, count: int) -> None:
+    """Lets later readers copy the logits of all rows that an unreduced loss has kept.
+
+    Args:
+        ctx: The context of the loss, which saves its operands, the states of rows and the logits.
+        count: The number of operands, which may be None, as may be the others.
+    """
+    call, saved = value.call, len(ctx.to_save) + len(ctx.missing)
+    if saved == count + 2 and saved - 1 not in ctx.missing and call.hooks is value.constant is None:
+        kept = ctx.to_save[-1]
+        is_whole = value.index() == slice(0, len(call.is_fused))
+        if is_whole and kept.numel() == len(call.is_fused) * call.inputs[1].shape[0]:
+            call.kept = weakref.ref(kept)
 
 
 class _Largest(torch.autograd.Function):
@@ -717,7 +756,7 @@ class _Largest(torch.autograd.Function):
 
 def _begin_backward(call: HeadCall, grad_output: Tensor, alive: list[Any]) -> bool:
     """Returns whether a gradient can be lazy; it is computed if it outlives the backward pass."""
-    call.ended_by = current_graph_task()
+    call.ended_by, call.kept = current_graph_task(), lambda: None
     if torch.is_grad_enabled() or active_mode() or unsupported(SAVED, (grad_output,)):
         return False
     return torch_internals.at_end_of_backward(partial(compute_alive, alive))
@@ -874,6 +913,9 @@ class _Head(torch.autograd.Function):
         _, *needed = ctx.needs_input_grad
         found = list[Any]((None, None, None))
         if dense is not None:
+            if part is not None:
+                owns_dense = grad.value.owns_dense
+                dense, part = with_kept(dense, part, owns_dense)
             found = _products(dense, ctx.saved_tensors, needed)
         if part is not None:
             shape, dtypes = ctx.shape, ctx.dtypes

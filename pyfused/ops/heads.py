@@ -19,6 +19,7 @@ from pyfused.ops.elementwise import SOFTCAP
 from pyfused.ops.head_loop import HeadLoop, Layer, hooks_are_active, memory_of
 from pyfused.ops.metrics import Metrics
 from pyfused.ops.rows import RowOperator
+from pyfused.torch_internals import graph_is_retained
 from pyfused.types import Gradients, Outputs
 
 
@@ -97,10 +98,25 @@ class HeadBlocks:
         return result, saved, gradients
 
     def backward(self, saved: Tensors, _: Options, needs: Needs, grad_output: Tensor) -> Gradients:
+        if (gradient := self.kept_gradient(saved, needs, grad_output)) is not None:
+            return gradient.products()
         kept = (*saved[len(self.op.all_operands) :], None, None)[1]
-        if kept is not None and self.has_gradients_in_forward:
-            return self.gradients(needs, kept, grad_output)
+        kept = None if self.has_gradients_in_forward else kept
         return self.compute(needs, grad_output, kept)[0].gradients
+
+    def kept_gradient(
+        self, saved: Tensors, needs: Needs, grad_output: Tensor
+    ) -> KeptGradient | None:
+        """Returns the gradient of the logits that the forward pass has kept.
+
+        Returns None if it has kept none, or if grad_output is infinite or NaN.
+        """
+        kept = (*saved[len(self.op.all_operands) :], None, None)[1]
+        if kept is None or not self.has_gradients_in_forward:
+            return None
+        kept = kept.clone() if graph_is_retained() else kept
+        is_scaled = self.loop.backend.scale_(kept, grad_output)
+        return KeptGradient(self, needs, kept) if is_scaled else None
 
     def compute(
         self,
@@ -172,21 +188,6 @@ class HeadBlocks:
             grad_output = ((grad if grad_output is None else grad_output) / divisor).to(wide)
         return None if grad_output is None else grad_output.contiguous()
 
-    def gradients(self, needs: Needs, kept: Tensor, grad_output: Tensor) -> Gradients:
-        """Returns the gradients of a reduced loss whose logits' gradient the forward pass kept."""
-        is_scaled = False
-
-        def step(gradient: Tensor, *_: slice) -> Tensor:
-            nonlocal is_scaled
-            is_scaled = self.loop.backend.scale_(memory_of(gradient), grad_output)
-            return gradient
-
-        layer = Layer(*self.tensors[:3])
-        sums = self.loop.run(layer, step, counts=self.rows.counts, logits=kept)
-        if not is_scaled:  # grad_output is infinite or NaN
-            return self.compute(needs, grad_output)[0].gradients
-        return self.collected([BlockResult(None, (None, None))], sums, None, len(needs)).gradients
-
     def collected(
         self, results: Sequence[BlockResult], gradients: Gradients, divisor: Any, count: int
     ) -> BlockResult:
@@ -208,6 +209,32 @@ class HeadBlocks:
             state, prediction = rows.spread(state, 1), rows.spread(prediction, 1)
             gradients = rows.spread(gradients[0]), *gradients[1:3], rows.spread(grad_target)
         return BlockResult(loss, gradients[:count], state, prediction)
+
+
+class KeptGradient(NamedTuple):
+    """The gradient of the logits of the computed rows, before its products with the layer.
+
+    Attributes:
+        needs: Whether each of the first tensors of the call needs a gradient.
+        memory: The gradient, with padding.
+    """
+
+    blocks: HeadBlocks
+    needs: Needs
+    memory: Tensor
+
+    def rows(self) -> tuple[Tensor | None, Tensor]:
+        """Returns the indices of the rows, None for all, and their gradient (n, C)."""
+        input, weight, *_ = self.blocks.tensors
+        gradient = self.memory.view(input.shape[0], -1)[:, : weight.shape[0]]
+        return self.blocks.rows.indices, gradient
+
+    def products(self) -> Gradients:
+        """Returns the gradients of the first tensors of the call."""
+        blocks, result = self.blocks, BlockResult(None, (None, None))
+        layer, step = Layer(*blocks.tensors[:3]), lambda gradient, *_: gradient
+        sums = blocks.loop.run(layer, step, counts=blocks.rows.counts, logits=self.memory)
+        return blocks.collected([result], sums, None, len(self.needs)).gradients
 
 
 def joined(results: Sequence[BlockResult], unreduced: bool) -> BlockResult:

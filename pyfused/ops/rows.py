@@ -198,6 +198,16 @@ class RowOperator(Operator):
         chosen = self.choose_pass(self, saved[: len(self.all_operands)], options, needs)
         return chosen.backward(saved, options, needs, grad_output)  # type: ignore[no-any-return]
 
+    def backward_of_logits(
+        self, saved: Tensors, options: Options, needs: Needs, grad_output: Tensor
+    ) -> tuple[Any, ...]:
+        """Returns a kept gradient of the logits of a layer, or what `backward` returns."""
+        chosen = self.choose_pass(self, saved[: len(self.all_operands)], options, needs)
+        kept = chosen.kept_gradient(saved, needs, grad_output)
+        if kept is not None:
+            return (kept,)
+        return chosen.backward(saved, options, needs, grad_output)  # type: ignore[no-any-return]
+
     def wide_dtype(self, tensors: Tensors) -> torch.dtype:
         """Returns the dtype in which kernels accumulate."""
         return accumulate_dtype(self.loss.input_dtype(tensors))
@@ -332,6 +342,9 @@ class StatePass:
         grad_results = self.op.loss.grad_results(state, *call)
         gradients = source.gradients(state, grad_results, logits)
         return *gradients, *[None] * (len(needs) - len(gradients))
+
+    def kept_gradient(self, *_: Any) -> None:
+        """Returns None, as this pass keeps no gradient of the logits."""
 
     def source(self, inputs: Tensors, options: Options, all_rows: bool = False) -> Any:
         """Returns the source of the rows of a call's logits, or of its layer's.

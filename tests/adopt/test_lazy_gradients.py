@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import KernelCalls
 from language_models import PLACES, Model, X, are_computed, converted, stepped
 from torch import Tensor
 from torch.nn import functional as F
@@ -193,3 +194,44 @@ def test_gradients_of_logits(reader: Callable[[Tensor, Tensor], Any]) -> None:
     with pytest.warns(RuntimeWarning, match="Model computes all of its logits: the"):
         found = outcome(model)
     assert_close(found, outcome(plain))
+
+
+# ---- several uses of the same rows ---------------------------------------------------------------
+
+
+def test_kept_gradients_of_logits_are_added_before_the_products(kernel_calls: KernelCalls) -> None:
+    """A loss of fewer rows than features keeps the gradient of its logits; a target is ignored."""
+    found, ignoring = [], PLACES[0, :8].clone()
+    ignoring[4] = -100
+    for model in models():
+        logits = model(X[0, :8])
+        loss = 2 * F.cross_entropy(3 * logits[3:], ignoring[3:])
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            loss = loss - F.log_softmax(logits, -1).gather(1, PLACES[0, :8, None]).mean()
+        logits.register_hook(lambda grad: 0.5 * grad)
+        loss.backward(retain_graph=True)
+        loss.backward()
+        found.append([loss, *gradients(model)])
+    assert_close(found[1], found[0])
+    assert kernel_calls["cross_entropy"] == 1
+    assert kernel_calls["add_product"] == 0
+
+
+def test_logits_that_an_unreduced_loss_has_kept_are_copied(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in Co-teaching, which trains with the samples of the smallest losses."""
+    found, products = [], list[Tensor]()
+    linear = F.linear
+    for model in models():
+        logits = model(X[0, :8])
+        each = F.cross_entropy(logits, PLACES[0, :8], reduction="none")
+        chosen = each.detach().argsort()[:5]
+        monkeypatch.setattr(F, "linear", lambda *a: products.append(linear(*a)) or products[-1])
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            loss = F.cross_entropy(logits[chosen], PLACES[0, :8][chosen]) + each[2]
+        monkeypatch.undo()
+        loss.backward()
+        found.append([loss, *gradients(model)])
+    assert_close(found[1], found[0])
+    assert not products
