@@ -326,11 +326,10 @@ class LazyGrad(LazyTensor):
     ) -> Any:
         """Calls a function of a hook or of another autograd function, as autograd calls none."""
         kwargs = kwargs or {}
-        kwargs, is_of_memory = kwargs or {}, function in OF_MEMORY
         before, _calls_of_user.active = _is_call_of_user(), True
         try:
             with DisableTorchFunctionSubclass():
-                if is_of_memory:
+                if function in OF_MEMORY:
                     args = _written(args, name_of(function))
                 return function(*args, **kwargs)
         finally:
