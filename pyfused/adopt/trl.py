@@ -1,9 +1,10 @@
-"""Makes the trainers of TRL compute log-probabilities with pyfused.
+"""Makes the trainers of TRL compute log-probabilities and divergences with pyfused.
 
 The trainers for SFT, DPO, GRPO, KTO and RLOO do not compute all logits. They pass hidden states to
 ``trl.trainer.utils._ChunkedLogProbFunction.apply``, which `patch_trl` replaces. They pass the rows
 whose label counts if ``trl.trainer.utils._use_triton`` is true for the device, else all rows.
 `patch_trl` replaces this name, too. TRL's functions have names of their own for their kernels.
+``trl.trainer.distillation_trainer`` has both for ``ChunkedDivergenceFunction``.
 """
 
 from __future__ import annotations
@@ -22,50 +23,56 @@ from torch.compiler import is_dynamo_compiling
 from pyfused.dispatch.reasons import warn_once
 from pyfused.dispatch.run import fallback_reason
 from pyfused.dispatch.sizes import torch_computes
-from pyfused.functional import linear_log_probs
-from pyfused.ops.operators import LINEAR_LOG_PROBS
+from pyfused.functional import linear_kl_div, linear_log_probs
+from pyfused.ops.operators import LINEAR_KL_DIV, LINEAR_LOG_PROBS
 
-_MODULE, _NAME = "trl.trainer.utils", "_ChunkedLogProbFunction"
-_SELECTS = "_use_triton"
 # The results besides the log-probabilities, and the parameters of TRL's forward, both in order.
 _OUTPUTS = ("entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
 _PARAMETERS = (
     *("ctx", "hidden", "weight", "bias", "targets", "temperature", "chunk_size"),
     *("final_logit_softcapping", "logit_scale", "outputs"),
 )
+_DIVERGENCE_PARAMETERS = (
+    *("ctx", "student_hidden", "student_weight", "student_bias"),
+    *("teacher_hidden", "teacher_weight", "teacher_bias", "beta", "temperature"),
+    *("student_logit_scale", "student_final_logit_softcapping"),
+    *("teacher_logit_scale", "teacher_final_logit_softcapping"),
+)
 
 
 def patch_trl() -> None:
-    """Makes TRL's trainers compute log-probabilities with pyfused: SFT, DPO, GRPO, KTO, RLOO.
+    """Makes TRL's trainers compute losses with pyfused: SFT, DPO, GRPO, KTO, RLOO, distillation.
 
     TRL computes the log-probabilities, entropies and statistics of tokens from hidden states by
     ``trl.trainer.utils._ChunkedLogProbFunction``. ``patch_trl`` replaces it with a function
     with the same arguments and results, which calls :func:`~pyfused.functional.linear_log_probs`.
+    In ``trl.trainer.distillation_trainer``, it replaces ``ChunkedDivergenceFunction`` by one that
+    calls :func:`~pyfused.functional.linear_kl_div`, and ``linear_log_probs`` for the entropy.
     On CPUs, it also makes the trainers leave out prompts and padding before the head, as TRL does
     on GPUs, so that the time and memory of the head are those of the tokens that count.
 
-    TRL's function still computes the calls that pyfused cannot: with a weight that ZeRO-3
-    partitions, on other devices, or in other dtypes. A warning names each reason once. If one of
-    TRL's functions differs, in another version of TRL, nothing is replaced, and a warning says so.
+    TRL's functions still compute the calls that pyfused cannot: with a weight that ZeRO-3
+    partitions, on other devices, in other dtypes, or whose student and teacher differ in the scale
+    of the logits. A warning names each reason once. If one of TRL's functions differs, in another
+    version of TRL, nothing is replaced, and a warning says so.
 
     Raises:
         ImportError: TRL is not installed.
     """
     try:
-        utils = importlib.import_module(_MODULE)
+        importlib.import_module("trl")
     except ModuleNotFoundError as error:
         if error.name != "trl":
             raise
         raise ImportError("patch_trl: TRL is not installed") from None
-    functions = [_original(utils, name) for name in (_NAME, _SELECTS)]
-    for name, function, is_known in zip((_NAME, _SELECTS), functions, _KNOWN, strict=True):
-        if not is_known(function):
-            message = f"pyfused.patch_trl: TRL is left unchanged, because {_MODULE}.{name} "
+    for module, name, is_known, _ in _REPLACED:
+        if not is_known(_original(importlib.import_module(module), name)):
+            message = f"pyfused.patch_trl: TRL is left unchanged, because {module}.{name} "
             message += "differs from that of TRL 1.16"
             warnings.warn(message, RuntimeWarning, stacklevel=2)
             return
-    setattr(utils, _NAME, _LogProbFunction(functions[0]))
-    setattr(utils, _SELECTS, _Selection(functions[1]))
+    for module, name, _, patched in _REPLACED:
+        setattr(sys.modules[module], name, patched(_original(sys.modules[module], name)))
 
 
 def unpatch_trl() -> None:
@@ -74,11 +81,11 @@ def unpatch_trl() -> None:
     Raises:
         RuntimeError: TRL is not patched.
     """
-    utils = sys.modules.get(_MODULE)
-    if not isinstance(getattr(utils, _NAME, None), _LogProbFunction):
+    module, name, *_ = _REPLACED[0]
+    if not isinstance(getattr(sys.modules.get(module), name, None), _Patched):
         raise RuntimeError("unpatch_trl() called without patch_trl()")
-    for name in (_NAME, _SELECTS):
-        setattr(utils, name, _original(utils, name))
+    for module, name, *_ in _REPLACED:
+        setattr(sys.modules[module], name, _original(sys.modules[module], name))
 
 
 def _original(module: Any, name: str) -> Any:
@@ -95,14 +102,18 @@ def _is_log_prob_function(function: Any) -> bool:
     return (*parameters,) == _PARAMETERS and parameters["outputs"].default == _OUTPUTS
 
 
+def _is_divergence_function(function: Any) -> bool:
+    """Returns whether it is an autograd function with the arguments of TRL 1.16."""
+    if not hasattr(function, "forward"):
+        return False
+    return (*inspect.signature(function.forward).parameters,) == _DIVERGENCE_PARAMETERS
+
+
 def _is_selection(function: Any) -> bool:
     """Returns whether it is a function of a device that selects no rows on CPUs, as in TRL 1.16."""
     if not callable(function) or (*inspect.signature(function).parameters,) != ("device",):
         return False
     return function(torch.device("cpu")) is False
-
-
-_KNOWN = _is_log_prob_function, _is_selection
 
 
 class _Patched:
@@ -146,9 +157,7 @@ class _LogProbFunction(_Patched):
         small = not is_dynamo_compiling() and torch_computes(*call[:2])
         reason = None if small else _reason_not_fused(call, factors)
         if small or reason is not None:
-            if reason is not None and not is_dynamo_compiling():
-                message = f"pyfused.patch_trl: TRL's own function ran, because {reason}"
-                warn_once("trl", reason, message)
+            _warn(reason)
             arguments = hidden, weight, bias, targets, temperature, chunk_size, softcap
             return self.original.apply(*arguments, logit_scale, outputs)
         # softcap(scale x) / temperature, with the scale folded into softcap and temperature
@@ -179,20 +188,97 @@ class _LogProbFunction(_Patched):
         )
 
 
+class _DivergenceFunction(_Patched):
+    """Takes the place of the autograd function of TRL's distillation."""
+
+    def apply(
+        self,
+        student_hidden: Tensor,
+        student_weight: Tensor,
+        student_bias: Tensor | None,
+        teacher_hidden: Tensor,
+        teacher_weight: Tensor,
+        teacher_bias: Tensor | None,
+        beta: float,
+        temperature: float = 1.0,
+        student_logit_scale: float = 1.0,
+        student_final_logit_softcapping: float | None = None,
+        teacher_logit_scale: float = 1.0,
+        teacher_final_logit_softcapping: float | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Returns the divergence of each row, and the student's entropy without a gradient."""
+        student = student_hidden, student_weight, student_bias
+        tensors = teacher_hidden, teacher_weight, teacher_bias
+        teacher = [None if x is None else x.detach() for x in tensors]
+        scale, teacher_scale = student_logit_scale, teacher_logit_scale
+        softcap, teacher_softcap = student_final_logit_softcapping, teacher_final_logit_softcapping
+        factors = [temperature, scale, *[x for x in (softcap, teacher_softcap) if x is not None]]
+        call = LINEAR_KL_DIV, (*student, *teacher, None, None), LINEAR_KL_DIV.options(beta=beta)
+        small = not is_dynamo_compiling() and torch_computes(*call[:2])
+        reason = None if small else _reason_not_fused(call, factors)
+        if not small and scale != teacher_scale:
+            reason = "the scales of the student and the teacher differ"
+        if small or reason is not None:
+            _warn(reason)
+            options = beta, temperature, scale, softcap, teacher_scale, teacher_softcap
+            divergence, entropy = self.original.apply(*student, *tensors, *options)
+            return divergence, entropy
+        # softcap(scale x) / temperature, with the scale folded into softcap and temperature
+        softcap = None if softcap is None else softcap / scale
+        divergence = linear_kl_div(
+            *student[:2],
+            *teacher[:2],  # type: ignore[arg-type]
+            linear_bias=student_bias,
+            teacher_linear_bias=teacher[2],
+            beta=beta,
+            softcap=softcap,
+            teacher_softcap=None if teacher_softcap is None else teacher_softcap / scale,
+            temperature=temperature / scale,
+            reduction="none",
+        )
+        with torch.no_grad():
+            entropy = linear_log_probs(
+                *student[:2],
+                student_hidden.new_zeros(len(student_hidden), dtype=torch.int64),  # of any target
+                linear_bias=student_bias,
+                softcap=softcap,
+                temperature=temperature / scale,
+                return_entropy=True,
+            ).entropy
+        return divergence.float(), entropy.float()
+
+
+_UTILS, _DISTILLATION = "trl.trainer.utils", "trl.trainer.distillation_trainer"
+# The module and name of each function, the check of TRL's version, and what replaces it.
+_REPLACED: tuple[tuple[str, str, Any, Any], ...] = (
+    (_UTILS, "_ChunkedLogProbFunction", _is_log_prob_function, _LogProbFunction),
+    (_UTILS, "_use_triton", _is_selection, _Selection),
+    (_DISTILLATION, "ChunkedDivergenceFunction", _is_divergence_function, _DivergenceFunction),
+    (_DISTILLATION, "_use_triton", _is_selection, _Selection),
+)
+
+
+def _warn(reason: str | None) -> None:
+    """Warns once that TRL's function computes a call, unless the call is only small."""
+    if reason is not None and not is_dynamo_compiling():
+        warn_once("trl", reason, f"pyfused.patch_trl: TRL's own function ran, because {reason}")
+
+
 def _reason_not_fused(call: Any, factors: Sequence[float]) -> str | None:
     """Returns why TRL's function has to compute a call, None if pyfused can.
 
     Args:
         call: The operator, its tensors and its options.
-        factors: The temperature, scale and softcap.
+        factors: The temperature, the scale and the softcaps.
     """
-    hidden, weight, bias, _ = call[1]
-    if hasattr(weight, "ds_id"):
-        return "the weight is partitioned by ZeRO-3"
+    heads = [call[1][:3], *[call[1][3:6]] * (call[0] is LINEAR_KL_DIV)]
+    for hidden, weight, bias in heads:
+        if hasattr(weight, "ds_id"):
+            return "the weight is partitioned by ZeRO-3"
+        dtypes = {tensor.dtype for tensor in (hidden, weight, bias) if tensor is not None}
+        casts = torch.is_autocast_enabled(hidden.device.type) and torch.float64 not in dtypes
+        if len(dtypes) > 1 and not casts:
+            return "the hidden states and the layer differ in dtype"
     if min(factors) <= 0:
         return "the temperature, the scale or the softcap is not positive"
-    dtypes = {tensor.dtype for tensor in (hidden, weight, bias) if tensor is not None}
-    casts = torch.is_autocast_enabled(hidden.device.type) and torch.float64 not in dtypes
-    if len(dtypes) > 1 and not casts:
-        return "the hidden states and the layer differ in dtype"
     return fallback_reason(*call)

@@ -24,6 +24,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore"),  # raised by these libraries
 ]
 NAME, SELECTS = "_ChunkedLogProbFunction", "_use_triton"
+DIVERGENCE = "ChunkedDivergenceFunction"
 OUTPUTS = ("entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
 TOKENS, FEATURES, CLASSES, CHUNK = 40, 24, 600, 256
 OPTIONS = {
@@ -38,10 +39,12 @@ OPTIONS = {
 def utils(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
     monkeypatch.setattr(reasons, "_reported", {})
     module = pytest.importorskip("trl.trainer.utils")
-    originals = {name: getattr(module, name) for name in (NAME, SELECTS)}
+    other = pytest.importorskip("trl.trainer.distillation_trainer")
+    places = [(module, NAME), (module, SELECTS), (other, DIVERGENCE), (other, SELECTS)]
+    originals = [(*place, getattr(*place)) for place in places]
     yield module
-    for name, original in originals.items():
-        setattr(module, name, original)
+    for place in originals:
+        setattr(*place)
 
 
 def draw(dtype: torch.dtype, bias: bool = True) -> list[Any]:
@@ -183,18 +186,86 @@ def test_only_rows_that_count_reach_the_head(
     assert results[1][4][0] is not None
 
 
+@grid(
+    beta=[0.0, 0.3, 1.0],
+    options=["plain", "everything"],
+    dtype=[torch.float32, torch.bfloat16],
+    bias=[False, True],
+    rows=[0, TOKENS],
+)
+def test_divergence_and_entropy(
+    beta: float,
+    options: str,
+    dtype: torch.dtype,
+    bias: bool,
+    rows: int,
+    utils: ModuleType,
+    kernel_calls: KernelCalls,
+) -> None:
+    """Results and gradients equal TRL's; the teacher gets no gradient."""
+    from trl.trainer import distillation_trainer as trainer
+
+    temperature, softcap, scale = OPTIONS[options]
+    (*student, _), (*teacher, _) = draw(dtype, bias), draw(dtype, bias)
+    tensors = [student[0][:rows], *student[1:], teacher[0][:rows], *teacher[1:]]
+    results = []
+    for patch in (lambda: None, pyfused.patch_trl):
+        patch()
+        function = getattr(trainer, DIVERGENCE)
+        cap = None if softcap is None else softcap + 1
+        arguments = beta, temperature, scale, softcap, scale, cap
+        divergence, entropy = function.apply(*tensors, *arguments)
+        assert not entropy.requires_grad
+        leaves = [x for x in (*student, *teacher) if x is not None]
+        total = (divergence * torch.linspace(-1, 1, rows)).sum()
+        gradients = torch.autograd.grad(total, leaves, allow_unused=True)
+        results.append([divergence, entropy, *gradients])
+        assert bool(kernel_calls) == (patch is pyfused.patch_trl and rows > 0)
+    limit = 0.06 if dtype is torch.bfloat16 else 1e-5
+    for found, expected in zip(*results[::-1], strict=True):
+        if expected is None or expected.numel() == 0:
+            assert (found is None) == (expected is None)
+            continue
+        assert (found.dtype, found.shape) == (expected.dtype, expected.shape)
+        assert (found.double() - expected.double()).norm() <= limit * expected.double().norm()
+
+
+def test_a_divergence_of_two_scales_is_left_to_trl(
+    utils: ModuleType, kernel_calls: KernelCalls
+) -> None:
+    from trl.trainer import distillation_trainer as trainer
+
+    (*student, _), (*teacher, _) = draw(torch.float32), draw(torch.float32)
+    arguments = *student, *teacher, 0.5, 1.0, 1.0, None, 0.5, None
+    expected = getattr(trainer, DIVERGENCE).apply(*arguments)
+    pyfused.patch_trl()
+    with pytest.warns(RuntimeWarning, match="the scales of the student and the teacher differ"):
+        found = getattr(trainer, DIVERGENCE).apply(*arguments)
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+    assert not kernel_calls
+
+
 # ---- patching ------------------------------------------------------------------------------------
 
 
-def test_unpatch_restores_the_original(utils: ModuleType) -> None:
-    originals = {name: getattr(utils, name) for name in (NAME, SELECTS)}
+def functions() -> list[Any]:
+    """Returns what TRL's modules have under the names that patch_trl replaces."""
+    from trl.trainer import distillation_trainer, utils
+
+    return [
+        *(getattr(utils, name) for name in (NAME, SELECTS)),
+        *(getattr(distillation_trainer, name) for name in (DIVERGENCE, SELECTS)),
+    ]
+
+
+@pytest.mark.usefixtures("utils")
+def test_unpatch_restores_the_original() -> None:
+    originals = functions()
     pyfused.patch_trl()
     pyfused.patch_trl()
-    for name, original in originals.items():
-        assert getattr(utils, name) is not original
+    assert all(x is not y for x, y in zip(functions(), originals, strict=True))
     pyfused.unpatch_trl()
-    for name, original in originals.items():
-        assert getattr(utils, name) is original
+    assert all(x is y for x, y in zip(functions(), originals, strict=True))
     with pytest.raises(RuntimeError, match=r"unpatch_trl\(\) called without patch_trl"):
         pyfused.unpatch_trl()
 
@@ -216,24 +287,27 @@ class Other(torch.autograd.Function):
 
 
 @pytest.mark.parametrize(
-    ("name", "other"),
+    ("module", "name", "other"),
     [
-        (NAME, None),
-        (NAME, Other),
-        (SELECTS, None),
-        (SELECTS, lambda device, dtype: False),
-        (SELECTS, lambda device: True),
+        ("utils", NAME, None),
+        ("utils", NAME, Other),
+        ("utils", SELECTS, None),
+        ("utils", SELECTS, lambda device, dtype: False),
+        ("utils", SELECTS, lambda device: True),
+        ("distillation_trainer", DIVERGENCE, Other),
+        ("distillation_trainer", SELECTS, lambda device: True),
     ],
 )
+@pytest.mark.usefixtures("utils")
 def test_an_unknown_function_is_not_replaced(
-    name: str, other: Any, utils: ModuleType, monkeypatch: pytest.MonkeyPatch
+    module: str, name: str, other: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(utils, name, other)
-    functions = [getattr(utils, each) for each in (NAME, SELECTS)]
-    with pytest.warns(RuntimeWarning, match=f"TRL is left unchanged.*{name}") as warned:
+    monkeypatch.setattr(f"trl.trainer.{module}.{name}", other)
+    originals = functions()
+    with pytest.warns(RuntimeWarning, match=rf"TRL is left unchanged.*{module}\.{name}") as warned:
         pyfused.patch_trl()
     assert len(warned) == 1
-    assert [getattr(utils, each) for each in (NAME, SELECTS)] == functions
+    assert all(x is y for x, y in zip(functions(), originals, strict=True))
 
 
 # ---- trainers ------------------------------------------------------------------------------------
@@ -289,6 +363,12 @@ KINDS: dict[str, tuple[str, dict[str, int], dict[str, Any], Any]] = {
     "RLOO": ("RLOO", {"prompt": 3}, SAMPLED | {"beta": 0.0}, lambda: {"reward_funcs": reward}),
     "DPO": ("DPO", PAIRS, {}, lambda: {"ref_model": model()}),
     "WPO": ("DPO", PAIRS, {"use_weighting": True}, lambda: {"ref_model": model()}),
+    "distillation": (
+        "Distillation",
+        {"prompt": 3},
+        {"max_completion_length": 6, "beta": 0.5},
+        lambda: {"teacher_model": model(hidden_size=32)},
+    ),
     "KTO": ("KTO", PROMPTS | {"label": 0}, {}, lambda: {"ref_model": model()}),
 }
 
@@ -335,7 +415,7 @@ def test_trainers_reach_the_same_weights(
     pyfused.patch_trl()
     found_losses, found = trained(kind, tmp_path)
     assert kernel_calls["row_state"] >= 5
-    assert kernel_calls["row_gradients"] >= 5
+    assert kernel_calls["kl_div_with_logits" if kind == "distillation" else "row_gradients"] >= 5
     name, other = list(expected)[-1], list(initial)[-1]
     assert "lora" in "".join(expected) or not torch.equal(expected[name], initial[other])
     half = 0.02 if "bfloat16" in kind else 0
