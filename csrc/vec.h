@@ -124,9 +124,6 @@ template <> PYFUSED_INLINE float16 narrow<float16>(float x) {
   return {bit_cast<uint16_t>(static_cast<__fp16>(x))};
 }
 #else
-#ifdef __F16C__
-PYFUSED_INLINE float widen(float16 x) { return _cvtsh_ss(x.bits); }
-#else
 PYFUSED_INLINE float widen(float16 x) {
   const uint32_t magnitude = uint32_t(x.bits & 0x7fff) << 13;
   // A subnormal number is the fraction of one from 2^-14 on. No float here is subnormal, because
@@ -137,7 +134,6 @@ PYFUSED_INLINE float widen(float16 x) {
   const uint32_t value = magnitude < 0x00800000u ? bit_cast<uint32_t>(small) : large;
   return bit_cast<float>(value | uint32_t(x.bits & 0x8000) << 16);
 }
-#endif
 template <> PYFUSED_INLINE float16 narrow<float16>(float x) {
   const uint32_t bits = bit_cast<uint32_t>(x);
   const uint32_t magnitude = bits & 0x7fffffffu;
