@@ -414,7 +414,7 @@ class Formula:
         if not _KINDS.issuperset(kinds):
             name, kind = next(x for x in zip(static, kinds, strict=True) if x[1] not in _KINDS)
             return formula_operator(self, masks, static, f"{name} is a {kind.__name__}")
-        key = masks, kinds, *static.values()
+        key = masks, kinds, *static.items()  # a parameter with the default None may be a number
         if (op := self.operators.get(key)) is None:
             if len(self.operators) >= _MOST_TRACES:
                 problem = (

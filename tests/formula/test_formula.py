@@ -380,6 +380,18 @@ def test_static_parameters() -> None:
     assert mine.explain(x, kind=[1, 2]).reason == "kind is a list"
 
 
+@both_sizes
+@pytest.mark.thresholds
+def test_numbers_for_parameters_whose_default_is_none(n: int) -> None:
+    """Each choice of the parameters that are numbers has its own operator."""
+    mine = pyfused.activation(
+        lambda x, *, p=None, q=None: (x if p is None else p * x) + (0.0 if q is None else q)
+    )
+    x = torch.ones(n)
+    for named, value in (({"p": 0.5}, 0.5), ({"q": 0.5}, 1.5), ({}, 1.0)):
+        assert torch.equal(mine(x, **named), torch.full((n,), value))
+
+
 @pyfused.activation
 def power(
     x: Tensor, *, k: Any = 1.5, exponent: int = 2, kind: str = "", least: Any = None
