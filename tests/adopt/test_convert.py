@@ -374,7 +374,9 @@ def test_heads_that_cannot_be_converted() -> None:
         pyfused.convert(model, head="head")
 
 
-def test_a_report_names_heads_that_were_never_called() -> None:
+def test_a_report_names_heads_that_were_never_called(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(heads, "_uncalled", {})  # without those of other tests
+
     class Uncalled(Model):
         def forward(self, x: Tensor) -> Any:  # type: ignore[override]
             return F.linear(self.emb(x), self.head.weight)
