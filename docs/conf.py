@@ -41,6 +41,7 @@ nitpicky = True  # a reference without a target is an error
 nitpick_ignore = [
     ("py:class", "Tensor"),  # the type of fields of a NamedTuple
     ("py:class", "collections.abc.Callable"),
+    ("py:class", "collections.abc.Sequence"),
     ("py:class", "typing.Unpack"),
     ("py:class", "pyfused.adopt.convert.Model"),  # type variables
     ("py:class", "pyfused.formula.Function"),

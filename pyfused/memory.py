@@ -81,7 +81,7 @@ _stop = threading.Event()  # ends the thread that returns free pages
 class Keep:
     """The result of :func:`keep`, a context manager."""
 
-    def __init__(self, before: _Setting) -> None:
+    def __init__(self, before: Any) -> None:
         self._before, self._process, self._state = before, os.getpid(), "not entered"
 
     def __enter__(self) -> None:
